@@ -1,0 +1,135 @@
+"""Iterations: plans bound to pages and tokens. They carry everything a runtime needs, so any host could execute one.
+
+Host index arrays are int32 numpy arrays; whoever receives one must not write to it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from loongjax.core.cluster import Group, InstanceId
+from loongjax.core.request import Request, TokenLogprobs
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptTokens:
+    """Tokens [begin, end) of a request, and the slots of the instance's pool that will hold them."""
+
+    instance: InstanceId
+    begin: int
+    end: int
+    slots: np.ndarray
+    """int32 [end - begin]; slot = page * page_size + offset."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillInput:
+    """One request of a prefill."""
+
+    request: Request
+    token_ids: np.ndarray
+    """int32 [T]: the prompt, and after a preemption the tokens generated before it."""
+    kept: tuple[KeptTokens, ...]
+    wants_prompt_logprobs: bool
+    """Whether the prompt's log-probabilities are still to be computed."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillIteration:
+    """Prefill a packed batch on a group, and sample one token a request (none where `max_tokens` is 0)."""
+
+    iteration_id: int
+    group: Group
+    inputs: tuple[PrefillInput, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class InstanceTable:
+    """The pages of one instance that hold keys of one request."""
+
+    instance: InstanceId
+    page_indices: np.ndarray
+    """int32 [ceil(num_tokens / page_size)], filled densely in this order."""
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeInput:
+    """One request of a decode: its input token, and where its keys are once this token's are written."""
+
+    request: Request
+    output_token_ids: tuple[int, ...]
+    """Generated tokens that the host knows; while the previous step of the same sub-batches is in flight, all but
+    the last one, which the devices hold."""
+    position: int
+    """Of the input token, from 0: the number of tokens whose keys were written before this step."""
+    slot: int
+    """Where the master writes the input token's keys."""
+    tables: tuple[InstanceTable, ...]
+    """Every instance that holds keys, this step's included; the master's last token is the one at `slot`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSubBatch:
+    """What one master computes."""
+
+    master: InstanceId
+    inputs: tuple[DecodeInput, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeIteration:
+    """One token for each request of each sub-batch."""
+
+    iteration_id: int
+    group: Group
+    sub_batches: tuple[DecodeSubBatch, ...]
+    continues: bool
+    """Whether the previous iteration of this group had the same sub-batches in the same order, one token earlier,
+    and nothing else happened to its instances' part of these requests since: what the devices hold is then right."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MigrateIteration:
+    """Copy keys and values from slots of one instance to slots of another."""
+
+    iteration_id: int
+    source: InstanceId
+    target: InstanceId
+    source_slots: np.ndarray
+    """int32 [T]"""
+    target_slots: np.ndarray
+    """int32 [T]"""
+
+    @property
+    def group(self) -> Group:
+        return Group.of((self.source, self.target))
+
+
+Iteration = PrefillIteration | DecodeIteration | MigrateIteration
+
+
+@dataclasses.dataclass(frozen=True)
+class SampledToken:
+    """What one request got from an iteration."""
+
+    request_id: str
+    token_id: int
+    """-1 where nothing was to be sampled."""
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for every prompt token but the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """An iteration is over."""
+
+    iteration_id: int
+    tokens: tuple[SampledToken, ...] = ()
+    elapsed_s: float = 0.0
+    """From submission to the result on the host, in seconds."""
+    error: str | None = None
+    """Why it failed. The keys that its group held are then lost."""

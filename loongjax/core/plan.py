@@ -1,0 +1,85 @@
+"""Plans: what the scheduler decides. They say who works with whom and how many tokens go where, and hold no device state.
+
+The engine binds a plan to pages and token ids (`loongjax.core.iteration`); only that reaches the devices.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from loongjax.core.cluster import Group, InstanceId
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class TokenInterval:
+    """Tokens [begin, end) of one request, kept by one instance."""
+
+    instance: InstanceId
+    begin: int
+    end: int
+
+    def __len__(self) -> int:
+        return self.end - self.begin
+
+
+@dataclasses.dataclass(frozen=True)
+class PrefillRequest:
+    """One request of a prefill, and where its keys will stay."""
+
+    request_id: str
+    kept: tuple[TokenInterval, ...]
+    """In token order and without gaps from 0 to the number of tokens; every boundary but the last is a page multiple.
+    Empty if no keys are needed afterwards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prefill:
+    """Compute the keys of these requests, and a first token each, on the whole group; keep the keys as told."""
+
+    group: Group
+    requests: tuple[PrefillRequest, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class SubBatch:
+    """The requests whose next token one master computes, and whose new keys stay with it."""
+
+    master: InstanceId
+    request_ids: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """One more token for each of these requests. Every instance with keys of them is in the group."""
+
+    group: Group
+    sub_batches: tuple[SubBatch, ...]
+    """At least one, with different masters, each in the group."""
+
+    @property
+    def masters(self) -> tuple[InstanceId, ...]:
+        return tuple(batch.master for batch in self.sub_batches)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(request_id for batch in self.sub_batches for request_id in batch.request_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Migrate:
+    """Move the last `num_tokens` of the tokens that `source` holds of a request to `target`."""
+
+    request_id: str
+    source: InstanceId
+    target: InstanceId
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preempt:
+    """Give up the keys of these requests; they wait again, in front, and are recomputed later."""
+
+    request_ids: tuple[str, ...]
+
+
+Plan = Prefill | Decode | Migrate | Preempt

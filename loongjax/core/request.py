@@ -1,0 +1,92 @@
+"""A request, and the events and records of its life."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from loongjax.core.cluster import InstanceId
+from loongjax.core.sampling import SamplingParams
+
+
+class FinishReason(enum.StrEnum):
+    """How a request ended. Every accepted request ends in exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One sample of one prompt, as the engine accepts it. A client's request with n > 1 becomes n of these."""
+
+    request_id: str
+    """Unique among live requests."""
+    prompt_token_ids: tuple[int, ...]
+    """At least one."""
+    sampling: SamplingParams
+    max_tokens: int
+    """The output limit in tokens, resolved: `sampling.max_tokens` and the context length, whichever is less."""
+    seed: int
+    """The sampler's seed, resolved."""
+    stop_token_ids: frozenset[int] = frozenset()
+    """Ids that end the request: `sampling.stop_token_ids`, and the model's EOS ids unless `ignore_eos`."""
+    arrival_s: float = 0.0
+    """When it was accepted, on the engine's clock, in seconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLogprobs:
+    """The log-probability of one token, and of the most probable ones at its position.
+
+    They are of the model's own distribution: before temperature, penalties, bias and filters.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1 for the most probable token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """(token id, log-probability), most probable first; as many as were asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """One stretch of a request's life in one group: the elastic history is a tuple of these."""
+
+    kind: str
+    """"prefill", "decode" or "migrate"."""
+    instances: tuple[InstanceId, ...]
+    """The group, in canonical order; its length is the degree of parallelism."""
+    masters: tuple[InstanceId, ...]
+    """The group's masters (decode), or the instances that kept keys (prefill)."""
+    num_tokens: int
+    """Tokens computed in it: prompt tokens of a prefill, generated tokens of a decode."""
+
+    @property
+    def dop(self) -> int:
+        return len(self.instances)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RequestEvent:
+    """What happened to one request since its last event. `finish_reason` is set on the last one, and only there."""
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    """Newly generated tokens, the stop token included."""
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each of `token_ids` if the request asked for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """One for every prompt token but the first, on the first event of a request that asked for them."""
+    finish_reason: FinishReason | None = None
+    stop_token_id: int | None = None
+    """The stop token that ended the request."""
+    error: str | None = None
+    """What went wrong, with FinishReason.ERROR."""
+    history: tuple[Phase, ...] = ()
+    """The request's elastic history, on the last event."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that were not computed because their keys were in the pool."""

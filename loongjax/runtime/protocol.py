@@ -1,0 +1,63 @@
+"""The one interface between the engine and whatever executes iterations."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from loongjax.core.cluster import ClusterShape
+from loongjax.core.iteration import Completion, Iteration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RuntimeLimits:
+    """What one iteration can hold. The engine and the scheduler keep within it."""
+
+    max_model_len: int
+    """Tokens of one request, prompt and output together."""
+    max_num_batched_tokens: int
+    """Tokens of one prefill on one instance; a group of n takes n times as many."""
+    max_num_seqs: int
+    """Requests of one sub-batch, and of one prefill."""
+    vocab_size: int
+
+
+class Runtime(Protocol):
+    """Executes iterations. Iterations on disjoint groups overlap; those that share an instance run in submission order.
+
+    All methods but `wake` belong to one thread.
+    """
+
+    @property
+    def shape(self) -> ClusterShape: ...
+
+    @property
+    def limits(self) -> RuntimeLimits: ...
+
+    @property
+    def num_recompiles(self) -> int:
+        """Executables built or loaded since it was ready."""
+        ...
+
+    def submit(self, iteration: Iteration) -> None:
+        """Starts an iteration without waiting for it."""
+        ...
+
+    def completions(self, timeout_s: float | None) -> list[Completion]:
+        """Iterations that ended since the last call, in order of their end within a group.
+
+        Waits until there is one, `wake` is called, or the time is over; None waits without limit, 0 not at all.
+        """
+        ...
+
+    def wake(self) -> None:
+        """Ends a wait in `completions` from another thread."""
+        ...
+
+    def now_s(self) -> float:
+        """This runtime's clock, in seconds from an arbitrary start."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what is in flight and gives the devices back."""
+        ...

@@ -1,0 +1,14 @@
+"""Eight virtual CPU devices, strict dtypes and ranks, and no network, for every test."""
+
+import os
+
+# XLA's CPU client can deadlock on few cores when collective programs are queued: it sizes its pool by this variable.
+os.environ.setdefault("NPROC", "32")
+os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+import jax
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
