@@ -1,0 +1,111 @@
+"""What a front end (the HTTP server, `LLM`) sees of an engine."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Protocol
+
+from loongjax.core.request import FinishReason, Phase, TokenLogprobs
+from loongjax.core.sampling import SamplingParams
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutputDelta:
+    """What is new of one sample since its last delta. The last one of a sample has a finish reason."""
+
+    index: int = 0
+    """Which of the n samples."""
+    text: str = ""
+    """Text that can no longer change: never half a character, never the beginning of a possible stop string."""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for EOS."""
+    num_prompt_tokens: int = 0
+    num_output_tokens: int = 0
+    """Generated so far."""
+    num_cached_tokens: int = 0
+    history: tuple[Phase, ...] = ()
+    """The elastic history, on the last delta."""
+    error: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelInfo:
+    """What a front end must know of the model behind the engine."""
+
+    checkpoint: str
+    """Path, or name of the model that ships."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+    default_sampling: Mapping[str, float | int]
+    """temperature, top_p, top_k, min_p, repetition_penalty of generation_config.json, as far as it names them."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A snapshot of the engine. Counters only grow."""
+
+    num_requests_running: int = 0
+    num_requests_waiting: int = 0
+    kv_slots_used: tuple[int, ...] = ()
+    """Tokens of capacity in use, by instance (whole pages)."""
+    kv_slots: tuple[int, ...] = ()
+    page_size: int = 1
+    num_pages: int = 0
+    """By instance."""
+    prefill_dop: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Prefill iterations, by degree of parallelism."""
+    decode_dop: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    num_scale_ups: int = 0
+    """Times a request's decode group gained an instance."""
+    num_scale_downs: int = 0
+    """Times a prefill kept its keys on fewer instances than computed them, or a decode group lost one."""
+    kv_migrated_bytes: int = 0
+    num_recompiles: int = 0
+    num_preemptions: int = 0
+    num_prompt_tokens: int = 0
+    num_generation_tokens: int = 0
+    num_iterations: int = 0
+
+
+class EngineClient(Protocol):
+    """An engine as its front ends use it, from one asyncio loop."""
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    def generate(
+        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+    ) -> AsyncIterator[OutputDelta]:
+        """Runs one request of `sampling.n` samples; deltas of different samples interleave.
+
+        Closing the iterator, or cancelling the task that reads it, aborts the request and frees its slots.
+
+        Raises (at the first `__anext__`, before anything is accepted):
+            ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`.
+            RequestError: token ids outside the vocabulary, an empty prompt.
+            QueueFullError: too many requests wait.
+            EngineDeadError: the engine is dead or draining. Also raised in mid-stream if the engine dies.
+        """
+        ...
+
+    async def stats(self) -> EngineStats:
+        """Asks the step loop for a snapshot. Raises EngineDeadError."""
+        ...
+
+    async def check_health(self, timeout_s: float = 10.0) -> None:
+        """Makes sure that the step loop answers. Raises EngineDeadError if it is dead or wedged."""
+        ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Accepts nothing more, and waits until all requests have ended; aborts those left when time is over."""
+        ...
+
+    async def close(self) -> None:
+        """Stops the engine. Live requests end with EngineDeadError."""
+        ...
