@@ -1,0 +1,72 @@
+"""The frozen picture of the cluster that a policy decides on.
+
+The engine builds one each time it asks. A `WaitingView` does not change while its request waits, so one is made when
+the request is queued and used again in every snapshot; only the views of running requests are made anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from loongjax.core.cluster import ClusterShape, InstanceId
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class InstanceView:
+    """One elastic instance."""
+
+    instance: InstanceId
+    num_free_pages: int
+    is_busy: bool
+    """Whether an iteration occupies it. A policy plans only for instances that are not busy."""
+    is_prefilling: bool
+    """Whether that iteration is a prefill, which can last a thousand times longer than a decode step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class WaitingView:
+    """A request that waits for its prefill: a new one, or one that was preempted."""
+
+    request_id: str
+    order: int
+    """Its place in the order of arrival; kept across preemptions, different for every live request."""
+    num_tokens: int
+    """Tokens to prefill: the prompt, and after a preemption the tokens generated before it."""
+    max_total_tokens: int
+    """Prompt and longest possible output. The last output token never gets keys."""
+    keeps_kv: bool
+    """Whether it will decode after the prefill; False if `max_tokens` is 0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class RunningView:
+    """A request that has keys in the pool, or is being prefilled."""
+
+    request_id: str
+    order: int
+    """Its place in the order of arrival; kept across preemptions, different for every live request."""
+    num_tokens: int
+    """Tokens whose keys are in the pool, those of an iteration in flight included."""
+    max_total_tokens: int
+    """Prompt and longest possible output."""
+    kv: tuple[tuple[InstanceId, int], ...]
+    """(instance, tokens it holds), of which the last entry holds the newest token. See `KVCache.local_lens`."""
+    is_in_flight: bool
+    """Whether an iteration computes it now. A policy leaves such a request alone."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ClusterView:
+    """All that a policy knows."""
+
+    shape: ClusterShape
+    instances: tuple[InstanceView, ...]
+    """Every instance, in ascending order."""
+    waiting: tuple[WaitingView, ...]
+    """In queue order, preempted requests first."""
+    running: tuple[RunningView, ...]
+    """In any order."""
+    max_num_batched_tokens: int
+    """Tokens of one prefill on one instance; a group of n takes n times as many."""
+    max_num_seqs: int
+    """Requests of one sub-batch, and of one prefill."""
