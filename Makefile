@@ -1,0 +1,23 @@
+# Every command runs in the project's own environment, which `uv run` makes on first use.
+RUN ?= uv run
+
+.PHONY: check test test-gpu bench format
+
+check:
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) pyright
+	$(RUN) lint-imports
+
+format:
+	$(RUN) ruff format .
+	$(RUN) ruff check --fix .
+
+test:
+	$(RUN) pytest
+
+test-gpu:
+	$(RUN) pytest -m gpu
+
+bench:
+	$(RUN) python -m benchmarks.first_numbers

@@ -1,0 +1,81 @@
+"""The KV pool on the devices: one shard a device for good, seen by each group through a view it may donate."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from loongjax.core.cluster import Group, InstanceId
+from loongjax.parallel.mesh import SP_AXIS, TP_AXIS, DeviceGrid
+
+KV_POOL_SPEC = PartitionSpec(SP_AXIS, None, None, None, None, TP_AXIS, None)
+
+
+class DeviceKVPool:
+    """Every device's part of the pool.
+
+    A group's view is one array [n, L, 2, P, page_size, K, H] (keys at 0, values at 1 of dim 2), cut over "sp" along n
+    and over "tp" along K. A program donates it, and hands back its successor with `replace`.
+
+    Args:
+        grid: the devices.
+        shard_shape: of one device's shard, [L, 2, P, page_size, K / tp, H].
+        dtype: of keys and values.
+    """
+
+    def __init__(self, grid: DeviceGrid, shard_shape: tuple[int, int, int, int, int, int], dtype: jnp.dtype) -> None:
+        self._grid = grid
+        self._shape = (1, *shard_shape)
+        self._dtype = jnp.dtype(dtype)
+        self._shards: dict[InstanceId, list[jax.Array]] = {}
+        self._views: dict[Group, jax.Array] = {}
+        self._owner: dict[InstanceId, Group] = {}
+        for instance in range(grid.num_instances):
+            self._shards[instance] = self._new_shards(instance)
+
+    @property
+    def num_bytes_per_instance(self) -> int:
+        return math.prod(self._shape) * self._dtype.itemsize * self._grid.tp
+
+    def view(self, group: Group) -> jax.Array:
+        """The group's view. Steady groups keep theirs; another group over the same instances takes their shards."""
+        view = self._views.get(group)
+        if view is None:
+            for instance in group.instances:
+                if instance in self._owner:
+                    self._dissolve(self._owner[instance])
+            shards = [shard for instance in group.instances for shard in self._shards.pop(instance)]
+            view = self._views[group] = self._grid.assemble(group, KV_POOL_SPEC, shards)
+            self._owner.update(dict.fromkeys(group.instances, group))
+        return view
+
+    def replace(self, group: Group, view: jax.Array) -> None:
+        """Takes the successor of a donated view."""
+        assert group in self._views, group
+        self._views[group] = view
+
+    def renew(self, group: Group) -> None:
+        """After a failed program: empty shards for the group's instances, whatever became of the old ones."""
+        for instance in group.instances:
+            owner = self._owner.get(instance)
+            if owner is not None:
+                self._dissolve(owner)
+        for instance in group.instances:
+            self._shards[instance] = self._new_shards(instance)
+
+    def _dissolve(self, group: Group) -> None:
+        view = self._views.pop(group)
+        lost = view.is_deleted()
+        shards = [] if lost else self._grid.shards_of(group, view)
+        for rank, instance in enumerate(group.instances):
+            del self._owner[instance]
+            if lost:
+                self._shards[instance] = self._new_shards(instance)
+            else:
+                self._shards[instance] = shards[rank * self._grid.tp : (rank + 1) * self._grid.tp]
+
+    def _new_shards(self, instance: InstanceId) -> list[jax.Array]:
+        return [jnp.zeros(self._shape, self._dtype, device=device) for device in self._grid.instances[instance]]

@@ -1,0 +1,288 @@
+"""The runtime on this process's devices: dispatches programs from one thread and never waits for them there."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import logging
+import queue
+import time
+from collections.abc import Callable
+from typing import assert_never
+
+import jax
+import numpy as np
+
+from loongjax.core.cluster import ClusterShape, Group
+from loongjax.core.iteration import (
+    Completion,
+    DecodeIteration,
+    Iteration,
+    MigrateIteration,
+    PrefillIteration,
+    SampledToken,
+)
+from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
+from loongjax.runtime.buckets import Buckets, fit
+from loongjax.runtime.kv_pool import DeviceKVPool
+from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.packing import pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
+from loongjax.runtime.programs import (
+    BY_RANK,
+    DecodeState,
+    decode_step,
+    head_step,
+    migrate_step,
+    prefill_step,
+    prompt_logprobs_step,
+)
+from loongjax.runtime.protocol import RuntimeLimits
+from loongjax.runtime.readback import PendingPromptLogprobs, PendingTokens
+from loongjax.runtime.recompiles import RecompileCounter
+from loongjax.runtime.sampling.program import GroupSampler
+
+logger = logging.getLogger(__name__)
+
+MIGRATION_BUCKET = 256
+"""Tokens that one migration program moves."""
+
+Readback = Callable[[], tuple[SampledToken, ...]]
+"""Waits for an iteration's results and gives them as host values."""
+
+
+@dataclasses.dataclass
+class _DecodeCache:
+    """What the devices hold of one group's decode."""
+
+    state: DecodeState
+    token_ids: jax.Array
+    """int32 [n, B]: the next step's input."""
+    sampler: GroupSampler
+    num_steps: int
+    """Steps that the page tables still have room for."""
+
+
+class LocalRuntime:
+    """Implements `loongjax.runtime.protocol.Runtime` on a grid of local devices."""
+
+    def __init__(
+        self,
+        *,
+        spec: ModelSpec,
+        grid: DeviceGrid,
+        weights: ReplicatedState,
+        kv_pool: DeviceKVPool,
+        shape: ClusterShape,
+        limits: RuntimeLimits,
+        buckets: Buckets,
+    ) -> None:
+        self._spec = spec
+        self._grid = grid
+        self._weights = weights
+        self._kv_pool = kv_pool
+        self._shape = shape
+        self._limits = limits
+        self._buckets = buckets
+        self._decodes: dict[Group, _DecodeCache] = {}
+        self._recompiles = RecompileCounter()
+        self._ended: queue.SimpleQueue[tuple[Group, Completion] | BaseException | None] = queue.SimpleQueue()
+        self._lanes = [
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"loongjax-readback-{instance}")
+            for instance in shape.all_instances
+        ]
+
+    @property
+    def shape(self) -> ClusterShape:
+        return self._shape
+
+    @property
+    def limits(self) -> RuntimeLimits:
+        return self._limits
+
+    @property
+    def num_recompiles(self) -> int:
+        return self._recompiles.count
+
+    def reset_recompiles(self) -> None:
+        """Counts executables from now on, and those of the calling thread only."""
+        self._recompiles.reset()
+
+    def now_s(self) -> float:
+        return time.monotonic()
+
+    def wake(self) -> None:
+        self._ended.put(None)
+
+    def submit(self, iteration: Iteration) -> None:
+        started_s = self.now_s()
+        group = iteration.group
+        try:
+            with jax.set_mesh(self._grid.mesh(group)):
+                readback = self._dispatch(iteration)
+        except jax.errors.JaxRuntimeError as error:
+            readback = _failed(error)
+        # One lane a group, by its first instance: completions of a group keep their order.
+        self._lanes[group.instances[0]].submit(self._collect, iteration, readback, started_s)
+
+    def completions(self, timeout_s: float | None) -> list[Completion]:
+        ended: list[Completion] = []
+        try:
+            item = self._ended.get(timeout=timeout_s) if timeout_s != 0 else self._ended.get_nowait()
+            while True:
+                if isinstance(item, BaseException):
+                    raise item
+                if item is not None:
+                    ended.append(self._settle(*item))
+                item = self._ended.get_nowait()
+        except queue.Empty:
+            return ended
+
+    def close(self) -> None:
+        for lane in self._lanes:
+            lane.shutdown(wait=True)
+        self._recompiles.close()
+        self._decodes.clear()
+
+    def _dispatch(self, iteration: Iteration) -> Readback:
+        match iteration:
+            case PrefillIteration():
+                return self._prefill(iteration)
+            case DecodeIteration():
+                return self._decode(iteration)
+            case MigrateIteration():
+                return self._migrate(iteration)
+            case _:
+                assert_never(iteration)
+
+    def _prefill(self, iteration: PrefillIteration) -> Readback:
+        group = iteration.group
+        packed = pack_prefill(iteration, self._buckets)
+        weights = self._weights.view(group)
+        pool, hidden = prefill_step(self._spec, weights, self._kv_pool.view(group), self._put(group, packed.batch))
+        self._kv_pool.replace(group, pool)
+
+        prompts = None
+        if any(item.wants_prompt_logprobs for item in iteration.inputs):
+            targets = self._put(group, pack_prompt_targets(iteration, packed))
+            prompts = PendingPromptLogprobs(iteration, packed, prompt_logprobs_step(self._spec, weights, hidden, targets))
+        tokens = None
+        if packed.sampled:
+            rows, positions = self._put(group, (packed.sample_rows, packed.positions))
+            logits = head_step(self._spec, weights, hidden, rows)
+            requests = [iteration.inputs[i] for i in packed.sampled]
+            num_rows = packed.positions.shape[1]
+            by_rank = [requests[r * num_rows : (r + 1) * num_rows] for r in range(group.dop)]
+            sampler = GroupSampler(
+                self._grid, group, [[(item.request, _output_of(item)) for item in rank] for rank in by_rank], num_rows
+            )
+            sampled = sampler.sample(logits, positions)
+            tokens = PendingTokens([[item.request for item in rank] for rank in by_rank], sampled)
+
+        def readback() -> tuple[SampledToken, ...]:
+            jax.block_until_ready(hidden)
+            by_request = {token.request_id: token for token in tokens.read()} if tokens else {}
+            logprobs = prompts.read() if prompts else {}
+            return tuple(
+                dataclasses.replace(
+                    by_request.get(item.request.request_id, SampledToken(item.request.request_id, -1)),
+                    prompt_logprobs=logprobs.get(item.request.request_id),
+                )
+                for item in iteration.inputs
+            )
+
+        return readback
+
+    def _decode(self, iteration: DecodeIteration) -> Readback:
+        group = iteration.group
+        cache = self._decode_cache(iteration)
+        num_rows = cache.token_ids.shape[1]
+        slots = self._put(group, pack_decode_slots(iteration, num_rows))
+        pool, state, logits = decode_step(
+            self._spec, self._weights.view(group), self._kv_pool.view(group), cache.state, cache.token_ids, slots
+        )
+        self._kv_pool.replace(group, pool)
+        sampled = cache.sampler.sample(logits, state.positions)
+        cache.state, cache.token_ids = state, sampled.token_ids
+        cache.num_steps -= 1
+        requests = [[] for _ in range(group.dop)]
+        for batch in iteration.sub_batches:
+            requests[group.rank_of(batch.master)] = [item.request for item in batch.inputs]
+        return PendingTokens(requests, sampled).read
+
+    def _decode_cache(self, iteration: DecodeIteration) -> _DecodeCache:
+        group = iteration.group
+        cache = self._decodes.get(group)
+        if iteration.continues and cache is not None and cache.num_steps > 0:
+            return cache
+        for other in [other for other in self._decodes if not other.isdisjoint(group) and other != group]:
+            del self._decodes[other]
+        packed = pack_decode(iteration, self._buckets, self._shape.page_size)
+        state = self._put(group, packed.state)
+        if iteration.continues:
+            # Only the tables are full: the newest tokens and the sampler's counts are the devices' own.
+            assert cache is not None, "a decode continues what the devices do not hold"
+            cache.state, cache.num_steps = state, packed.num_steps
+            return cache
+        num_rows = packed.token_ids.shape[1]
+        rows = [[] for _ in range(group.dop)]
+        for batch in iteration.sub_batches:
+            rows[group.rank_of(batch.master)] = [(item.request, item.output_token_ids) for item in batch.inputs]
+        sampler = GroupSampler(self._grid, group, rows, num_rows)
+        cache = _DecodeCache(state, self._put(group, packed.token_ids), sampler, packed.num_steps)
+        self._decodes[group] = cache
+        return cache
+
+    def _migrate(self, iteration: MigrateIteration) -> Readback:
+        group = iteration.group
+        source, target = group.rank_of(iteration.source), group.rank_of(iteration.target)
+        moved = None
+        for begin in range(0, len(iteration.source_slots), MIGRATION_BUCKET):
+            chunk = slice(begin, begin + MIGRATION_BUCKET)
+            source_slots = np.zeros((2, MIGRATION_BUCKET), np.int32)
+            target_slots = np.full((2, MIGRATION_BUCKET), -1, np.int32)
+            num_tokens = len(iteration.source_slots[chunk])
+            source_slots[source, :num_tokens] = iteration.source_slots[chunk]
+            target_slots[target, :num_tokens] = iteration.target_slots[chunk]
+            pool, moved = migrate_step(self._kv_pool.view(group), *self._put(group, (source_slots, target_slots)))
+            self._kv_pool.replace(group, pool)
+
+        def readback() -> tuple[SampledToken, ...]:
+            jax.block_until_ready(moved)
+            return ()
+
+        return readback
+
+    def _put[Tree](self, group: Group, tree: Tree) -> Tree:
+        return jax.device_put(tree, self._grid.sharding(group, BY_RANK))
+
+    def _collect(self, iteration: Iteration, readback: Readback, started_s: float) -> None:
+        """Runs in a lane: waits for the devices, so that the dispatching thread need not."""
+        try:
+            tokens = readback()
+            completion = Completion(iteration.iteration_id, tokens, self.now_s() - started_s)
+        except jax.errors.JaxRuntimeError as error:
+            completion = Completion(iteration.iteration_id, (), self.now_s() - started_s, f"{error}")
+        except BaseException as error:
+            self._ended.put(error)
+            raise
+        self._ended.put((iteration.group, completion))
+
+    def _settle(self, group: Group, completion: Completion) -> Completion:
+        if completion.error is not None:
+            logger.error("iteration %d on %s failed: %s", completion.iteration_id, group, completion.error)
+            self._kv_pool.renew(group)
+            for other in [other for other in self._decodes if not other.isdisjoint(group)]:
+                del self._decodes[other]
+        return completion
+
+
+def _output_of(item: object) -> tuple[int, ...]:
+    token_ids, request = item.token_ids, item.request
+    return tuple(int(token) for token in token_ids[len(request.prompt_token_ids) :])
+
+
+def _failed(error: Exception) -> Readback:
+    def readback() -> tuple[SampledToken, ...]:
+        raise error
+
+    return readback

@@ -1,0 +1,143 @@
+"""From iterations to the padded host arrays of the device programs. Numpy only; every array has the leading dim n."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from loongjax.core.iteration import DecodeIteration, PrefillIteration
+from loongjax.parallel.striped import PADDING_ROW_START, stripe
+from loongjax.runtime.buckets import Buckets, fit
+from loongjax.runtime.programs import DecodeState, PrefillBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedPrefill:
+    """A prefill as its programs take it."""
+
+    batch: PrefillBatch
+    """Numpy arrays."""
+    starts: tuple[int, ...]
+    """Packed index of each request's first token."""
+    sampled: tuple[int, ...]
+    """Indices into the iteration's inputs of the requests that get a token; sampled row i is `sampled[i]`."""
+    sample_rows: np.ndarray
+    """int32 [n, n * B], as `head_step` takes it."""
+    positions: np.ndarray
+    """int32 [n, B]: of the tokens to be sampled."""
+
+
+def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill:
+    """Packs the prompts one behind the other, and stripes them over the group's ranks."""
+    n = iteration.group.dop
+    inputs = iteration.inputs
+    lengths = np.array([len(item.token_ids) for item in inputs])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    num_local = fit(-(-int(ends[-1]) // n), buckets.num_tokens)
+    num_packed = num_local * n
+
+    token_ids = np.zeros(num_packed, np.int32)
+    positions = np.zeros(num_packed, np.int32)
+    row_starts = np.full(num_packed, PADDING_ROW_START, np.int32)
+    kept_slots = np.full((n, num_packed), -1, np.int32)
+    for item, start, end in zip(inputs, starts, ends, strict=True):
+        token_ids[start:end] = item.token_ids
+        positions[start:end] = np.arange(end - start)
+        row_starts[start:end] = start
+        for kept in item.kept:
+            kept_slots[iteration.group.rank_of(kept.instance), start + kept.begin : start + kept.end] = kept.slots
+
+    sampled = tuple(i for i, item in enumerate(inputs) if item.request.max_tokens > 0)
+    num_rows = fit(max(1, -(-len(sampled) // n)), buckets.num_rows)
+    sample_rows = np.full((n, n * num_rows), -1, np.int32)
+    sample_positions = np.zeros(n * num_rows, np.int32)
+    for row, i in enumerate(sampled):
+        last = int(ends[i]) - 1
+        sample_rows[last % n, row] = last // n
+        sample_positions[row] = lengths[i]
+
+    batch = PrefillBatch(
+        token_ids=stripe(token_ids, n),
+        positions=stripe(positions, n),
+        row_starts=stripe(row_starts, n),
+        kept_slots=np.stack([stripe(slots, n) for slots in kept_slots]),
+    )
+    return PackedPrefill(
+        batch, tuple(int(start) for start in starts), sampled, sample_rows, sample_positions.reshape(n, num_rows)
+    )
+
+
+def pack_prompt_targets(iteration: PrefillIteration, packed: PackedPrefill) -> np.ndarray:
+    """int32 [n, T]: for rows whose prompt log-probabilities are wanted, the prompt's next token; -1 elsewhere."""
+    n, num_local = packed.batch.token_ids.shape
+    targets = np.full(n * num_local, -1, np.int32)
+    for item, start in zip(iteration.inputs, packed.starts, strict=True):
+        if item.wants_prompt_logprobs:
+            prompt = item.token_ids[: len(item.request.prompt_token_ids)]
+            targets[start : start + len(prompt) - 1] = prompt[1:]
+    return stripe(targets, n)
+
+
+def pack_decode_slots(iteration: DecodeIteration, num_rows: int) -> np.ndarray:
+    """int32 [n, B]: where each master keeps its rows' new keys; -1 for padding."""
+    slots = np.full((iteration.group.dop, num_rows), -1, np.int32)
+    for batch in iteration.sub_batches:
+        slots[iteration.group.rank_of(batch.master), : len(batch.inputs)] = [item.slot for item in batch.inputs]
+    return slots
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedDecode:
+    """A decode as its program takes it, from host truth alone."""
+
+    state: DecodeState
+    """Numpy arrays: the state before this step."""
+    token_ids: np.ndarray
+    """int32 [n, B]: the last token of each row that the host knows."""
+    num_steps: int
+    """Steps, this one included, until a row may outgrow its part of the page table."""
+
+
+def pack_decode(iteration: DecodeIteration, buckets: Buckets, page_size: int) -> PackedDecode:
+    """Lays the page tables out with room to grow behind every row that gets new keys."""
+    n = iteration.group.dop
+    num_rows = fit(max(len(batch.inputs) for batch in iteration.sub_batches), buckets.num_rows)
+    token_ids = np.zeros((n, num_rows), np.int32)
+    positions = np.zeros((n, num_rows), np.int32)
+    kv_lens = np.zeros((n, n * num_rows), np.int32)
+    pages: list[dict[int, np.ndarray]] = [{} for _ in range(n)]
+    growing: list[list[int]] = [[] for _ in range(n)]
+    for batch in iteration.sub_batches:
+        master_rank = iteration.group.rank_of(batch.master)
+        for b, item in enumerate(batch.inputs):
+            row = master_rank * num_rows + b
+            token_ids[master_rank, b] = _last_token(item.output_token_ids, item.request.prompt_token_ids)
+            positions[master_rank, b] = item.position
+            for table in item.tables:
+                rank = iteration.group.rank_of(table.instance)
+                kv_lens[rank, row] = table.num_tokens - (rank == master_rank)
+                pages[rank][row] = table.page_indices
+            growing[master_rank].append(row)
+
+    page_starts = np.zeros((n, n * num_rows), np.int32)
+    page_indices = np.zeros((n, buckets.num_table_entries), np.int32)
+    least_slack = buckets.num_table_entries
+    for rank in range(n):
+        spare = buckets.num_table_entries - sum(len(entries) for entries in pages[rank].values())
+        slack = spare // max(1, len(growing[rank]))
+        if growing[rank]:
+            least_slack = min(least_slack, slack)
+        grows = set(growing[rank])
+        begin = 0
+        for row, entries in pages[rank].items():
+            page_starts[rank, row] = begin
+            page_indices[rank, begin : begin + len(entries)] = entries
+            begin += len(entries) + (slack if row in grows else 0)
+    state = DecodeState(positions, kv_lens, page_starts, page_indices)
+    return PackedDecode(state, token_ids, 1 + least_slack * page_size)
+
+
+def _last_token(output: tuple[int, ...], prompt: tuple[int, ...]) -> int:
+    return output[-1] if output else prompt[-1]

@@ -1,0 +1,202 @@
+"""The device programs: what one iteration runs on a group's mesh.
+
+Each is one module-level `jax.jit` around a `jax.shard_map` without a mesh, called under `jax.set_mesh`: another set of
+instances of the same size needs no new trace, and everything that tells groups, masters and slots apart is data.
+Arrays carry a leading dim n, the group's instances, cut over "sp"; legend: T tokens and B rows of one rank.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from loongjax.pallas_kernels import kv_update
+from loongjax.parallel import multi_master_decode, ring_attention
+from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
+from loongjax.parallel.retention import retain
+from loongjax.runtime.kv_pool import KV_POOL_SPEC
+from loongjax.runtime.model_spec import ModelSpec
+
+BY_RANK = PartitionSpec(SP_AXIS)
+LOGITS_SPEC = PartitionSpec(SP_AXIS, None, TP_AXIS)
+
+Weights = tuple[jax.Array, ...]
+KVPoolView = Float[Array, "n L 2 P page_size K H"]
+
+
+class PrefillBatch(NamedTuple):
+    """A packed batch in the striped layout: packed token i is row i // n of rank i mod n."""
+
+    token_ids: Int32[Array, "n T"]
+    positions: Int32[Array, "n T"]
+    """Within its own request."""
+    row_starts: Int32[Array, "n T"]
+    """Packed index of the first token of the row's request; padding as `loongjax.parallel.striped` says."""
+    kept_slots: Int32[Array, "n n T"]
+    """[keeper, source rank, row]: the keeper's slot for the token, or -1."""
+
+
+class DecodeState(NamedTuple):
+    """What the devices hold of a decode between steps: a cache of host truth. Rows of all masters: b + B * master."""
+
+    positions: Int32[Array, "n B"]
+    """Of the next input token."""
+    kv_lens: Int32[Array, "n nB"]
+    """Keys that this instance holds of every master's rows, before the step's own."""
+    page_starts: Int32[Array, "n nB"]
+    """Index in `page_indices` of each row's first page."""
+    page_indices: Int32[Array, "n I"]
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
+def prefill_step(
+    spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: PrefillBatch
+) -> tuple[KVPoolView, Float[Array, "n T D"]]:
+    """Ring-attention prefill; each instance keeps the keys that `kept_slots` gives it. Donates `kv_pool`.
+
+    Returns the pool and the final hidden states.
+    """
+
+    def body(weights: Weights, kv_pool: jax.Array, batch: PrefillBatch) -> tuple[jax.Array, jax.Array]:
+        batch = _drop_rank_dim(batch)
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
+            def visit(source_rank: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> jax.Array:
+                return retain(pool, jnp.int32(layer), batch.kept_slots, source_rank, k, v)
+
+            out, _, pool = ring_attention(q, k, v, batch.row_starts, axis_name=SP_AXIS, visit=visit, carry=pool)
+            return out, pool
+
+        model = spec.restore(weights)
+        hidden, pool = model.hidden(batch.token_ids, batch.positions, attend, kv_pool[0])
+        return pool[None], hidden[None]
+
+    return jax.shard_map(
+        body,
+        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK),
+        out_specs=(KV_POOL_SPEC, BY_RANK),
+        check_vma=False,
+    )(weights, kv_pool, batch)
+
+
+@functools.partial(jax.jit, static_argnames="spec")
+def head_step(
+    spec: ModelSpec, weights: Weights, hidden: Float[Array, "n T D"], rows: Int32[Array, "n nB"]
+) -> Float[Array, "n B V"]:
+    """Logits of chosen rows, spread evenly over the ranks.
+
+    Args:
+        spec: the model.
+        weights: its weights.
+        hidden: a prefill's hidden states.
+        rows: for each sampled row, its index on the rank that has it, -1 on all others. Row i goes to rank i // B.
+    """
+
+    def body(weights: Weights, hidden: jax.Array, rows: jax.Array) -> jax.Array:
+        hidden, rows = hidden[0], rows[0]
+        picked = jnp.where((rows >= 0)[:, None], hidden[jnp.maximum(rows, 0)], jnp.zeros((), hidden.dtype))
+        mine = jax.lax.psum_scatter(picked, SP_AXIS, scatter_dimension=0, tiled=True)
+        return spec.restore(weights).logits(mine)[None]
+
+    return jax.shard_map(
+        body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=LOGITS_SPEC, check_vma=False
+    )(weights, hidden, rows)
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames=("kv_pool", "state"))
+def decode_step(
+    spec: ModelSpec,
+    weights: Weights,
+    kv_pool: KVPoolView,
+    state: DecodeState,
+    token_ids: Int32[Array, "n B"],
+    slots: Int32[Array, "n B"],
+) -> tuple[KVPoolView, DecodeState, Float[Array, "n B V"]]:
+    """One multi-master decode step. Donates `kv_pool` and `state`.
+
+    Args:
+        spec: the model.
+        weights: its weights.
+        kv_pool: the group's view of the pool.
+        state: as the previous step left it.
+        token_ids: each master's input tokens.
+        slots: where the master keeps each row's new key; -1 marks padding rows.
+
+    Returns:
+        The pool, the state for the next step, and the logits.
+    """
+    page_size = kv_pool.shape[4]
+
+    def body(
+        weights: Weights, kv_pool: jax.Array, state: DecodeState, token_ids: jax.Array, slots: jax.Array
+    ) -> tuple[jax.Array, DecodeState, jax.Array]:
+        state, token_ids, slots = _drop_rank_dim((state, token_ids, slots))
+        state = _append_rows(state, slots, page_size)
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
+            index = jnp.int32(layer)
+            pool = kv_update(pool, k, v, index, slots)
+            out, _ = multi_master_decode(
+                q, pool, index, state.page_indices, state.page_starts, state.kv_lens, axis_name=SP_AXIS
+            )
+            return out, pool
+
+        model = spec.restore(weights)
+        hidden, pool = model.hidden(token_ids, state.positions, attend, kv_pool[0])
+        state = state._replace(positions=state.positions + 1)
+        return pool[None], jax.tree.map(lambda leaf: leaf[None], state), model.logits(hidden)[None]
+
+    return jax.shard_map(
+        body,
+        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK, BY_RANK, BY_RANK),
+        out_specs=(KV_POOL_SPEC, BY_RANK, LOGITS_SPEC),
+        check_vma=False,
+    )(weights, kv_pool, state, token_ids, slots)
+
+
+@functools.partial(jax.jit, donate_argnames="kv_pool")
+def migrate_step(
+    kv_pool: KVPoolView, source_slots: Int32[Array, "n M"], target_slots: Int32[Array, "n M"]
+) -> KVPoolView:
+    """Copies keys and values between the two instances of a group. Donates `kv_pool`.
+
+    Args:
+        kv_pool: the pair's view of the pool.
+        source_slots: on the source its slots, elsewhere anything in range.
+        target_slots: on the target its slots, -1 everywhere else and for padding.
+    """
+
+    def body(kv_pool: jax.Array, source_slots: jax.Array, target_slots: jax.Array) -> jax.Array:
+        pool, source_slots, target_slots = kv_pool[0], source_slots[0], target_slots[0]
+        page_size = pool.shape[3]
+        sent = pool[:, :, source_slots // page_size, source_slots % page_size]
+        received = jax.lax.ppermute(sent, SP_AXIS, [(0, 1), (1, 0)])
+        pages = jnp.where(target_slots >= 0, target_slots // page_size, pool.shape[2])
+        pool = pool.at[:, :, pages, target_slots % page_size].set(received, mode="drop")
+        return pool[None]
+
+    return jax.shard_map(body, in_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK), out_specs=KV_POOL_SPEC, check_vma=False)(
+        kv_pool, source_slots, target_slots
+    )
+
+
+def _append_rows(state: DecodeState, slots: Int32[Array, "B"], page_size: int) -> DecodeState:
+    """This step's keys enter the tables of the rows that this rank masters."""
+    num_rows = slots.shape[0]
+    is_live = slots >= 0
+    rows = jax.lax.axis_index(SP_AXIS) * num_rows + jnp.arange(num_rows, dtype=jnp.int32)
+    entry = state.page_starts[rows] + state.kv_lens[rows] // page_size
+    entry = jnp.where(is_live, entry, state.page_indices.shape[0])
+    return state._replace(
+        page_indices=state.page_indices.at[entry].set(slots // page_size, mode="drop"),
+        kv_lens=state.kv_lens.at[rows].add(is_live.astype(jnp.int32)),
+    )
+
+
+def _drop_rank_dim(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[0], tree)
