@@ -60,6 +60,10 @@ class ClusterShape:
         """Tokens that one instance's part of the pool holds."""
         return self.num_pages * self.page_size
 
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that a dense sequence of this many tokens fills, the last one perhaps partly."""
+        return -(-num_tokens // self.page_size)
+
     @property
     def all_instances(self) -> tuple[InstanceId, ...]:
         return tuple(range(self.num_instances))
