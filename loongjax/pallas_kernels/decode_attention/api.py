@@ -1,0 +1,65 @@
+"""The public op."""
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from loongjax.pallas_kernels.decode_attention.blockwise import blockwise_decode_attention
+from loongjax.pallas_kernels.decode_attention.reference import reference_decode_attention
+from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
+from loongjax.pallas_kernels.variants import pick_variant
+
+VARIANTS = {"blockwise": blockwise_decode_attention, "reference": reference_decode_attention}
+
+
+def decode_attention(
+    q: Float[Array, "B N H"],
+    kv_pool: Float[Array, "L 2 P page_size K H"],
+    layer: Int32[Array, ""],
+    page_indices: Int32[Array, "I"],
+    page_starts: Int32[Array, "B"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    sm_scale: float | None = None,
+    out_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
+    """Attention of one query token of each request over the keys that this pool holds of it.
+
+    Row b's keys are the first kv_lens[b] slots of the pages page_indices[page_starts[b]:], in this order. Query head n
+    uses key head n // (N // K).
+
+    Args:
+        q: queries, in the dtype of the pool.
+        kv_pool: keys ([:, 0]) and values ([:, 1]) of all layers. Slots that no row names may hold anything, NaN too.
+        layer: which layer.
+        page_indices: the tables of all rows. Rows may lie anywhere in it and share entries; entries that no row names
+            may hold any integer.
+        page_starts: each row's first entry in the table; anything where `kv_lens` is 0.
+        kv_lens: each row's number of keys; 0 for none.
+        sm_scale: factor of the scores; H ** -0.5 if None.
+        out_dtype: dtype of the output; that of the queries if None.
+        implementation: "reference" (every row against a dense copy of its keys, float32), "blockwise" (work
+            proportional to the number of keys; products in the input dtype, sums in float32; forward only), or None
+            for the best here.
+
+    Returns:
+        The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
+
+    Raises:
+        ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
+        NotImplementedError: an implementation that is not built.
+    """
+    variant = pick_variant("decode_attention", implementation, VARIANTS, default="blockwise")
+    check_heads("decode_attention", q.shape, kv_pool.shape)
+    check_dtypes("decode_attention", q.dtype, kv_pool.dtype)
+    return variant(
+        q,
+        kv_pool,
+        layer,
+        page_indices,
+        page_starts,
+        kv_lens,
+        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
+    )

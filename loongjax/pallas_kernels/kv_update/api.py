@@ -1,0 +1,36 @@
+"""The public op."""
+
+from jaxtyping import Array, Float, Int32
+
+from loongjax.pallas_kernels.kv_update.reference import reference_kv_update
+from loongjax.pallas_kernels.variants import pick_variant
+
+VARIANTS = {"reference": reference_kv_update}
+
+
+def kv_update(
+    kv_pool: Float[Array, "L 2 P page_size K H"],
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    layer: Int32[Array, ""],
+    slots: Int32[Array, "T"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "L 2 P page_size K H"]:
+    """The pool with the keys and values of T tokens written to one layer's slots.
+
+    In place where the caller's jitted function donates the pool; a copy of the whole pool where it does not.
+
+    Args:
+        kv_pool: keys ([:, 0]) and values ([:, 1]) of all layers.
+        k: keys, rounded to the pool's dtype.
+        v: values, likewise.
+        layer: which layer.
+        slots: page * page_size + offset, no two the same; negative, or beyond the pool: the token is dropped.
+        implementation: "reference" (a jax scatter), or None for the best here.
+
+    Raises:
+        ValueError: an unknown implementation.
+        NotImplementedError: an implementation that is not built.
+    """
+    return pick_variant("kv_update", implementation, VARIANTS, default="reference")(kv_pool, k, v, layer, slots)

@@ -1,0 +1,74 @@
+"""Multi-master distributed decode (LoongServe, section 4.2): queries travel, keys stay."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from loongjax.pallas_kernels import decode_attention, merge_partials
+
+
+def multi_master_decode(
+    q: Float[Array, "B_m N H"],
+    kv_pool: Float[Array, "L 2 P page_size K H"],
+    layer: Int32[Array, ""],
+    page_indices: Int32[Array, "I"],
+    page_starts: Int32[Array, "n_B_m"],
+    kv_lens: Int32[Array, "n_B_m"],
+    *,
+    axis_name: str,
+    sm_scale: float | None = None,
+    out_dtype: DTypeLike | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B_m N H"], Float32[Array, "B_m N"]]:
+    """Attention of each master's requests over their keys on all n instances of a mesh axis.
+
+    Called inside `shard_map`. Every rank's queries go to every rank (one all-gather), each attends to the keys that it
+    holds itself, and outputs and log-sum-exps go back to the rows' masters (one all-to-all, float32), who merge them.
+    With n = 1 there is no collective.
+
+    Args:
+        q: this rank's rows. A rank that masters fewer than B_m, or none, pads with rows that have no keys anywhere.
+        kv_pool: this rank's pool, as in `decode_attention`.
+        layer: which layer.
+        page_indices: this rank's tables.
+        page_starts: for every row of every rank, ordered by (master's rank, row), where its table begins on this rank.
+        kv_lens: for every row in the same order, how many keys this rank holds of it; 0 for none.
+        axis_name: the mesh axis.
+        sm_scale: factor of the scores; H ** -0.5 if None.
+        out_dtype: dtype of the output; that of the queries if None.
+        implementation: of `decode_attention`.
+
+    Returns:
+        Output and natural log-sum-exp of this rank's rows; 0 and -inf in rows without keys anywhere.
+
+    Raises:
+        ValueError: tables of another number of rows than n * B_m.
+    """
+    num_ranks = jax.lax.axis_size(axis_name)
+    B_m, N, H = q.shape
+    out_dtype = q.dtype if out_dtype is None else out_dtype
+    if kv_lens.shape[0] != num_ranks * B_m:
+        raise ValueError(f"{num_ranks} ranks of {B_m} rows need {num_ranks * B_m} kv_lens, got {kv_lens.shape[0]}")
+
+    def attend(q: Float[Array, "B N H"], out_dtype: DTypeLike) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
+        return decode_attention(
+            q,
+            kv_pool,
+            layer,
+            page_indices,
+            page_starts,
+            kv_lens,
+            sm_scale=sm_scale,
+            out_dtype=out_dtype,
+            implementation=implementation,
+        )
+
+    if num_ranks == 1:
+        return attend(q, out_dtype)
+    o, lse = attend(jax.lax.all_gather(q, axis_name, tiled=True), jnp.float32)
+    # One message: the log-sum-exp travels as one more element of each head.
+    sent = jnp.concatenate([o, lse[..., None]], axis=-1).reshape(num_ranks, B_m, N, H + 1)
+    received = jax.lax.all_to_all(sent, axis_name, split_axis=0, concat_axis=0)
+    o, lse = merge_partials(received[..., :H], received[..., H])
+    return o.astype(out_dtype), lse
