@@ -110,10 +110,10 @@ class SamplingParams:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
-def _check_range(name: str, value: float | None, low: float | None, high: float | None) -> None:
+def _check_range(name: str, value: int | float | None, low: int | float, high: int | float | None) -> None:
     if value is None:
         return
-    too_low = low is not None and not value >= low
+    too_low = not value >= low
     too_high = high is not None and not value <= high
     if too_low or too_high or (isinstance(value, float) and not math.isfinite(value)):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"

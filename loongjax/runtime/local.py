@@ -19,11 +19,13 @@ from loongjax.core.iteration import (
     DecodeIteration,
     Iteration,
     MigrateIteration,
+    PrefillInput,
     PrefillIteration,
     SampledToken,
 )
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets, fit
+from loongjax.runtime.group_sampler import GroupSampler
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.packing import pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
@@ -39,7 +41,7 @@ from loongjax.runtime.programs import (
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax.runtime.readback import PendingPromptLogprobs, PendingTokens
 from loongjax.runtime.recompiles import RecompileCounter
-from loongjax.runtime.sampling.program import GroupSampler
+from loongjax.runtime.sampling import SamplerInput
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,8 @@ Readback = Callable[[], tuple[SampledToken, ...]]
 class _DecodeCache:
     """What the devices hold of one group's decode."""
 
+    rows: list[list[SamplerInput]]
+    """By rank."""
     state: DecodeState
     token_ids: jax.Array
     """int32 [n, B]: the next step's input."""
@@ -169,14 +173,10 @@ class LocalRuntime:
         if packed.sampled:
             rows, positions = self._put(group, (packed.sample_rows, packed.positions))
             logits = head_step(self._spec, weights, hidden, rows)
-            requests = [iteration.inputs[i] for i in packed.sampled]
+            sampled = [_sampler_input(iteration.inputs[i]) for i in packed.sampled]
             num_rows = packed.positions.shape[1]
-            by_rank = [requests[r * num_rows : (r + 1) * num_rows] for r in range(group.dop)]
-            sampler = GroupSampler(
-                self._grid, group, [[(item.request, _output_of(item)) for item in rank] for rank in by_rank], num_rows
-            )
-            sampled = sampler.sample(logits, positions)
-            tokens = PendingTokens([[item.request for item in rank] for rank in by_rank], sampled)
+            by_rank = [sampled[rank * num_rows : (rank + 1) * num_rows] for rank in range(group.dop)]
+            tokens = PendingTokens(by_rank, self._sampler(group, by_rank, num_rows).sample(logits, positions))
 
         def readback() -> tuple[SampledToken, ...]:
             jax.block_until_ready(hidden)
@@ -204,10 +204,7 @@ class LocalRuntime:
         sampled = cache.sampler.sample(logits, state.positions)
         cache.state, cache.token_ids = state, sampled.token_ids
         cache.num_steps -= 1
-        requests = [[] for _ in range(group.dop)]
-        for batch in iteration.sub_batches:
-            requests[group.rank_of(batch.master)] = [item.request for item in batch.inputs]
-        return PendingTokens(requests, sampled).read
+        return PendingTokens(cache.rows, sampled).read
 
     def _decode_cache(self, iteration: DecodeIteration) -> _DecodeCache:
         group = iteration.group
@@ -223,12 +220,12 @@ class LocalRuntime:
             assert cache is not None, "a decode continues what the devices do not hold"
             cache.state, cache.num_steps = state, packed.num_steps
             return cache
-        num_rows = packed.token_ids.shape[1]
-        rows = [[] for _ in range(group.dop)]
+        rows: list[list[SamplerInput]] = [[] for _ in range(group.dop)]
         for batch in iteration.sub_batches:
-            rows[group.rank_of(batch.master)] = [(item.request, item.output_token_ids) for item in batch.inputs]
-        sampler = GroupSampler(self._grid, group, rows, num_rows)
-        cache = _DecodeCache(state, self._put(group, packed.token_ids), sampler, packed.num_steps)
+            rank = group.rank_of(batch.master)
+            rows[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
+        sampler = self._sampler(group, rows, packed.token_ids.shape[1])
+        cache = _DecodeCache(rows, state, self._put(group, packed.token_ids), sampler, packed.num_steps)
         self._decodes[group] = cache
         return cache
 
@@ -251,6 +248,14 @@ class LocalRuntime:
             return ()
 
         return readback
+
+    def _sampler(self, group: Group, sub_batches: list[list[SamplerInput]], num_rows: int) -> GroupSampler:
+        return GroupSampler(
+            sub_batches,
+            num_rows=num_rows,
+            vocab_size=self._spec.config.padded_vocab_size(self._spec.tp),
+            put=lambda tree: self._put(group, tree),
+        )
 
     def _put[Tree](self, group: Group, tree: Tree) -> Tree:
         return jax.device_put(tree, self._grid.sharding(group, BY_RANK))
@@ -276,9 +281,9 @@ class LocalRuntime:
         return completion
 
 
-def _output_of(item: object) -> tuple[int, ...]:
-    token_ids, request = item.token_ids, item.request
-    return tuple(int(token) for token in token_ids[len(request.prompt_token_ids) :])
+def _sampler_input(item: PrefillInput) -> SamplerInput:
+    """A prefill's request, with what it had generated before it was preempted."""
+    return SamplerInput(item.request, item.token_ids[len(item.request.prompt_token_ids) :].tolist())
 
 
 def _failed(error: Exception) -> Readback:

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from loongjax.core.iteration import DecodeIteration, PrefillIteration
-from loongjax.parallel.striped import PADDING_ROW_START, stripe
+from loongjax.parallel.striped import PADDING_ROW, local_length, stripe
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.programs import DecodeState, PrefillBatch
 
@@ -35,19 +35,13 @@ def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill
     lengths = np.array([len(item.token_ids) for item in inputs])
     ends = np.cumsum(lengths)
     starts = ends - lengths
-    num_local = fit(-(-int(ends[-1]) // n), buckets.num_tokens)
-    num_packed = num_local * n
-
-    token_ids = np.zeros(num_packed, np.int32)
-    positions = np.zeros(num_packed, np.int32)
-    row_starts = np.full(num_packed, PADDING_ROW_START, np.int32)
-    kept_slots = np.full((n, num_packed), -1, np.int32)
-    for item, start, end in zip(inputs, starts, ends, strict=True):
-        token_ids[start:end] = item.token_ids
-        positions[start:end] = np.arange(end - start)
-        row_starts[start:end] = start
+    num_tokens = int(ends[-1])
+    row_starts = np.repeat(starts, lengths).astype(np.int32)
+    positions = np.arange(num_tokens, dtype=np.int32) - row_starts
+    kept_slots = np.full((num_tokens, n), -1, np.int32)
+    for item, start in zip(inputs, starts, strict=True):
         for kept in item.kept:
-            kept_slots[iteration.group.rank_of(kept.instance), start + kept.begin : start + kept.end] = kept.slots
+            kept_slots[start + kept.begin : start + kept.end, iteration.group.rank_of(kept.instance)] = kept.slots
 
     sampled = tuple(i for i, item in enumerate(inputs) if item.request.max_tokens > 0)
     num_rows = fit(max(1, -(-len(sampled) // n)), buckets.num_rows)
@@ -58,11 +52,12 @@ def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill
         sample_rows[last % n, row] = last // n
         sample_positions[row] = lengths[i]
 
+    rows = fit(local_length(num_tokens, n), buckets.num_tokens)
     batch = PrefillBatch(
-        token_ids=stripe(token_ids, n),
-        positions=stripe(positions, n),
-        row_starts=stripe(row_starts, n),
-        kept_slots=np.stack([stripe(slots, n) for slots in kept_slots]),
+        token_ids=stripe(np.concatenate([item.token_ids for item in inputs]), n, fill=0, rows=rows),
+        positions=stripe(positions, n, fill=0, rows=rows),
+        row_starts=stripe(row_starts, n, fill=int(PADDING_ROW), rows=rows),
+        kept_slots=np.moveaxis(stripe(kept_slots, n, fill=-1, rows=rows), 2, 0),
     )
     return PackedPrefill(
         batch, tuple(int(start) for start in starts), sampled, sample_rows, sample_positions.reshape(n, num_rows)
@@ -71,13 +66,13 @@ def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill
 
 def pack_prompt_targets(iteration: PrefillIteration, packed: PackedPrefill) -> np.ndarray:
     """int32 [n, T]: for rows whose prompt log-probabilities are wanted, the prompt's next token; -1 elsewhere."""
-    n, num_local = packed.batch.token_ids.shape
-    targets = np.full(n * num_local, -1, np.int32)
+    n, rows = packed.batch.token_ids.shape
+    targets = np.full(n * rows, -1, np.int32)
     for item, start in zip(iteration.inputs, packed.starts, strict=True):
         if item.wants_prompt_logprobs:
             prompt = item.token_ids[: len(item.request.prompt_token_ids)]
             targets[start : start + len(prompt) - 1] = prompt[1:]
-    return stripe(targets, n)
+    return stripe(targets, n, fill=-1)
 
 
 def pack_decode_slots(iteration: DecodeIteration, num_rows: int) -> np.ndarray:

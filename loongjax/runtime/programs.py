@@ -21,6 +21,7 @@ from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
 from loongjax.parallel.retention import retain
 from loongjax.runtime.kv_pool import KV_POOL_SPEC
 from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.sampling import LogprobArrays, prompt_logprobs
 
 BY_RANK = PartitionSpec(SP_AXIS)
 LOGITS_SPEC = PartitionSpec(SP_AXIS, None, TP_AXIS)
@@ -36,7 +37,7 @@ class PrefillBatch(NamedTuple):
     positions: Int32[Array, "n T"]
     """Within its own request."""
     row_starts: Int32[Array, "n T"]
-    """Packed index of the first token of the row's request; padding as `loongjax.parallel.striped` says."""
+    """Packed index of the first token of the row's request; padding marked as `loongjax.parallel.striped` says."""
     kept_slots: Int32[Array, "n n T"]
     """[keeper, source rank, row]: the keeper's slot for the token, or -1."""
 
@@ -108,6 +109,29 @@ def head_step(
     )(weights, hidden, rows)
 
 
+@functools.partial(jax.jit, static_argnames="spec")
+def prompt_logprobs_step(
+    spec: ModelSpec, weights: Weights, hidden: Float[Array, "n T D"], target_ids: Int32[Array, "n T"]
+) -> LogprobArrays:
+    """Scores the token after each of a prefill's rows; arrays [n, T, ...].
+
+    Args:
+        spec: the model.
+        weights: its weights.
+        hidden: a prefill's hidden states.
+        target_ids: the token that follows each row's; -1 where none is to be scored.
+    """
+
+    def body(weights: Weights, hidden: jax.Array, target_ids: jax.Array) -> LogprobArrays:
+        logits_fn = spec.restore(weights).logits
+        scores = prompt_logprobs(hidden[0], target_ids[0], logits_fn, axis_name=TP_AXIS)
+        return jax.tree.map(lambda leaf: leaf[None], scores)
+
+    return jax.shard_map(
+        body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=BY_RANK, check_vma=False
+    )(weights, hidden, target_ids)
+
+
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames=("kv_pool", "state"))
 def decode_step(
     spec: ModelSpec,
@@ -162,27 +186,30 @@ def decode_step(
 @functools.partial(jax.jit, donate_argnames="kv_pool")
 def migrate_step(
     kv_pool: KVPoolView, source_slots: Int32[Array, "n M"], target_slots: Int32[Array, "n M"]
-) -> KVPoolView:
+) -> tuple[KVPoolView, Int32[Array, "n M"]]:
     """Copies keys and values between the two instances of a group. Donates `kv_pool`.
 
     Args:
         kv_pool: the pair's view of the pool.
         source_slots: on the source its slots, elsewhere anything in range.
         target_slots: on the target its slots, -1 everywhere else and for padding.
+
+    Returns:
+        The pool, and an array that is ready when the copy is done, which the pool's next donation leaves alone.
     """
 
-    def body(kv_pool: jax.Array, source_slots: jax.Array, target_slots: jax.Array) -> jax.Array:
+    def body(kv_pool: jax.Array, source_slots: jax.Array, target_slots: jax.Array) -> tuple[jax.Array, jax.Array]:
         pool, source_slots, target_slots = kv_pool[0], source_slots[0], target_slots[0]
         page_size = pool.shape[3]
         sent = pool[:, :, source_slots // page_size, source_slots % page_size]
         received = jax.lax.ppermute(sent, SP_AXIS, [(0, 1), (1, 0)])
         pages = jnp.where(target_slots >= 0, target_slots // page_size, pool.shape[2])
         pool = pool.at[:, :, pages, target_slots % page_size].set(received, mode="drop")
-        return pool[None]
+        return pool[None], pages[None]
 
-    return jax.shard_map(body, in_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK), out_specs=KV_POOL_SPEC, check_vma=False)(
-        kv_pool, source_slots, target_slots
-    )
+    return jax.shard_map(
+        body, in_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK), out_specs=(KV_POOL_SPEC, BY_RANK), check_vma=False
+    )(kv_pool, source_slots, target_slots)
 
 
 def _append_rows(state: DecodeState, slots: Int32[Array, "B"], page_size: int) -> DecodeState:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from loongjax.core.iteration import PrefillIteration, SampledToken
 from loongjax.core.request import Request, TokenLogprobs
 from loongjax.parallel.striped import unstripe
 from loongjax.runtime.packing import PackedPrefill
+from loongjax.runtime.sampling import LogprobArrays, SamplerInput
 from loongjax.runtime.sampling.sample import SampleResult
 
 
@@ -18,37 +19,32 @@ class PendingTokens:
     """Sampled tokens on their way to the host.
 
     Args:
-        requests: by rank, the requests of its rows.
+        rows: by rank, the requests of its rows.
         result: arrays [n, B, ...]; log-probabilities are read only if a request asks for them.
     """
 
-    def __init__(self, requests: Sequence[Sequence[Request]], result: SampleResult) -> None:
-        self._requests = requests
-        self._result = result
-        self._wants_logprobs = any(r.sampling.logprobs is not None for rank in requests for r in rank)
-        for array in self._arrays():
+    def __init__(self, rows: Sequence[Sequence[SamplerInput]], result: SampleResult) -> None:
+        self._rows = rows
+        self._token_ids = result.token_ids
+        wants_logprobs = any(item.request.sampling.logprobs is not None for rank in rows for item in rank)
+        self._logprobs = result.logprobs if wants_logprobs else None
+        for array in jax.tree.leaves((self._token_ids, self._logprobs)):
             array.copy_to_host_async()
 
     def read(self) -> tuple[SampledToken, ...]:
         """Waits for the devices."""
-        token_ids, *rest = (np.asarray(array) for array in self._arrays())
-        return tuple(
-            SampledToken(
-                request.request_id,
-                int(token_ids[rank, row]),
-                _token_logprobs(int(token_ids[rank, row]), request.sampling.logprobs, [a[rank, row] for a in rest])
-                if request.sampling.logprobs is not None
-                else None,
-            )
-            for rank, requests in enumerate(self._requests)
-            for row, request in enumerate(requests)
-        )
+        token_ids, logprobs = jax.tree.map(np.asarray, (self._token_ids, self._logprobs))
+        tokens = []
+        for rank, row, request in self._requests():
+            token_id, num_top = int(token_ids[rank, row]), request.sampling.logprobs
+            scored = None if num_top is None else logprobs.at((rank, row), token_id, num_top)
+            tokens.append(SampledToken(request.request_id, token_id, scored))
+        return tuple(tokens)
 
-    def _arrays(self) -> list[jax.Array]:
-        result = self._result
-        if not self._wants_logprobs:
-            return [result.token_ids]
-        return [result.token_ids, result.logprobs, result.ranks, result.top_ids, result.top_logprobs]
+    def _requests(self) -> Iterator[tuple[int, int, Request]]:
+        for rank, rows in enumerate(self._rows):
+            for row, item in enumerate(rows):
+                yield rank, row, item.request
 
 
 class PendingPromptLogprobs:
@@ -57,32 +53,24 @@ class PendingPromptLogprobs:
     Args:
         iteration: the prefill.
         packed: its layout.
-        result: log-probability, rank, top ids and top log-probabilities, each [n, T, ...].
+        result: arrays [n, T, ...].
     """
 
-    def __init__(self, iteration: PrefillIteration, packed: PackedPrefill, result: Sequence[jax.Array]) -> None:
+    def __init__(self, iteration: PrefillIteration, packed: PackedPrefill, result: LogprobArrays) -> None:
         self._iteration = iteration
-        self._starts = packed.starts
+        self._packed = packed
         self._result = result
 
     def read(self) -> dict[str, tuple[TokenLogprobs, ...]]:
         """Waits for the devices; by request id, one for each prompt token but the first."""
-        arrays = [unstripe(np.asarray(array)) for array in self._result]
+        num_tokens = sum(len(item.token_ids) for item in self._iteration.inputs)
+        scores = LogprobArrays(*(unstripe(np.asarray(array), num_tokens) for array in self._result))
         found = {}
-        for item, start in zip(self._iteration.inputs, self._starts, strict=True):
-            if item.wants_prompt_logprobs:
-                prompt = item.request.prompt_token_ids
+        for item, start in zip(self._iteration.inputs, self._packed.starts, strict=True):
+            num_top = item.request.sampling.prompt_logprobs
+            if item.wants_prompt_logprobs and num_top is not None:
+                following = item.request.prompt_token_ids[1:]
                 found[item.request.request_id] = tuple(
-                    _token_logprobs(
-                        token_id, item.request.sampling.prompt_logprobs, [array[start + i] for array in arrays]
-                    )
-                    for i, token_id in enumerate(prompt[1:])
+                    scores.at((start + i,), token_id, num_top) for i, token_id in enumerate(following)
                 )
         return found
-
-
-def _token_logprobs(token_id: int, num_top: int | None, values: Sequence[np.ndarray]) -> TokenLogprobs:
-    logprob, rank, top_ids, top_logprobs = values
-    num_top = min(num_top or 0, len(top_ids))
-    top = tuple(zip(top_ids[:num_top].tolist(), top_logprobs[:num_top].tolist(), strict=True))
-    return TokenLogprobs(token_id, float(logprob), int(rank), top)

@@ -1,0 +1,103 @@
+"""A local runtime from a configuration: devices, weights, pool."""
+
+from __future__ import annotations
+
+import importlib.resources
+import logging
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from loongjax.config import EngineConfig
+from loongjax.core.cluster import ClusterShape
+from loongjax.models.checkpoint import load_weights
+from loongjax.models.config import ModelConfig
+from loongjax.models.sharding import abstract_params, partition_specs
+from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
+from loongjax.runtime.kv_pool import DeviceKVPool
+from loongjax.runtime.local import LocalRuntime
+from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.sizing import resolve_dtype, size_up
+
+logger = logging.getLogger(__name__)
+
+SHIPPED_CHECKPOINT = "checkpoints/needle"
+
+
+def checkpoint_path(config: EngineConfig) -> pathlib.Path:
+    """The configured checkpoint's folder, or that of the model that ships with loongjax."""
+    if config.checkpoint is not None:
+        return pathlib.Path(config.checkpoint)
+    return pathlib.Path(str(importlib.resources.files("loongjax") / SHIPPED_CHECKPOINT))
+
+
+def device_environment(config: EngineConfig) -> dict[str, str]:
+    """Environment variables that must be set before JAX starts its back end."""
+    return {
+        # XLA's CPU client sizes its thread pool by this, and can deadlock on few cores with a small one.
+        "NPROC": os.environ.get("NPROC", "32"),
+        "JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(config.num_cpu_devices)),
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(config.memory_fraction),
+        # NVLink multicast can take GPUs that others share out of service; one thread dispatches in one order.
+        "NCCL_NVLS_ENABLE": "0",
+        "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
+    }
+
+
+def build_runtime(config: EngineConfig) -> LocalRuntime:
+    """Loads the checkpoint onto the devices and sizes the pool.
+
+    Raises:
+        ConfigError: a configuration that the model or the devices cannot follow.
+        CheckpointError: a checkpoint that cannot be read or served.
+    """
+    checkpoint = checkpoint_path(config)
+    model_config = ModelConfig.from_checkpoint(checkpoint)
+    model_config.check_tp(config.tp)
+    _use_compilation_cache(config)
+    grid = DeviceGrid(jax.devices(), tp=config.tp, num_instances=config.num_instances)
+    dtype = resolve_dtype(config, model_config.dtype, grid.platform)
+    spec = ModelSpec(model_config, dtype, config.tp)
+    shards = load_weights(checkpoint, model_config, dtype=jnp.dtype(dtype), devices=grid.instances)
+    return assemble_runtime(config, spec, grid, shards)
+
+
+def assemble_runtime(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, shards: list[list]) -> LocalRuntime:
+    """A runtime over weights that are on their devices already."""
+    specs = partition_specs(abstract_params(spec.config, dtype=jnp.dtype(spec.dtype), tp=spec.tp))
+    weights = ReplicatedState(grid, shards, specs)
+    sizes = size_up(config, spec, grid, weights)
+    pool_shape = spec.kv_shard_shape(sizes.shape.num_pages, sizes.shape.page_size)
+    kv_pool = DeviceKVPool(grid, pool_shape, jnp.dtype(spec.dtype))
+    _log_sizes(sizes.shape, spec, weights, kv_pool)
+    return LocalRuntime(
+        spec=spec,
+        grid=grid,
+        weights=weights,
+        kv_pool=kv_pool,
+        shape=sizes.shape,
+        limits=sizes.limits,
+        buckets=sizes.buckets,
+    )
+
+
+def _use_compilation_cache(config: EngineConfig) -> None:
+    folder = config.compilation_cache_dir or str(pathlib.Path.home() / ".cache" / "loongjax" / "xla")
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _log_sizes(shape: ClusterShape, spec: ModelSpec, weights: ReplicatedState, kv_pool: DeviceKVPool) -> None:
+    logger.info(
+        "%d instances of tp=%d, %s; each holds %.2f GiB of weights and a KV pool of %d tokens (%.2f GiB, pages of %d)",
+        shape.num_instances,
+        shape.tp,
+        spec.dtype,
+        weights.num_bytes_per_instance / 2**30,
+        shape.num_slots,
+        kv_pool.num_bytes_per_instance / 2**30,
+        shape.page_size,
+    )

@@ -1,0 +1,135 @@
+"""Runs scripted iterations on a runtime, one at a time, with the accounting that the engine would do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from loongjax.config import EngineConfig
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import (
+    Completion,
+    DecodeInput,
+    DecodeIteration,
+    DecodeSubBatch,
+    Iteration,
+    MigrateIteration,
+    PrefillInput,
+    PrefillIteration,
+)
+from loongjax.core.plan import TokenInterval
+from loongjax.core.request import Request, TokenLogprobs
+from loongjax.core.sampling import SamplingParams
+from loongjax.kvcache.kv_cache import KVCache
+from loongjax.runtime.build import build_runtime
+from loongjax.runtime.local import LocalRuntime
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=None, logprobs=0, prompt_logprobs=0)
+
+
+def small_runtime(checkpoint: Path, cache_dir: Path, **settings: object) -> LocalRuntime:
+    """A runtime on the virtual CPU devices, with buckets small enough to compile quickly."""
+    defaults = {"num_slots": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512, "page_size": 16}
+    config = EngineConfig(checkpoint=str(checkpoint), compilation_cache_dir=str(cache_dir), **(defaults | settings))
+    return build_runtime(config)
+
+
+class Driver:
+    """A tiny engine without a scheduler: the test is the scheduler."""
+
+    def __init__(self, runtime: LocalRuntime) -> None:
+        self.runtime = runtime
+        self.kv = KVCache(runtime.shape)
+        self.requests: dict[str, Request] = {}
+        self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
+        self.prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        self._ids = itertools.count()
+        self._last_decode: tuple[Group, tuple, dict[str, int]] | None = None
+
+    def add(self, name: str, prompt: Sequence[int], sampling: SamplingParams = GREEDY, *, seed: int = 0) -> None:
+        self.requests[name] = Request(
+            request_id=name,
+            prompt_token_ids=tuple(int(token) for token in prompt),
+            sampling=sampling,
+            max_tokens=1000 if sampling.max_tokens is None else sampling.max_tokens,
+            seed=seed,
+            stop_token_ids=frozenset(sampling.stop_token_ids),
+        )
+        self.tokens[name] = []
+        self.logprobs[name] = []
+
+    def prefill(self, instances: Sequence[int], kept: Mapping[str, Sequence[tuple[int, int, int]]]) -> None:
+        """kept: by request, (instance, begin, end) in token order; an end of -1 is the number of tokens."""
+        inputs = []
+        for name, intervals in kept.items():
+            request = self.requests[name]
+            token_ids = np.array([*request.prompt_token_ids, *self.tokens[name]], np.int32)
+            placed = tuple(TokenInterval(i, begin, len(token_ids) if end < 0 else end) for i, begin, end in intervals)
+            wants = request.sampling.prompt_logprobs is not None and name not in self.prompt_logprobs
+            inputs.append(PrefillInput(request, token_ids, self.kv.keep(name, placed), wants))
+        self.run(PrefillIteration(next(self._ids), Group.of(instances), tuple(inputs)))
+
+    def decode(self, instances: Sequence[int], sub_batches: Mapping[int, Sequence[str]], *, steps: int = 1) -> None:
+        group = Group.of(instances)
+        for _ in range(steps):
+            lengths = {name: len(self.tokens[name]) for names in sub_batches.values() for name in names}
+            shape = (group, tuple((master, tuple(names)) for master, names in sub_batches.items()))
+            expected = {name: length - 1 for name, length in lengths.items()}
+            continues = self._last_decode is not None and self._last_decode == (*shape, expected)
+            batches = tuple(
+                DecodeSubBatch(master, tuple(self._decode_input(name, master, continues) for name in names))
+                for master, names in sub_batches.items()
+            )
+            self.run(DecodeIteration(next(self._ids), group, batches, continues))
+            self._last_decode = (*shape, lengths)
+
+    def migrate(self, name: str, source: int, target: int, num_tokens: int) -> None:
+        slots = self.kv.migrate(name, source, target, num_tokens)
+        self.run(MigrateIteration(next(self._ids), source, target, *slots))
+
+    def preempt(self, name: str) -> None:
+        self.kv.release(name)
+        self._last_decode = None
+
+    def finish(self, *names: str) -> None:
+        for name in names:
+            self.kv.release(name)
+        self._last_decode = None
+        self.kv.check_integrity()
+
+    def run(self, iteration: Iteration) -> Completion:
+        if not isinstance(iteration, DecodeIteration):
+            self._last_decode = None
+        self.runtime.submit(iteration)
+        (completion,) = self.runtime.completions(None)
+        assert completion.iteration_id == iteration.iteration_id
+        assert completion.error is None, completion.error
+        for token in completion.tokens:
+            if token.token_id >= 0:
+                self.tokens[token.request_id].append(token.token_id)
+            if token.logprobs is not None:
+                self.logprobs[token.request_id].append(token.logprobs)
+            if token.prompt_logprobs is not None:
+                self.prompt_logprobs[token.request_id] = token.prompt_logprobs
+        self.kv.check_integrity()
+        return completion
+
+    def _decode_input(self, name: str, master: int, continues: bool) -> DecodeInput:
+        request = self.requests[name]
+        output = tuple(self.tokens[name])
+        position = len(request.prompt_token_ids) + len(output) - 1
+        slot = self.kv.append(name, master)
+        known = output[:-1] if continues else output
+        return DecodeInput(request, known, position, slot, self.kv.tables(name))
+
+
+def poison_pool(runtime: LocalRuntime) -> None:
+    """Fills the whole pool with NaN, so that a read of any slot that was never written shows."""
+    group = Group(runtime.shape.all_instances)
+    view = runtime._kv_pool.view(group)
+    runtime._kv_pool.replace(group, jnp.full_like(view, jnp.nan, device=view.sharding))

@@ -1,0 +1,197 @@
+"""Host arrays of prefill and decode say what the iteration says, wherever padding, striping and masters put it."""
+
+import numpy as np
+import pytest
+
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import (
+    DecodeInput,
+    DecodeIteration,
+    DecodeSubBatch,
+    InstanceTable,
+    KeptTokens,
+    PrefillInput,
+    PrefillIteration,
+)
+from loongjax.core.request import Request
+from loongjax.core.sampling import SamplingParams
+from loongjax.runtime.buckets import Buckets, fit, powers_of_two
+from loongjax.runtime.packing import pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
+
+BUCKETS = Buckets.for_limits(max_num_batched_tokens=48, max_num_seqs=6, num_pages=40)
+
+
+def make_request(name: str, prompt: list[int], *, max_tokens: int = 4) -> Request:
+    return Request(
+        request_id=name,
+        prompt_token_ids=tuple(prompt),
+        sampling=SamplingParams(max_tokens=max_tokens),
+        max_tokens=max_tokens,
+        seed=0,
+    )
+
+
+def prefill_of(prompts: list[list[int]], group: Group, *, max_tokens=4, kept=(), wants=False) -> PrefillIteration:
+    inputs = tuple(
+        PrefillInput(
+            make_request(f"r{i}", prompt, max_tokens=max_tokens),
+            np.array(prompt, np.int32),
+            tuple(item for index, item in kept if index == i),
+            wants,
+        )
+        for i, prompt in enumerate(prompts)
+    )
+    return PrefillIteration(0, group, inputs)
+
+
+def test_powers_of_two_end_with_the_limit_itself():
+    assert powers_of_two(16, 100) == (16, 32, 64, 100)
+    assert powers_of_two(1, 1) == (1,)
+    assert powers_of_two(16, 64) == (16, 32, 64)
+
+
+def test_a_size_goes_to_the_smallest_bucket_that_holds_it():
+    assert [fit(size, (4, 8, 12)) for size in (1, 4, 5, 8, 9, 12)] == [4, 4, 8, 8, 12, 12]
+    with pytest.raises(AssertionError, match="largest bucket"):
+        fit(13, (4, 8, 12))
+
+
+@pytest.mark.parametrize("dop", [1, 2, 3, 5])
+def test_token_i_of_the_packed_batch_is_on_rank_i_mod_n(dop):
+    prompts = [[11, 12, 13, 14, 15], [21], [31, 32, 33]]
+    packed = pack_prefill(prefill_of(prompts, Group.of(range(dop))), BUCKETS)
+    flat = [token for prompt in prompts for token in prompt]
+    starts = [0] * 5 + [5] + [6] * 3
+    for i, (token, start) in enumerate(zip(flat, starts, strict=True)):
+        assert packed.batch.token_ids[i % dop, i // dop] == token
+        assert packed.batch.row_starts[i % dop, i // dop] == start
+        assert packed.batch.positions[i % dop, i // dop] == i - start
+    assert packed.batch.token_ids.shape == (dop, 16)
+    assert packed.starts == (0, 5, 6)
+
+
+@pytest.mark.parametrize("dop", [1, 3])
+def test_padding_rows_see_nothing_and_are_kept_nowhere(dop):
+    packed = pack_prefill(prefill_of([[1, 2, 3, 4]], Group.of(range(dop))), BUCKETS)
+    for rank in range(dop):
+        for row in range(16):
+            if row * dop + rank >= 4:
+                assert packed.batch.row_starts[rank, row] > row * dop + rank
+                assert (packed.batch.kept_slots[:, rank, row] == -1).all()
+
+
+def test_kept_slots_name_the_keeper_the_source_and_the_row():
+    group = Group.of((2, 5))
+    kept = [
+        (0, KeptTokens(5, 0, 4, np.array([40, 41, 42, 43], np.int32))),
+        (0, KeptTokens(2, 4, 6, np.array([7, 9], np.int32))),
+        (1, KeptTokens(2, 0, 3, np.array([20, 21, 22], np.int32))),
+    ]
+    packed = pack_prefill(prefill_of([[1] * 6, [2] * 3], group, kept=kept), BUCKETS)
+    flat = np.full((2, 32), -1)
+    flat[1, 0:4] = [40, 41, 42, 43]
+    flat[0, 4:6] = [7, 9]
+    flat[0, 6:9] = [20, 21, 22]
+    for keeper in range(2):
+        for i in range(32):
+            assert packed.batch.kept_slots[keeper, i % 2, i // 2] == flat[keeper, i]
+
+
+@pytest.mark.parametrize("dop", [1, 2, 3])
+def test_each_request_is_sampled_from_its_last_token_on_the_rank_that_has_it(dop):
+    prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
+    packed = pack_prefill(prefill_of(prompts, Group.of(range(dop))), BUCKETS)
+    num_rows = packed.positions.shape[1]
+    assert packed.sampled == (0, 1, 2, 3)
+    for row, last in enumerate(np.cumsum([len(p) for p in prompts]) - 1):
+        expected = np.full(dop, -1)
+        expected[last % dop] = last // dop
+        np.testing.assert_array_equal(packed.sample_rows[:, row], expected)
+        assert packed.positions[row // num_rows, row % num_rows] == len(prompts[row])
+    assert (packed.sample_rows[:, len(prompts) :] == -1).all()
+
+
+def test_requests_without_output_are_not_sampled():
+    packed = pack_prefill(prefill_of([[1, 2]], Group.of((0,)), max_tokens=0), BUCKETS)
+    assert packed.sampled == ()
+    assert (packed.sample_rows == -1).all()
+
+
+def test_prompt_targets_are_the_next_tokens_of_the_prompt_only():
+    group = Group.of((0, 1))
+    request = make_request("r", [1, 2, 3])
+    inputs = (
+        PrefillInput(request, np.array([1, 2, 3, 8, 9], np.int32), (), True),
+        PrefillInput(make_request("q", [4, 5]), np.array([4, 5], np.int32), (), False),
+    )
+    iteration = PrefillIteration(0, group, inputs)
+    targets = pack_prompt_targets(iteration, pack_prefill(iteration, BUCKETS))
+    flat = [int(targets[i % 2, i // 2]) for i in range(8)]
+    assert flat == [2, 3, -1, -1, -1, -1, -1, -1]
+
+
+def decode_iteration(group: Group, sub_batches) -> DecodeIteration:
+    """sub_batches: (master, [(prompt, output, slot, {instance: (pages, num_tokens)})])."""
+    return DecodeIteration(
+        0,
+        group,
+        tuple(
+            DecodeSubBatch(
+                master,
+                tuple(
+                    DecodeInput(
+                        make_request(f"{master}-{i}", prompt),
+                        tuple(output),
+                        len(prompt) + len(output) - 1,
+                        slot,
+                        tuple(InstanceTable(k, np.array(p, np.int32), n) for k, (p, n) in tables.items()),
+                    )
+                    for i, (prompt, output, slot, tables) in enumerate(rows)
+                ),
+            )
+            for master, rows in sub_batches
+        ),
+        continues=False,
+    )
+
+
+TWO_MASTERS = decode_iteration(
+    Group.of((1, 3, 4)),
+    [
+        (1, [([9, 8], [7], 2, {1: ([0], 3)}), ([1] * 9, [5, 6], 17, {3: ([4, 5, 6], 9), 1: ([4], 2)})]),
+        (4, [([2, 3], [], 30, {3: ([7], 1), 4: ([7], 1)})]),
+    ],
+)
+
+
+def test_a_decodes_tables_list_every_masters_rows_on_every_instance():
+    packed = pack_decode(TWO_MASTERS, BUCKETS, 4)
+    state = packed.state
+    assert packed.token_ids.tolist() == [[7, 6], [0, 0], [3, 0]]
+    assert state.positions.tolist() == [[2, 10], [0, 0], [1, 0]]
+    # Rows by (master's rank, row): 1-0, 1-1, then rank 1's two, then 4-0. Without this step's own keys.
+    assert state.kv_lens.tolist() == [[2, 1, 0, 0, 0, 0], [0, 9, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
+
+    def pages(rank, row, count):
+        start = state.page_starts[rank, row]
+        return state.page_indices[rank, start : start + count].tolist()
+
+    assert pages(0, 0, 1) == [0]
+    assert pages(0, 1, 1) == [4]
+    assert pages(1, 1, 3) == [4, 5, 6]
+    assert pages(1, 4, 1) == [7]
+    assert pages(2, 4, 1) == [7]
+
+
+def test_growing_rows_have_room_behind_them():
+    packed = pack_decode(TWO_MASTERS, BUCKETS, 4)
+    entries = BUCKETS.num_table_entries
+    room = {row: packed.state.page_starts[0, row] for row in (0, 1)}
+    slack = packed.num_steps // 4
+    assert room[1] - room[0] >= 1 + slack
+    assert entries - room[1] >= 1 + slack
+    assert slack >= 4
+
+
+def test_slots_go_to_their_masters_row_and_padding_is_negative():
+    assert pack_decode_slots(TWO_MASTERS, 4).tolist() == [[2, 17, -1, -1], [-1] * 4, [30, -1, -1, -1]]
