@@ -1,0 +1,85 @@
+"""What is left of the cluster while an answer is being put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from loongjax.core.cluster import Group, InstanceId
+from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill, PrefillRequest, SubBatch
+from loongjax.scheduler.view import ClusterView, RunningView
+
+
+class Draft:
+    """A working copy of a `ClusterView`, from which plans take instances and pages.
+
+    Args:
+        view: the cluster.
+        growth_tokens: tokens of room that a running request is promised where its newest token lies.
+    """
+
+    def __init__(self, view: ClusterView, growth_tokens: int) -> None:
+        self.view = view
+        self.shape = view.shape
+        self.free = [instance.num_free_pages for instance in view.instances]
+        """Free pages, by instance."""
+        self.idle = {instance.instance for instance in view.instances if not instance.is_busy}
+        """Instances that no iteration, no plan of this answer and no reservation occupies."""
+        self.prefilling = {instance.instance for instance in view.instances if instance.is_prefilling}
+        """Instances that will be busy for long, those of this answer's prefills included."""
+        self.decoding = {instance.instance for instance in view.instances if instance.is_busy} - self.prefilling
+        """Instances that will be idle soon."""
+        self.residents: list[list[RunningView]] = [[] for _ in view.instances]
+        """Requests with keys on an instance."""
+        self.num_newest = [0] * len(view.instances)
+        """Requests whose newest token lies on an instance."""
+        self._growth_pages = view.shape.num_pages_for(growth_tokens)
+        self._iterations: list[Plan] = []
+        self._preempted: list[str] = []
+        residents, num_newest = self.residents, self.num_newest
+        for request in view.running:
+            kv = request.kv
+            if kv:
+                num_newest[kv[-1][0]] += 1
+                for instance, _ in kv:
+                    residents[instance].append(request)
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The answer so far. Preemptions come first: the others may use their pages."""
+        preemptions = (Preempt(tuple(self._preempted)),) if self._preempted else ()
+        return (*preemptions, *self._iterations)
+
+    def room(self, instance: InstanceId) -> int:
+        """Free pages beyond those promised to the requests that grow there."""
+        return max(0, self.free[instance] - self.num_newest[instance] * self._growth_pages)
+
+    def reserve(self, instances: Iterable[InstanceId]) -> None:
+        """Leaves these instances idle in this answer, for something that will take them soon."""
+        self.idle.difference_update(instances)
+
+    def preempt(self, request: RunningView) -> None:
+        assert not request.is_in_flight, request
+        self._preempted.append(request.request_id)
+        self.num_newest[request.kv[-1][0]] -= 1
+        for instance, num_tokens in request.kv:
+            self.free[instance] += self.shape.num_pages_for(num_tokens)
+            self.residents[instance] = [other for other in self.residents[instance] if other is not request]
+
+    def prefill(self, group: Group, requests: Sequence[PrefillRequest]) -> None:
+        for request in requests:
+            num_tokens: dict[InstanceId, int] = {}
+            for interval in request.kept:
+                num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + len(interval)
+            for instance, count in num_tokens.items():
+                self.free[instance] -= self.shape.num_pages_for(count)
+        self.idle.difference_update(group.instances)
+        self.prefilling.update(group.instances)
+        self._iterations.append(Prefill(group, tuple(requests)))
+
+    def decode(self, group: Group, sub_batches: Sequence[SubBatch]) -> None:
+        self.idle.difference_update(group.instances)
+        self._iterations.append(Decode(group, tuple(sub_batches)))
+
+    def migrate(self, request_id: str, source: InstanceId, target: InstanceId, num_tokens: int) -> None:
+        self.idle.difference_update((source, target))
+        self._iterations.append(Migrate(request_id, source, target, num_tokens))

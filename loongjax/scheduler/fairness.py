@@ -1,0 +1,88 @@
+"""What the simple policy remembers from one question to the next, so that nobody waits for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.view import RunningView, WaitingView
+
+_PRUNE_ABOVE = 4096
+
+
+class Fairness:
+    """Counts how often somebody had to stand back.
+
+    Args:
+        max_prefills_before_decode: prefills that a running request lets pass before it is overdue.
+        max_overtakes: answers in which later requests may be prefilled before the first one that is left waiting.
+    """
+
+    def __init__(self, *, max_prefills_before_decode: int, max_overtakes: int) -> None:
+        self._max_prefills_before_decode = max_prefills_before_decode
+        self._max_overtakes = max_overtakes
+        self._num_prefills_passed: dict[str, int] = {}
+        self._num_overtakes: dict[str, int] = {}
+        self._starved: set[str] = set()
+        self._migrated_at: dict[str, int] = {}
+
+    def is_overdue(self, request: RunningView) -> bool:
+        """Whether a running request has let enough prefills pass."""
+        return self._num_prefills_passed.get(request.request_id, 0) >= self._max_prefills_before_decode
+
+    def barred_instances(self, running: Iterable[RunningView], num_instances: int) -> set[InstanceId]:
+        """Instances on which no prefill may start, because an overdue request needs them for its next token.
+
+        All of them, if what an overdue request lacks is a page, which prefills would take.
+        """
+        limit = self._max_prefills_before_decode
+        late = {name for name, count in self._num_prefills_passed.items() if count >= limit}
+        barred: set[InstanceId] = set()
+        if late:
+            for request in running:
+                if request.request_id in late and not request.is_in_flight:
+                    if request.request_id in self._starved:
+                        return set(range(num_instances))
+                    barred.update(instance for instance, _ in request.kv)
+        return barred
+
+    def may_overtake(self, request: WaitingView) -> bool:
+        """Whether later requests may be prefilled while this one, the first left waiting, is not."""
+        return self._num_overtakes.get(request.request_id, 0) < self._max_overtakes
+
+    def note_overtaken(self, request: WaitingView) -> None:
+        self._num_overtakes[request.request_id] = self._num_overtakes.get(request.request_id, 0) + 1
+
+    def note_passed(self, requests: Iterable[RunningView]) -> None:
+        """Notes that prefills started while these running requests stood back for them."""
+        counts = self._num_prefills_passed
+        for request in requests:
+            counts[request.request_id] = counts.get(request.request_id, 0) + 1
+
+    def note_starved(self, requests: Iterable[RunningView]) -> None:
+        """Notes that these running requests lack a page for their next token."""
+        self._starved.update(request.request_id for request in requests)
+
+    def note_decoded(self, requests: Iterable[RunningView]) -> None:
+        if self._num_prefills_passed or self._starved:
+            for request in requests:
+                self._num_prefills_passed.pop(request.request_id, None)
+                self._starved.discard(request.request_id)
+
+    def may_migrate(self, request: RunningView, min_new_tokens: int) -> bool:
+        """Whether the request has grown by this much since its keys were last migrated."""
+        return request.num_tokens >= self._migrated_at.get(request.request_id, -min_new_tokens) + min_new_tokens
+
+    def note_migrated(self, request: RunningView) -> None:
+        self._migrated_at[request.request_id] = request.num_tokens
+
+    def prune(self, running: Iterable[RunningView], waiting: Iterable[WaitingView]) -> None:
+        """Forgets requests that are gone, once enough has been gathered to make it worth while."""
+        memories = (self._num_prefills_passed, self._num_overtakes, self._migrated_at)
+        if sum(map(len, memories)) + len(self._starved) <= _PRUNE_ABOVE:
+            return
+        live = {request.request_id for request in running} | {request.request_id for request in waiting}
+        for memory in memories:
+            for request_id in memory.keys() - live:
+                del memory[request_id]
+        self._starved &= live

@@ -1,0 +1,41 @@
+"""A policy without a cost model: prefills first where they fit, decodes with what is left, and nobody waits for ever."""
+
+from __future__ import annotations
+
+from loongjax.core.plan import Plan
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.simple_config import SimplePolicyConfig
+from loongjax.scheduler.simple_decode import DecodePlanner
+from loongjax.scheduler.simple_prefill import PrefillPlanner
+from loongjax.scheduler.view import ClusterView
+
+
+class SimplePolicy:
+    """Elastic scheduling by thresholds.
+
+    The degree of parallelism of a prefill follows the prompt's length; its keys stay on the fewest instances that can
+    hold them; decode groups gain instances when they lack pages or have much to compute. Why every request ends:
+    each prefill and each decode gives its requests a token, so it is enough that something always runs and nobody is
+    passed over for ever. The oldest request is never preempted and gets the pages of younger ones; a running request
+    lets a bounded number of prefills pass; a waiting one is overtaken a bounded number of times.
+    """
+
+    def __init__(self, config: SimplePolicyConfig | None = None) -> None:
+        self._config = config or SimplePolicyConfig()
+        self._fairness = Fairness(
+            max_prefills_before_decode=self._config.max_prefills_before_decode,
+            max_overtakes=self._config.max_overtakes,
+        )
+
+    def plan(self, view: ClusterView) -> tuple[Plan, ...]:
+        """Plans for the instances that are not busy. See `Policy.plan`."""
+        draft = Draft(view, self._config.growth_tokens)
+        if not draft.idle:
+            return ()
+        if view.waiting:
+            PrefillPlanner(draft, self._config, self._fairness).plan()
+        if draft.idle:
+            DecodePlanner(draft, self._config, self._fairness).plan()
+        self._fairness.prune(view.running, view.waiting)
+        return draft.plans
