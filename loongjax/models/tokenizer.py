@@ -1,0 +1,104 @@
+"""A checkpoint's tokenizer and chat template, through transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+
+from loongjax.errors import CheckpointError, RequestError
+
+
+class Tokenizer:
+    """Text to token ids and back. Ids that are not the tokenizer's own (padded vocabularies have them) are empty text.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._size = len(tokenizer)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids from 0 that the tokenizer knows, added tokens included; the model's vocabulary may be larger."""
+        return self._size
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own EOS, if it has one."""
+        eos = self._tokenizer.eos_token_id
+        return () if eos is None else (eos,)
+
+    @property
+    def all_special_ids(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.all_special_ids)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._tokenizer.chat_template is not None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Lone surrogates, which no tokenizer takes, become the replacement character."""
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of token ids; half a character at the end becomes the replacement character."""
+        return self._tokenizer.decode(
+            self._known(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+
+    def convert_ids_to_tokens(self, token_ids: Iterable[int]) -> list[str]:
+        """Each id's token as the vocabulary spells it; "" for ids that are not the tokenizer's."""
+        return [(self._token(token_id) or "") for token_id in token_ids]
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
+        """Token ids of a conversation.
+
+        Args:
+            messages: each with "role" and "content".
+            kwargs: passed to the template; `add_generation_prompt` is true, `chat_template` the checkpoint's, by default.
+
+        Raises:
+            RequestError: there is no template, or it rejects the messages.
+        """
+        if not self.has_chat_template and not kwargs.get("chat_template"):
+            raise RequestError("this model has no chat template; use /v1/completions", "messages")
+        options = {"add_generation_prompt": True} | kwargs
+        try:
+            text = self._tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise RequestError(f"the chat template rejects these messages: {error}", "messages") from None
+        return self.encode(text, add_special_tokens=False)
+
+    def _known(self, token_ids: Iterable[int]) -> list[int]:
+        return [token_id for token_id in token_ids if self._token(token_id) is not None]
+
+    def _token(self, token_id: int) -> str | None:
+        return self._tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < self._size else None
+
+
+def load_tokenizer(checkpoint_dir: Path | str) -> Tokenizer:
+    """The tokenizer in a checkpoint's folder. Never goes online, never runs code from the folder.
+
+    Raises:
+        CheckpointError: no such folder, no tokenizer in it, or one that transformers cannot read.
+    """
+    folder = Path(checkpoint_dir)
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder} is not a folder; give the path of a Hugging Face checkpoint's folder")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    from transformers import AutoTokenizer  # here, because it takes a second that `--help` should not
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # whatever a malformed file provokes in three libraries
+        raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
+    return Tokenizer(tokenizer)
