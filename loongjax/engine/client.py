@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loongjax.core.request import FinishReason, Phase, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
@@ -73,6 +73,7 @@ class EngineStats:
     num_iterations: int = 0
 
 
+@runtime_checkable
 class EngineClient(Protocol):
     """An engine as its front ends use it, from one asyncio loop."""
 

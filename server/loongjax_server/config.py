@@ -1,0 +1,83 @@
+"""What an operator may set of the HTTP server."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from loongjax.errors import ConfigError
+
+API_KEY_VARIABLE = "LOONGJAX_API_KEY"
+"""Environment variable that holds the API key when the configuration names none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Settings of the HTTP server; those of the engine are elsewhere.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: int = 8000
+    """Port to listen on; 0 takes a free one."""
+    served_model_name: str | None = None
+    """The model's name in requests and responses; None: the checkpoint's name."""
+    api_key: str | None = None
+    """Bearer token that clients must send; None: the variable LOONGJAX_API_KEY, and if that is unset, no key."""
+    chat_template: Path | None = None
+    """Jinja file used in place of the tokenizer's own chat template."""
+    root_path: str = ""
+    """Path prefix that a proxy in front strips."""
+    drain_timeout_s: float = 30.0
+    """After SIGTERM, how long live requests may take to finish, in seconds."""
+    keep_alive_timeout_s: int = 75
+    """How long an idle connection stays open, in seconds; above the pool timeouts of common clients."""
+    health_timeout_s: float = 10.0
+    """How long the step loop may take to answer before /health says 503, in seconds."""
+    max_body_bytes: int = 64 * 2**20
+    """Largest request body, in bytes; larger ones get a 413."""
+    max_num_choices: int = 4096
+    """Most samples one HTTP request may ask for: prompts times n."""
+    max_num_concurrent_prompts: int = 64
+    """Prompts of one HTTP request that the engine has at the same time; the others follow."""
+    num_tokenizer_threads: int = 2
+    """Threads that tokenize, render chat templates and parse large bodies."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe messages that are logged."""
+    access_log: bool = False
+    """Log every HTTP request."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
+        for name in ("max_body_bytes", "max_num_choices", "max_num_concurrent_prompts", "num_tokenizer_threads"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("drain_timeout_s", "keep_alive_timeout_s", "health_timeout_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+        if self.root_path and not self.root_path.startswith("/"):
+            raise ConfigError(f"root_path must start with a slash, got {self.root_path!r}")
+
+    def resolve_api_key(self, environ: Mapping[str, str] = os.environ) -> str | None:
+        """The key that clients must send, or None if none is needed."""
+        return self.api_key or environ.get(API_KEY_VARIABLE) or None
+
+    def read_chat_template(self) -> str | None:
+        """The text of `chat_template`, or None if it names no file.
+
+        Raises:
+            ConfigError: a file that cannot be read.
+        """
+        if self.chat_template is None:
+            return None
+        try:
+            return self.chat_template.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template {self.chat_template} cannot be read: {error}") from error

@@ -1,0 +1,142 @@
+"""One HTTP request's work on the engine: its prompts, its samples, its counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+
+from loongjax.core.request import FinishReason, TokenLogprobs
+from loongjax.core.sampling import SamplingParams
+from loongjax.engine.client import OutputDelta
+from loongjax.errors import EngineDeadError, EngineError, RequestError
+from loongjax_server.context import ServerContext
+from loongjax_server.metrics import RequestRecorder
+from loongjax_server.prompts import Prompt
+from loongjax_server.usage import Usage
+
+
+class Generation:
+    """Runs prompts with the same sampling parameters. Choices are numbered prompt by prompt: prompt * n + sample."""
+
+    def __init__(
+        self,
+        context: ServerContext,
+        response_id: str,
+        prompts: Sequence[Prompt],
+        sampling: SamplingParams,
+        *,
+        arrival_s: float,
+    ) -> None:
+        num_choices = len(prompts) * sampling.n
+        if num_choices > context.config.max_num_choices:
+            raise RequestError(
+                f"{len(prompts)} prompts times n = {sampling.n} are {num_choices} choices; "
+                f"at most {context.config.max_num_choices} are allowed in one request",
+                "n",
+            )
+        self.response_id = response_id
+        self.prompts = prompts
+        self.sampling = sampling
+        self.usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
+        self._context = context
+        self._arrival_s = arrival_s
+        self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.sampling.n
+
+    def prompt_of(self, choice_idx: int) -> Prompt:
+        """The prompt that a choice continues."""
+        return self.prompts[choice_idx // self.sampling.n]
+
+    def prompt_logprobs_of(self, choice_idx: int) -> tuple[TokenLogprobs, ...]:
+        """Of every token but the first of the prompt that a choice continues, as far as they have come."""
+        return self._prompt_logprobs.get(choice_idx // self.sampling.n, ())
+
+    async def deltas(self) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        """Choice index and delta, as they come. Closing it aborts everything that still runs.
+
+        Raises:
+            LoongjaxError: whatever the engine raises, and EngineError for a sample that failed or was aborted.
+        """
+        streams = [self._run(prompt_idx) for prompt_idx in range(len(self.prompts))]
+        merged = streams[0] if len(streams) == 1 else _merge(streams, self._context.config.max_num_concurrent_prompts)
+        async with contextlib.aclosing(merged) as deltas:
+            async for item in deltas:
+                yield item
+
+    async def _run(self, prompt_idx: int) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        token_ids = self.prompts[prompt_idx].token_ids
+        recorder = RequestRecorder(self._context.metrics, len(token_ids), self.sampling, self._arrival_s)
+        stream = self._context.engine.generate(
+            token_ids, self.sampling, request_id=self._context.engine_request_id(self.response_id)
+        )
+        async with _closing(stream), recorder:
+            async for delta in stream:
+                recorder.observe(delta)
+                _check_outcome(delta)
+                choice_idx = prompt_idx * self.sampling.n + delta.index
+                if delta.prompt_logprobs is not None:
+                    self._prompt_logprobs[prompt_idx] = delta.prompt_logprobs
+                self.usage.add(prompt_idx, choice_idx, delta)
+                yield choice_idx, delta
+            if recorder.num_finished < self.sampling.n:
+                raise EngineError("the engine ended a request before all of its samples")
+
+
+def _check_outcome(delta: OutputDelta) -> None:
+    if delta.finish_reason is FinishReason.ERROR:
+        raise EngineError(delta.error or "the engine failed while it served this request")
+    if delta.finish_reason is FinishReason.ABORT:
+        raise EngineDeadError(delta.error or "the request was aborted: the server is shutting down")
+
+
+async def _merge[Item](streams: Sequence[AsyncGenerator[Item, None]], max_num_open: int) -> AsyncGenerator[Item, None]:
+    """Items of many streams as they come, with at most `max_num_open` streams open. The first error ends them all."""
+    arrived: asyncio.Queue[Item | _End] = asyncio.Queue()
+    slots = asyncio.Semaphore(max_num_open)
+
+    async def pump(stream: AsyncGenerator[Item, None]) -> None:
+        error: Exception | None = None
+        try:
+            async with slots, contextlib.aclosing(stream):
+                async for item in stream:
+                    arrived.put_nowait(item)
+        except Exception as raised:
+            error = raised
+        arrived.put_nowait(_End(error))
+
+    tasks = [asyncio.ensure_future(pump(stream)) for stream in streams]
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await arrived.get()
+            if not isinstance(item, _End):
+                yield item
+            elif item.error is not None:
+                raise item.error
+            else:
+                num_open -= 1
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+class _End:
+    """A stream is over; an error reaches the reader of the merged stream by it."""
+
+    def __init__(self, error: Exception | None) -> None:
+        self.error = error
+
+
+@contextlib.asynccontextmanager
+async def _closing(stream: AsyncIterator[OutputDelta]) -> AsyncGenerator[None, None]:
+    try:
+        yield
+    finally:
+        # The protocol promises an iterator that can be closed; its type can only say iterator.
+        if isinstance(stream, AsyncGenerator):
+            await stream.aclose()

@@ -1,0 +1,67 @@
+"""GET /health, /ping, /version and /metrics"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import logging
+from typing import Annotated
+
+from fastapi import APIRouter, Depends
+from starlette.responses import Response
+
+from loongjax.engine.client import EngineStats
+from loongjax.errors import EngineDeadError
+from loongjax_server.context import ServerContext, get_context
+from loongjax_server.json_response import JsonResponse
+from loongjax_server.metrics import CONTENT_TYPE
+
+logger = logging.getLogger(__name__)
+
+router = APIRouter()
+
+
+@router.get("/health", response_class=Response)
+async def health(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
+    """200 if the engine's step loop answers and the server takes requests, 503 otherwise."""
+    if context.is_draining:
+        raise EngineDeadError("the server is shutting down")
+    await _ask_engine(context)
+    return Response(status_code=200)
+
+
+@router.get("/ping", response_class=Response)
+@router.post("/ping", response_class=Response, include_in_schema=False)
+async def ping(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
+    """The same under another name, which some hosts ask for."""
+    return await health(context)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The version of loongjax."""
+    return JsonResponse({"version": importlib.metadata.version("loongjax")})
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
+    """Metrics in Prometheus's text format."""
+    stats: EngineStats | None = None
+    try:
+        async with asyncio.timeout(context.config.health_timeout_s):
+            stats = await context.engine.stats()
+    except (EngineDeadError, TimeoutError) as error:
+        logger.warning("the engine gave no statistics: %s", error)
+    page = context.metrics.render(stats, is_healthy=stats is not None)
+    return Response(page, headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _ask_engine(context: ServerContext) -> None:
+    """Raises EngineDeadError if the engine is dead, or does not answer in time."""
+    timeout_s = context.config.health_timeout_s
+    try:
+        # The engine keeps its own time; this is for one that does not even do that.
+        async with asyncio.timeout(timeout_s + 1.0):
+            await context.engine.check_health(timeout_s)
+    except TimeoutError:
+        raise EngineDeadError(f"the engine did not answer within {timeout_s} s") from None

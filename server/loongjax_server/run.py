@@ -1,0 +1,101 @@
+"""Serving until a signal comes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Generator
+
+import uvicorn
+
+from loongjax.engine.client import EngineClient
+from loongjax_server.app import create_app
+from loongjax_server.config import ServerConfig
+from loongjax_server.context import ServerContext
+from loongjax_server.tokenizer import TextTokenizer
+
+logger = logging.getLogger(__name__)
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_FLUSH_TIMEOUT_S = 5
+"""After the drain, how long slow readers have to take what was already written, in seconds."""
+
+
+def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerConfig) -> None:
+    """Serves until SIGTERM or SIGINT, then drains, closes the engine and returns.
+
+    The first signal closes the listening socket; connections that are kept get a 503 for new requests, and live
+    requests have `drain_timeout_s` to finish. The second signal ends the process at once.
+    """
+    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    app = create_app(engine, tokenizer, config)
+    uvicorn_config = uvicorn.Config(
+        app,
+        host=config.host,
+        port=config.port,
+        root_path=config.root_path,
+        log_config=None,
+        log_level=config.log_level,
+        access_log=config.access_log,
+        server_header=False,
+        lifespan="on",
+        ws="none",
+        timeout_keep_alive=config.keep_alive_timeout_s,
+        timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
+    )
+    server = DrainingServer(uvicorn_config, app.state.context)
+
+    async def run() -> None:
+        try:
+            await server.serve()
+        finally:
+            await engine.close()
+
+    asyncio.run(run(), loop_factory=uvicorn_config.get_loop_factory())
+
+
+class DrainingServer(uvicorn.Server):
+    """A uvicorn server that lets live requests finish before it shuts down."""
+
+    def __init__(self, config: uvicorn.Config, context: ServerContext) -> None:
+        super().__init__(config)
+        self._context = context
+        self._drain_task: asyncio.Task[None] | None = None
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Takes the signals while it serves, if it runs in the main thread, which alone may."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        loop = asyncio.get_running_loop()
+        for signum in SIGNALS:
+            loop.add_signal_handler(signum, self.on_signal, signum)
+        try:
+            yield
+        finally:
+            for signum in SIGNALS:
+                loop.remove_signal_handler(signum)
+
+    def on_signal(self, signum: int) -> None:
+        """Drains at the first signal; ends the process at the second."""
+        if self._drain_task is not None:
+            logger.warning("second signal: ending at once")
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+            return
+        logger.info("draining: live requests have %g s to finish", self._context.config.drain_timeout_s)
+        self._drain_task = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            if self.started:
+                for listener in self.servers:
+                    listener.close()
+                await self._context.drain(self._context.config.drain_timeout_s)
+        finally:
+            self.should_exit = True
