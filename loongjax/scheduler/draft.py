@@ -49,6 +49,16 @@ class Draft:
         preemptions = (Preempt(tuple(self._preempted)),) if self._preempted else ()
         return (*preemptions, *self._iterations)
 
+    @property
+    def has_prefills(self) -> bool:
+        """Whether this answer starts a prefill."""
+        return any(isinstance(plan, Prefill) for plan in self._iterations)
+
+    def residents_of(self, instances: Iterable[InstanceId]) -> list[RunningView]:
+        """Requests with keys on any of these instances, each once."""
+        found = {request.request_id: request for instance in instances for request in self.residents[instance]}
+        return list(found.values())
+
     def room(self, instance: InstanceId) -> int:
         """Free pages beyond those promised to the requests that grow there."""
         return max(0, self.free[instance] - self.num_newest[instance] * self._growth_pages)

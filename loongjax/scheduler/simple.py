@@ -1,4 +1,4 @@
-"""A policy without a cost model: prefills first where they fit, decodes with what is left, and nobody waits for ever."""
+"""A policy without a cost model: prefills first where they fit, decodes with the rest, nobody waits for ever."""
 
 from __future__ import annotations
 

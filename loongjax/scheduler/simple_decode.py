@@ -37,7 +37,6 @@ class DecodePlanner:
         self._page_size = draft.shape.page_size
         self._max_num_seqs = draft.view.max_num_seqs
         self._components = self._find_components()
-        self._has_prefills = bool(draft.prefilling)
 
     def plan(self) -> None:
         """Puts the decodes into the draft, the group with the oldest request first."""
@@ -82,7 +81,7 @@ class DecodePlanner:
                 return
             if not self._find_memory(component, short):
                 self._fairness.note_starved(short)
-                if self._has_prefills:
+                if self._draft.has_prefills:
                     self._fairness.note_passed(component.requests)
                 self._draft.reserve(component.instances)
                 return
@@ -145,7 +144,7 @@ class DecodePlanner:
         """Mends a lack of pages, at least in part; False if the group has to wait for somebody else's step to end."""
         draft = self._draft
         is_overdue = any(self._fairness.is_overdue(request) for request in short)
-        outside = draft.idle - component.instances
+        outside = self._joinable(component)
         partner = self._roomiest(outside, len(short))
         if partner is not None:
             self._join(component, partner)
@@ -169,7 +168,7 @@ class DecodePlanner:
             (other.order, instance, other)
             for instance in outside
             for other in draft.residents[instance]
-            if other.order > request.order
+            if other.order > request.order and not other.is_in_flight
         ]
         if not younger:
             return False
@@ -177,6 +176,14 @@ class DecodePlanner:
         self._drop(newest)
         self._join(component, instance)
         return True
+
+    def _joinable(self, component: _Component) -> set[InstanceId]:
+        """Idle instances outside the group that are tied to idle ones only."""
+        joinable = self._draft.idle - component.instances
+        for other in self._components:
+            if not other.instances <= self._draft.idle:
+                joinable -= other.instances
+        return joinable
 
     def _roomiest(self, instances: Iterable[InstanceId], num_pages: int) -> InstanceId | None:
         """The instance with most pages beyond what its own requests will need; one without keys if there is one."""
@@ -223,6 +230,7 @@ class DecodePlanner:
             is_smaller = num_moved < held[target]
             if has_room and has_seat and may_move and is_smaller and not self._fairness.is_overdue(request):
                 self._fairness.note_migrated(request)
+                draft.reserve(component.instances)
                 draft.migrate(request.request_id, source, target, num_moved)
                 return True
         return False

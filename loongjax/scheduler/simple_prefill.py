@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.placement import Shelf, place_keys
 from loongjax.scheduler.simple_config import SimplePolicyConfig
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.view import RunningView, WaitingView
 
 
 @dataclasses.dataclass
@@ -55,36 +55,42 @@ class PrefillPlanner:
         self._config = config
         self._fairness = fairness
         self._batches: list[_Batch] = []
-        barred = fairness.barred_instances(self._view.running, draft.shape.num_instances)
-        by_room = sorted(draft.idle - barred, key=lambda instance: (-draft.room(instance), instance))
+        by_room = sorted(draft.idle, key=lambda instance: (-draft.room(instance), instance))
         self._vacant = [instance for instance in by_room if not draft.residents[instance]]
         """Candidates without keys, those with most room first."""
         self._occupied = [instance for instance in by_room if draft.residents[instance]]
         """Candidates whose decodes would have to wait, those with most room first."""
-        self._soon = [instance for instance in sorted(draft.decoding) if instance not in barred]
+        self._soon = sorted(draft.decoding)
         """Instances that decode now and will be candidates when their step ends."""
 
     def plan(self) -> None:
         """Puts the prefills into the draft."""
-        if not (self._vacant or self._occupied):
-            return
-        senior = self._senior()
         first_left: WaitingView | None = None
-        num_left = 0
-        for request in self._queue(senior):
-            if self._try(request, is_senior=request is senior, is_first=first_left is None):
-                continue
-            first_left = first_left or request
-            num_left += 1
-            if num_left > self._config.max_lookahead or not self._fairness.may_overtake(first_left):
-                break
-        is_overtaken = first_left is not None and any(
+        senior = self._senior()
+        if senior is not None and not self._try(senior, is_senior=True, is_first=True):
+            first_left = senior
+        self._bar(self._fairness.barred_instances(self._view.running, self._draft.shape.num_instances))
+        if self._vacant or self._occupied or self._batches:
+            first_left = self._plan_others(senior, first_left)
+        if first_left is not None and any(
             request.order > first_left.order for batch in self._batches for request in batch.requests
-        )
-        if first_left is not None and is_overtaken:
+        ):
             self._fairness.note_overtaken(first_left)
         for batch in self._batches:
             self._commit(batch)
+
+    def _plan_others(self, senior: WaitingView | None, first_left: WaitingView | None) -> WaitingView | None:
+        """Tries the queue, but for the senior request, and returns the first request that is left waiting."""
+        num_left = 0
+        for request in self._view.waiting:
+            if first_left is not None and (
+                num_left > self._config.max_lookahead or not self._fairness.may_overtake(first_left)
+            ):
+                break
+            if request is not senior and not self._try(request, is_senior=False, is_first=first_left is None):
+                first_left = first_left or request
+                num_left += 1
+        return first_left
 
     def _senior(self) -> WaitingView | None:
         """The oldest waiting request, if no running one is older."""
@@ -93,13 +99,6 @@ class PrefillPlanner:
         oldest = min(self._view.waiting, key=lambda request: request.order)
         is_senior = all(request.order > oldest.order for request in self._view.running)
         return oldest if is_senior else None
-
-    def _queue(self, senior: WaitingView | None) -> Iterator[WaitingView]:
-        if senior is not None:
-            yield senior
-        for request in self._view.waiting:
-            if request is not senior:
-                yield request
 
     def _try(self, request: WaitingView, *, is_senior: bool, is_first: bool) -> bool:
         need = self._need(request, is_senior=is_senior)
@@ -192,14 +191,27 @@ class PrefillPlanner:
             return None
         by_free = sorted(candidates, key=lambda instance: (-self._draft.free[instance], instance))
         instances = by_free[: max(min_dop, min(need.dop, len(by_free)))]
-        residents = {
-            request.request_id: request for instance in instances for request in self._draft.residents[instance]
-        }
-        for request in sorted(residents.values(), key=lambda request: -request.order):
-            if sum(self._draft.free[instance] for instance in instances) >= need.num_pages:
-                break
+        victims = self._newest_holding(instances, need.num_pages)
+        if victims is None:
+            return None
+        for request in victims:
             self._draft.preempt(request)
         return self._open(instances)
+
+    def _newest_holding(self, instances: Sequence[InstanceId], num_pages: int) -> list[RunningView] | None:
+        """The newest requests without which these instances have so many free pages; None if that cannot be."""
+        draft = self._draft
+        num_free = sum(draft.free[instance] for instance in instances)
+        victims: list[RunningView] = []
+        for request in sorted(draft.residents_of(instances), key=lambda request: -request.order):
+            if num_free >= num_pages:
+                break
+            if not request.is_in_flight:
+                victims.append(request)
+                num_free += sum(
+                    draft.shape.num_pages_for(held) for instance, held in request.kv if instance in instances
+                )
+        return victims if num_free >= num_pages else None
 
     def _open(self, instances: Sequence[InstanceId]) -> _Batch:
         batch = _Batch(
@@ -213,6 +225,11 @@ class PrefillPlanner:
 
     def _take(self, instances: Sequence[InstanceId]) -> None:
         self._draft.reserve(instances)
+        self._bar(instances)
+
+    def _bar(self, instances: Collection[InstanceId]) -> None:
+        """Strikes these instances off the candidates."""
+        self._soon = [instance for instance in self._soon if instance not in instances]
         self._vacant = [instance for instance in self._vacant if instance not in instances]
         self._occupied = [instance for instance in self._occupied if instance not in instances]
 
