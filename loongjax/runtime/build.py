@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import logging
 import os
 import pathlib
@@ -15,36 +14,15 @@ from loongjax.core.cluster import ClusterShape
 from loongjax.models.checkpoint import load_weights
 from loongjax.models.config import ModelConfig
 from loongjax.models.sharding import abstract_params, partition_specs
+from loongjax.models.shipped import resolve_checkpoint
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
+from loongjax.runtime.environment import device_environment
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.sizing import resolve_dtype, size_up
 
 logger = logging.getLogger(__name__)
-
-SHIPPED_CHECKPOINT = "checkpoints/needle"
-
-
-def checkpoint_path(config: EngineConfig) -> pathlib.Path:
-    """The configured checkpoint's folder, or that of the model that ships with loongjax."""
-    if config.checkpoint is not None:
-        return pathlib.Path(config.checkpoint)
-    return pathlib.Path(str(importlib.resources.files("loongjax") / SHIPPED_CHECKPOINT))
-
-
-def device_environment(config: EngineConfig) -> dict[str, str]:
-    """Environment variables that must be set before JAX starts its back end."""
-    return {
-        # XLA's CPU client sizes its thread pool by this, and can deadlock on few cores with a small one.
-        "NPROC": os.environ.get("NPROC", "32"),
-        "JAX_NUM_CPU_DEVICES": os.environ.get("JAX_NUM_CPU_DEVICES", str(config.num_cpu_devices)),
-        "XLA_PYTHON_CLIENT_MEM_FRACTION": str(config.memory_fraction),
-        # NVLink multicast can take GPUs that others share out of service; one thread dispatches in one order.
-        "NCCL_NVLS_ENABLE": "0",
-        "NCCL_LAUNCH_ORDER_IMPLICIT": "1",
-    }
-
 
 def build_runtime(config: EngineConfig) -> LocalRuntime:
     """Loads the checkpoint onto the devices and sizes the pool.
@@ -53,7 +31,8 @@ def build_runtime(config: EngineConfig) -> LocalRuntime:
         ConfigError: a configuration that the model or the devices cannot follow.
         CheckpointError: a checkpoint that cannot be read or served.
     """
-    checkpoint = checkpoint_path(config)
+    _prepare_devices(config)
+    checkpoint = resolve_checkpoint(config.checkpoint)
     model_config = ModelConfig.from_checkpoint(checkpoint)
     model_config.check_tp(config.tp)
     _use_compilation_cache(config)
@@ -81,6 +60,15 @@ def assemble_runtime(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, sh
         limits=sizes.limits,
         buckets=sizes.buckets,
     )
+
+
+def _prepare_devices(config: EngineConfig) -> None:
+    """For processes whose environment was not prepared: the same, as far as JAX has not started yet."""
+    os.environ.update(device_environment(config))
+    try:
+        jax.config.update("jax_num_cpu_devices", int(os.environ["JAX_NUM_CPU_DEVICES"]))
+    except RuntimeError:
+        logger.debug("JAX has started already, with the devices it has")
 
 
 def _use_compilation_cache(config: EngineConfig) -> None:

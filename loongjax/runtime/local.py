@@ -107,6 +107,11 @@ class LocalRuntime:
     def num_recompiles(self) -> int:
         return self._recompiles.count
 
+    @property
+    def num_kv_bytes_per_token(self) -> int:
+        """Keys and values of one token in all layers."""
+        return self._spec.num_kv_bytes_per_token
+
     def reset_recompiles(self) -> None:
         """Counts executables from now on, and those of the calling thread only."""
         self._recompiles.reset()

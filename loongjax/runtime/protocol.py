@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loongjax.core.cluster import ClusterShape
 from loongjax.core.iteration import Completion, Iteration
@@ -22,6 +22,7 @@ class RuntimeLimits:
     vocab_size: int
 
 
+@runtime_checkable
 class Runtime(Protocol):
     """Executes iterations. Iterations on disjoint groups overlap; those that share an instance run in submission order.
 

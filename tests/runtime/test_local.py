@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from loongjax.core.cluster import Group
+from loongjax.core.sampling import SamplingParams
 from loongjax.runtime.local import LocalRuntime
 from tests.checkpoints import make_checkpoint
 from tests.runtime.driver import Driver, poison_pool, small_runtime
@@ -73,3 +75,103 @@ def test_every_dop_gives_the_tokens_of_transformers(driver, golden, dop):
     driver.prefill(group, {"r": [(first, 0, -1)]} if dop == 1 else {"r": [(first, 0, 16), (7, 16, -1)]})
     driver.decode(group, {first: ["r"]}, steps=12)
     golden.check(driver, "r", 2)
+
+
+def test_scale_down_scale_up_migration_and_preemption_change_nothing(driver, golden):
+    """One request's eventful life, beside a batch mate that comes and goes."""
+    driver.add("long", golden.prompt(3))
+    driver.add("mate", golden.prompt(1))
+    driver.prefill((1, 2, 3, 4, 6), {"long": [(2, 0, 64), (6, 64, -1)], "mate": [(6, 0, -1)]})
+    driver.decode((2, 6), {6: ["long", "mate"]}, steps=3)
+    driver.decode((2, 5, 6), {5: ["long"], 6: ["mate"]}, steps=3)
+    driver.migrate("long", 2, 6, 33)
+    driver.decode((2, 5, 6), {2: ["long"], 6: ["mate"]}, steps=2)
+    driver.decode((2, 5, 6), {5: ["mate", "long"]}, steps=3)
+    driver.preempt("long")
+    driver.decode((5, 6), {6: ["mate"]}, steps=2)
+    driver.prefill((0, 7), {"long": [(7, 0, -1)]})
+    driver.decode((0, 7), {0: ["long"]}, steps=4)
+    driver.decode((7, 0), {7: ["long"]}, steps=3)
+    golden.check(driver, "long", 3)
+    golden.check(driver, "mate", 1)
+    assert len(driver.tokens["long"]) == 20
+
+
+def test_a_mixed_batch_with_one_token_prompts_is_like_each_alone(driver, golden):
+    names = {f"r{i}": i for i in (0, 1, 2, 3)}
+    for name, i in names.items():
+        driver.add(name, golden.prompt(i))
+    kept = {"r0": [(1, 0, -1)], "r1": [(3, 0, -1)], "r2": [(3, 0, 32), (1, 32, -1)], "r3": [(0, 0, 80), (3, 80, -1)]}
+    driver.prefill((0, 1, 3), kept)
+    driver.decode((0, 1, 3), {0: ["r2"], 1: ["r3", "r0"], 3: ["r1"]}, steps=6)
+    driver.decode((0, 1, 3), {3: ["r0", "r1", "r2", "r3"]}, steps=6)
+    for name, i in names.items():
+        golden.check(driver, name, i)
+
+
+def test_fewer_tokens_than_ranks_prefill_right(driver, golden):
+    driver.add("one", golden.prompt(0))
+    driver.add("seven", golden.prompt(1))
+    driver.prefill(range(8), {"one": [(0, 0, -1)]})
+    driver.prefill(range(8), {"seven": [(7, 0, -1)]})
+    driver.decode((0, 7), {7: ["one"], 0: ["seven"]}, steps=5)
+    golden.check(driver, "one", 0)
+    golden.check(driver, "seven", 1)
+
+
+def test_a_request_without_output_gets_only_its_prompts_logprobs(driver, golden):
+    driver.add("r", golden.prompt(2), SamplingParams(max_tokens=0, prompt_logprobs=3))
+    driver.prefill((2, 3, 4), {"r": []})
+    assert driver.tokens["r"] == []
+    scored = driver.prompt_logprobs["r"]
+    np.testing.assert_allclose(
+        [item.logprob for item in scored], golden._arrays["prompt_logprobs_2"], rtol=0, atol=LOGPROB_TOLERANCE
+    )
+    assert all(len(item.top) == 3 and item.top[0][1] >= item.top[1][1] >= item.top[2][1] for item in scored)
+
+
+def test_a_page_table_that_outgrows_its_room_is_laid_out_anew(driver, golden):
+    driver.add("r", golden.prompt(2))
+    driver.prefill((4,), {"r": [(4, 0, -1)]})
+    driver.decode((4,), {4: ["r"]}, steps=2)
+    driver.runtime._decodes[Group((4,))].num_steps = 0
+    driver.decode((4,), {4: ["r"]}, steps=10)
+    golden.check(driver, "r", 2)
+
+
+def test_steady_steps_reuse_what_the_devices_hold(driver, golden):
+    driver.add("r", golden.prompt(2))
+    driver.prefill((4,), {"r": [(4, 0, -1)]})
+    driver.decode((4,), {4: ["r"]}, steps=1)
+    before = driver.runtime._decodes[Group((4,))]
+    driver.decode((4,), {4: ["r"]}, steps=5)
+    assert driver.runtime._decodes[Group((4,))] is before
+
+
+@pytest.mark.parametrize(("variant", "tp"), [("mha", 4), ("gqa_deep", 2), ("bias", 2), ("tied", 4), ("odd_vocab", 4)])
+def test_tensor_parallel_instances_give_the_tokens_of_transformers(variant, tp, tmp_path, cache_dir):
+    golden = Golden(variant)
+    runtime = small_runtime(make_checkpoint(tmp_path, variant, with_tokenizer=False), cache_dir, tp=tp)
+    driver = Driver(runtime)
+    poison_pool(runtime)
+    driver.add("r", golden.prompt(2))
+    driver.add("q", golden.prompt(1))
+    driver.prefill((0, 1), {"r": [(1, 0, 32), (0, 32, -1)], "q": [(1, 0, -1)]})
+    driver.decode((0, 1), {0: ["r"], 1: ["q"]}, steps=6)
+    driver.decode((0, 1), {1: ["r", "q"]}, steps=6)
+    golden.check(driver, "r", 2)
+    golden.check(driver, "q", 1)
+    runtime.close()
+
+
+@pytest.mark.parametrize("variant", ["head_dim", "config_v4", "rope_linear", "rope_llama3", "rope_yarn", "rope_yarn_mscale"])
+def test_every_rope_and_head_dim_gives_the_tokens_of_transformers(variant, tmp_path, cache_dir):
+    golden = Golden(variant)
+    runtime = small_runtime(make_checkpoint(tmp_path, variant, with_tokenizer=False), cache_dir)
+    driver = Driver(runtime)
+    driver.add("r", golden.prompt(4))
+    driver.prefill((0, 1, 2), {"r": [(1, 0, 160), (2, 160, -1)]})
+    driver.decode((1, 2), {2: ["r"]}, steps=10)
+    driver.decode((1, 2, 3), {3: ["r"]}, steps=6)
+    golden.check(driver, "r", 4)
+    runtime.close()

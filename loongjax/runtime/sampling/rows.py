@@ -111,7 +111,7 @@ def _noise_rows(sub_batches: Sequence[Sequence[SamplerInput]], shape: tuple[int,
     for rank, row, request in _requests(sub_batches):
         # Below the smallest normal float a device may flush to zero, and above the largest -inf / inf is NaN.
         temperature = request.sampling.temperature
-        rows.temperature[rank, row] = min(temperature, limits.max) if temperature >= limits.tiny else 0.0
+        rows.temperature[rank, row] = min(temperature, float(limits.max)) if temperature >= limits.tiny else 0.0
         rows.seed[rank, row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
     return rows
 

@@ -1,0 +1,103 @@
+"""The engine's configuration. Command-line flags come from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+import tyro
+
+from loongjax.errors import ConfigError
+
+CPU_NUM_SLOTS = 16384
+"""Tokens an instance's part of the KV pool holds on CPU, which reports no memory to size it by."""
+
+CPU_NUM_DEVICES = 8
+"""Virtual devices on CPU."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What an engine is made of.
+
+    Raises:
+        ConfigError: a value that cannot work, whatever the checkpoint and the devices.
+    """
+
+    checkpoint: tyro.conf.Positional[str | None] = None
+    """Folder of a Hugging Face or converted checkpoint; None: the small model that ships with the project."""
+    tp: int = 1
+    """Devices of one elastic instance (tensor parallelism)."""
+    num_instances: int | None = None
+    """Elastic instances; None: as many as the devices make."""
+    num_cpu_devices: int = CPU_NUM_DEVICES
+    """Virtual devices to make when there is no GPU."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Type of weights, activations and KV pool; auto: the checkpoint's, with float32 as bfloat16 on GPU."""
+    page_size: int = 16
+    """Tokens a page of the KV pool holds: a power of two; 1 is the paper's token granularity."""
+    num_slots: int | None = None
+    """Tokens that one instance's part of the KV pool holds; None: from free memory, on CPU 16384."""
+    memory_fraction: float = 0.9
+    """Part of each GPU's memory that weights, KV pool and workspace may take, above 0 and at most 1."""
+    max_model_len: int | None = None
+    """Tokens of one request, prompt and output together; None: the model's context, capped by what the pool holds."""
+    max_num_seqs: int = 64
+    """Requests that one master decodes at a time, and requests of one prefill."""
+    max_num_batched_tokens: int = 8192
+    """Tokens of one prefill on one instance; a group of n takes n times as many."""
+    max_queue_len: int = 1024
+    """Requests that may wait; one more is refused for now (HTTP 429)."""
+    prefill_tokens_per_instance: int = 2048
+    """The simple scheduler gives a prefill one instance for so many tokens, rounded up."""
+    run_ahead: bool = True
+    """Submit a decode's next step before the tokens of the last one are read."""
+    warm_up: bool | None = None
+    """Compile everything the scheduler may use before the engine is ready; None: on GPU only."""
+    seed: int | None = None
+    """Makes the seeds of requests that name none reproducible; None: fresh ones at every start."""
+    compilation_cache_dir: str | None = None
+    """Folder of JAX's persistent compilation cache; None: ~/.cache/loongjax/xla."""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "tp",
+            "num_instances",
+            "num_cpu_devices",
+            "page_size",
+            "num_slots",
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "max_queue_len",
+            "prefill_tokens_per_instance",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{_flag(name)} must be at least 1, got {value}: raise it, or leave it out")
+        if self.page_size & (self.page_size - 1):
+            below = 1 << (self.page_size.bit_length() - 1)
+            raise ConfigError(
+                f"--page-size must be a power of two, got {self.page_size}: {below} and {2 * below} are the nearest"
+            )
+        if self.num_slots is not None and self.num_slots % self.page_size:
+            fitting = max(self.num_slots // self.page_size, 1) * self.page_size
+            raise ConfigError(
+                f"--num-slots must be a multiple of --page-size ({self.page_size}), got {self.num_slots}: try {fitting}"
+            )
+        if not 0.0 < self.memory_fraction <= 1.0:
+            raise ConfigError(
+                f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction}: 0.9 leaves a tenth free"
+            )
+        if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
+            raise ConfigError(f"--dtype must be auto, bfloat16, float16 or float32, got {self.dtype!r}: auto fits most")
+        if self.checkpoint is not None and not pathlib.Path(self.checkpoint).is_dir():
+            raise ConfigError(
+                f"the checkpoint must be a folder, got {self.checkpoint!r}, which is none: give the path of a folder "
+                "with config.json, or leave it out to serve the model that ships with loongjax"
+            )
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
