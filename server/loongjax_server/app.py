@@ -40,7 +40,6 @@ def create_app(engine: EngineClient, tokenizer: TextTokenizer, config: ServerCon
     app = FastAPI(
         title="loongjax",
         version=importlib.metadata.version("loongjax"),
-        root_path=config.root_path,
         redirect_slashes=False,
         redoc_url=None,
         lifespan=lifespan,

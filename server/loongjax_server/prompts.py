@@ -147,7 +147,7 @@ def check_token_ids(token_ids: Sequence[int], vocab_size: int, param: str) -> No
         return
     for token_id in (min(token_ids), max(token_ids)):
         if not 0 <= token_id < vocab_size:
-            raise RequestError(f"{param}: token ids are from 0 to {vocab_size - 1}, got {token_id:.6g}", param)
+            raise RequestError(f"{param}: token ids are from 0 to {vocab_size - 1}, got {str(token_id)[:40]}", param)
 
 
 def _visible_tools(body: ConversationBody) -> list[dict[str, Any]]:

@@ -26,7 +26,16 @@ from loongjax_server.tokenizer import TextTokenizer
 def running(engine: FakeEngine, tokenizer: TextTokenizer, config: ServerConfig) -> Iterator[RunningServer]:
     app = create_app(engine, tokenizer, config)
     server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, lifespan="on", ws="none", loop="asyncio")
+        uvicorn.Config(
+            app,
+            host="127.0.0.1",
+            port=0,
+            root_path=config.root_path,
+            log_config=None,
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=1,
+        )
     )
     is_ready = threading.Event()
     loops: list[asyncio.AbstractEventLoop] = []
@@ -46,7 +55,6 @@ def running(engine: FakeEngine, tokenizer: TextTokenizer, config: ServerConfig) 
     try:
         yield RunningServer(port=port, engine=engine, app=app, loop=loops[0])
     finally:
-        server.force_exit = True
         server.should_exit = True
         thread.join(20)
         assert not thread.is_alive()
@@ -63,12 +71,16 @@ def serve() -> Iterator[Callable[..., RunningServer]]:
         yield start
 
 
-@pytest.fixture
-def engine() -> FakeEngine:
-    return FakeEngine()
+@pytest.fixture(scope="session")
+def shared_server() -> Iterator[RunningServer]:
+    """One server with default settings, for all tests that need no other."""
+    with running(FakeEngine(), ByteTokenizer(), ServerConfig()) as server:
+        yield server
 
 
 @pytest.fixture
-def server(engine: FakeEngine, serve: Callable[..., RunningServer]) -> RunningServer:
-    """A server with default settings around `engine`."""
-    return serve(engine)
+def server(shared_server: RunningServer) -> RunningServer:
+    """The shared server, its engine as new."""
+    assert shared_server.engine.num_live == 0
+    shared_server.engine.__init__()
+    return shared_server

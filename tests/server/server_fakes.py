@@ -1,7 +1,7 @@
 """An engine and a tokenizer whose every answer can be worked out by hand.
 
-The tokenizer has the 256 bytes, then `<s>`, `</s>`, `<unk>`, then a few words; the vocabulary is padded beyond that. The
-engine answers with the bytes of a script, one token a step, and counts what it runs.
+The tokenizer has the 256 bytes, then `<s>`, `</s>`, `<unk>`, then a few words; the vocabulary is padded beyond that.
+The engine answers with the bytes of a script, one token a step, and counts what it runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ MAX_MODEL_LEN = 4096
 SCRIPT = "The quick brown fox jumps over the lazy dog. "
 TEMPLATE = (
     "{{ '<s>' }}{% for m in messages %}{% if m.role == 'tool' and not m.content %}{{ raise_exception('empty') }}"
-    "{% endif %}[{{ m.role }}]{{ m.content }}{% if not (loop.last and continue_final_message) %}\n{% endif %}{% endfor %}"
+    "{% endif %}[{{ m.role }}]{{ m.content }}{% if not (loop.last and continue_final_message) %}\n{% endif %}"
+    "{% endfor %}"
     "{% if tools %}[tools]{{ tools | length }}{% endif %}{% if style %}[{{ style }}]{% endif %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
