@@ -23,8 +23,8 @@ UNLIMITED = np.iinfo(np.int32).max
 """The top_k that keeps every token."""
 
 EDITS_PER_ROW = (16, 512)
-"""Edit capacities that are compiled for a batch of B rows, in multiples of B. A batch with more takes the next power
-of four of the last, and an executable of its own."""
+"""Edit capacities that are compiled for a batch of B rows, in multiples of B. A batch with more takes the
+last times a power of four, and an executable of its own."""
 
 
 class NoiseRows(NamedTuple):
@@ -107,11 +107,12 @@ def build_rows(
 
 def _noise_rows(sub_batches: Sequence[Sequence[SamplerInput]], shape: tuple[int, int]) -> NoiseRows:
     limits = np.finfo(np.float32)
+    least, most = float(limits.tiny), float(limits.max)
     rows = NoiseRows(temperature=np.zeros(shape, np.float32), seed=np.zeros((*shape, 2), np.uint32))
     for rank, row, request in _requests(sub_batches):
         # Below the smallest normal float a device may flush to zero, and above the largest -inf / inf is NaN.
         temperature = request.sampling.temperature
-        rows.temperature[rank, row] = min(temperature, float(limits.max)) if temperature >= limits.tiny else 0.0
+        rows.temperature[rank, row] = min(temperature, most) if temperature >= least else 0.0
         rows.seed[rank, row] = (request.seed >> 32) & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
     return rows
 

@@ -54,7 +54,7 @@ TIERS = (GREEDY, SAMPLED, FILTERED, SCORED, FULL)
 """The variants that are compiled, cheapest first, each covering the one before.
 
 Five mechanisms make 32 combinations, each an executable for every bucket and mesh size; a chain makes five. The first
-three cost a decode step one pass over the logits, that and the noise, and some thirty passes more. SCORED adds what is
+three cost a decode step one pass over the logits, the noise of each, and some forty passes more. SCORED adds what is
 rarer but keeps no state; FULL alone holds per-token counts on the devices, of five bytes a logit.
 """
 
