@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from loongjax.core.plan import Plan
 from loongjax.scheduler.view import ClusterView
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Decides who works with whom, and holds no device state.
 

@@ -216,7 +216,8 @@ class DecodePlanner:
         for source in sorted(component.instances):
             straddling = [request for request in draft.residents[source] if len(request.kv) > 1]
             num_tokens = sum(dict(request.kv)[source] for request in straddling)
-            if not straddling or num_tokens > self._config.max_migrated_tokens:
+            is_stalled = any(not component.instances.issuperset(dict(request.kv)) for request in straddling)
+            if not straddling or is_stalled or num_tokens > self._config.max_migrated_tokens:
                 continue
             request = straddling[0]
             held = dict(request.kv)

@@ -1,0 +1,67 @@
+"""Short ways to write down a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from loongjax.core.cluster import ClusterShape
+from loongjax.scheduler.view import ClusterView, InstanceView, RunningView, WaitingView
+
+
+def waiting(
+    request_id: str, order: int, num_tokens: int, *, max_total_tokens: int | None = None, keeps_kv: bool = True
+) -> WaitingView:
+    if max_total_tokens is None:
+        max_total_tokens = num_tokens + 100
+    return WaitingView(
+        request_id=request_id, order=order, num_tokens=num_tokens, max_total_tokens=max_total_tokens, keeps_kv=keeps_kv
+    )
+
+
+def running(request_id: str, order: int, *kv: tuple[int, int], is_in_flight: bool = False) -> RunningView:
+    num_tokens = sum(held for _, held in kv)
+    return RunningView(
+        request_id=request_id,
+        order=order,
+        num_tokens=num_tokens,
+        max_total_tokens=num_tokens + 1000,
+        kv=kv,
+        is_in_flight=is_in_flight,
+    )
+
+
+def cluster(
+    num_instances: int = 4,
+    *,
+    num_pages: int = 100,
+    page_size: int = 4,
+    waits: Sequence[WaitingView] = (),
+    runs: Sequence[RunningView] = (),
+    decoding: Sequence[int] = (),
+    prefilling: Sequence[int] = (),
+    taken: Mapping[int, int] | None = None,
+    max_num_batched_tokens: int = 10_000,
+    max_num_seqs: int = 64,
+) -> ClusterView:
+    """A cluster whose free pages are those that neither the running requests hold nor `taken` takes away."""
+    shape = ClusterShape(num_instances=num_instances, num_pages=num_pages, page_size=page_size)
+    used = {instance: (taken or {}).get(instance, 0) for instance in range(num_instances)}
+    for request in runs:
+        for instance, held in request.kv:
+            used[instance] += -(-held // page_size)
+    return ClusterView(
+        shape=shape,
+        instances=tuple(
+            InstanceView(
+                instance=instance,
+                num_free_pages=num_pages - used[instance],
+                is_busy=instance in decoding or instance in prefilling,
+                is_prefilling=instance in prefilling,
+            )
+            for instance in range(num_instances)
+        ),
+        waiting=tuple(waits),
+        running=tuple(runs),
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+    )
