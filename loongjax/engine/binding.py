@@ -1,0 +1,109 @@
+"""Plans to iterations: who works with whom becomes pages, slots and token ids."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import (
+    DecodeInput,
+    DecodeIteration,
+    DecodeSubBatch,
+    Iteration,
+    MigrateIteration,
+    PrefillInput,
+    PrefillIteration,
+)
+from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.engine.live_request import LiveRequest
+from loongjax.kvcache.kv_cache import KVCache
+
+
+@dataclasses.dataclass(eq=False)
+class Flight:
+    """An iteration that was submitted and has not completed."""
+
+    iteration: Iteration
+    plan: Prefill | Decode | Migrate
+    requests: tuple[LiveRequest, ...]
+    """In the iteration's order."""
+    is_void: bool = False
+    """Its result no longer counts: an iteration before it, on the same instances, failed."""
+
+    @property
+    def group(self) -> Group:
+        return self.iteration.group
+
+
+def bind(
+    plan: Prefill | Decode | Migrate,
+    *,
+    iteration_id: int,
+    live: Mapping[str, LiveRequest],
+    kv_cache: KVCache,
+    continues: bool,
+) -> Flight:
+    """Takes the pages that the plan needs, and names everything that a runtime needs to execute it.
+
+    Args:
+        plan: keeps the contract of `Policy.plan`, so that the pages are there.
+        iteration_id: the iteration's.
+        live: every live request, by id.
+        kv_cache: accounts for the pages.
+        continues: see `DecodeIteration.continues`.
+    """
+    match plan:
+        case Prefill():
+            requests = tuple(live[planned.request_id] for planned in plan.requests)
+            iteration = _bind_prefill(plan, iteration_id, requests, kv_cache)
+        case Decode():
+            requests = tuple(live[request_id] for request_id in plan.request_ids)
+            iteration = _bind_decode(plan, iteration_id, live, kv_cache, continues)
+        case Migrate():
+            requests = (live[plan.request_id],)
+            source_slots, target_slots = kv_cache.migrate(plan.request_id, plan.source, plan.target, plan.num_tokens)
+            iteration = MigrateIteration(iteration_id, plan.source, plan.target, source_slots, target_slots)
+    return Flight(iteration, plan, requests)
+
+
+def _bind_prefill(
+    plan: Prefill, iteration_id: int, requests: tuple[LiveRequest, ...], kv_cache: KVCache
+) -> PrefillIteration:
+    return PrefillIteration(
+        iteration_id,
+        plan.group,
+        tuple(
+            PrefillInput(
+                live.request,
+                np.array((*live.request.prompt_token_ids, *live.output_token_ids), np.int32),
+                kv_cache.keep(live.request_id, planned.kept),
+                live.wants_prompt_logprobs,
+            )
+            for live, planned in zip(requests, plan.requests, strict=True)
+        ),
+    )
+
+
+def _bind_decode(
+    plan: Decode, iteration_id: int, live: Mapping[str, LiveRequest], kv_cache: KVCache, continues: bool
+) -> DecodeIteration:
+    sub_batches = []
+    for sub_batch in plan.sub_batches:
+        inputs = []
+        for request_id in sub_batch.request_ids:
+            position = kv_cache.num_tokens(request_id)
+            slot = kv_cache.append(request_id, sub_batch.master)
+            inputs.append(
+                DecodeInput(
+                    live[request_id].request,
+                    tuple(live[request_id].output_token_ids),
+                    position,
+                    slot,
+                    kv_cache.tables(request_id),
+                )
+            )
+        sub_batches.append(DecodeSubBatch(sub_batch.master, tuple(inputs)))
+    return DecodeIteration(iteration_id, plan.group, tuple(sub_batches), continues)

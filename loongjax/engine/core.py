@@ -1,0 +1,405 @@
+"""The loop between scheduler and runtime. One thread, all state on the host.
+
+    add, abort ─► WaitingQueue ─► Policy.plan(view) ─► bind to pages ─► Runtime.submit
+                       ▲                                                     │
+                       └── preempted, lost ◄── Completion ◄── completions ◄──┘ ─► RequestEvents
+
+A request is either in the waiting queue or in the KV cache. Groups never wait for each other: an instance is busy while
+an iteration of its group is in flight, and the policy is asked again as soon as one completes.
+
+Running ahead: while a decode is in flight, the policy is also asked what it would do once that is over. If the answer
+is the same decode again and nothing else, its next iteration is submitted behind it at once, before any token was read; the devices hold
+the input tokens. A request that turns out to have ended simply ignores its token of that iteration.
+
+Pages are freed the moment a request ends, even if an iteration that names them is still in flight. That is safe: what
+uses them next runs on the same instance, and iterations that share an instance run in the order of their submission.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+from loongjax.core.cluster import InstanceId
+from loongjax.core.iteration import Completion, PrefillIteration, SampledToken
+from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
+from loongjax.core.request import FinishReason, Request, RequestEvent
+from loongjax.engine.admission import check_capacity
+from loongjax.engine.binding import Flight, bind
+from loongjax.engine.client import EngineStats, ModelInfo
+from loongjax.engine.counters import Counters
+from loongjax.engine.flights import Flights
+from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.engine.snapshot import take_snapshot
+from loongjax.errors import ContextLengthError, EngineDeadError, EngineError, QueueFullError, RequestError
+from loongjax.kvcache.kv_cache import KVCache
+from loongjax.runtime.protocol import Runtime
+from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.validate import check_plan
+
+logger = logging.getLogger(__name__)
+
+RETRY_AFTER_S = 1.0
+"""When a client that met a full queue may try again, in seconds."""
+
+MAX_FAILURES = 2
+"""Failed iterations in a row that end a request."""
+
+
+class EngineCore:
+    """Carries every accepted request to exactly one last event, and frees all it held by then."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        policy: Policy,
+        *,
+        info: ModelInfo,
+        max_queue_len: int = 1024,
+        kv_bytes_per_token: int = 0,
+        run_ahead: bool = True,
+        checks: bool = False,
+    ) -> None:
+        """An engine without requests.
+
+        Args:
+            runtime: executes iterations; closed by `close`.
+            policy: decides; can be deep-copied.
+            info: what front ends are told of the model.
+            max_queue_len: requests that may wait.
+            kv_bytes_per_token: keys and values of one token in all layers, for the statistics.
+            run_ahead: submit a decode's next iteration before the tokens of the last one are read.
+            checks: check every plan, and the integrity of all state after every step. For tests.
+
+        Raises:
+            ConfigError: the pool, or the largest prefill, cannot hold a request of `info.max_model_len` tokens.
+        """
+        self.info = info
+        self.death: str | None = None
+        """Why the engine is dead, if it is."""
+        self._runtime = runtime
+        self._policy = policy
+        self._max_queue_len = max_queue_len
+        self._run_ahead = run_ahead
+        self._checks = checks
+        check_capacity(info, runtime.shape, runtime.limits)
+        self._kv_cache = KVCache(runtime.shape)
+        self._counters = Counters(kv_bytes_per_token=kv_bytes_per_token)
+        self._live: dict[str, LiveRequest] = {}
+        self._waiting = WaitingQueue()
+        self._flights = Flights()
+        self._failed_instances: set[InstanceId] = set()
+        """Instances whose last iteration failed."""
+        self._has_failed_last = False
+        """Whether the last iteration that completed anywhere failed."""
+        self._events: list[RequestEvent] = []
+        self._must_plan = False
+        self._num_accepted = 0
+        self._num_submitted = 0
+
+    @property
+    def num_live(self) -> int:
+        """Requests that wait or run."""
+        return len(self._live)
+
+    @property
+    def has_queue_place(self) -> bool:
+        """Whether one more request may be added now."""
+        return len(self._waiting) < self._max_queue_len
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request lives, nothing is in flight, and every event was taken."""
+        return not (self._live or self._flights or self._events)
+
+    def add(self, *requests: Request) -> None:
+        """Accepts all of these requests, as `loongjax.engine.admission.admit` makes them, or none.
+
+        Raises:
+            QueueFullError: they do not fit into the queue now.
+            RequestError: more of them than the queue ever holds, or an id that is in use.
+            ContextLengthError: a request longer than the runtime's limit.
+            EngineDeadError: the engine is dead.
+        """
+        self._require_alive()
+        if len(requests) > self._max_queue_len:
+            raise RequestError(f"n must be at most {self._max_queue_len}, the length of the queue", "n")
+        if len(self._waiting) + len(requests) > self._max_queue_len:
+            raise QueueFullError(
+                f"{len(self._waiting)} requests wait already, and the queue holds {self._max_queue_len}", RETRY_AFTER_S
+            )
+        for request in requests:
+            if request.request_id in self._live:
+                raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
+            num_tokens = len(request.prompt_token_ids) + request.max_tokens
+            if num_tokens > self.info.max_model_len:
+                raise ContextLengthError(
+                    f"the maximum context length is {self.info.max_model_len} tokens, got {num_tokens}", "max_tokens"
+                )
+        for request in requests:
+            live = LiveRequest(request, self._num_accepted)
+            self._num_accepted += 1
+            self._live[request.request_id] = live
+            self._waiting.add(live)
+        self._must_plan = True
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request wherever it is; its pages are free at once. One that is not live is passed over."""
+        live = self._live.get(request_id)
+        if live is not None:
+            self._end(live, FinishReason.ABORT)
+            self._must_plan = True
+
+    def step(self, timeout_s: float | None) -> list[RequestEvent]:
+        """Takes in what has completed, plans, and submits.
+
+        Args:
+            timeout_s: how long to wait for a completion or a `wake` if there is nothing else to do, in seconds.
+
+        Returns:
+            What happened to requests, in order. If the engine died of it, `death` is set, and every live request's
+            last event is among these.
+
+        Raises:
+            EngineDeadError: it was dead before.
+        """
+        self._require_alive()
+        try:
+            return self._step(timeout_s)
+        except Exception as error:
+            self.death = f"the step loop failed: {type(error).__name__}: {error}"
+            raise
+
+    def _step(self, timeout_s: float | None) -> list[RequestEvent]:
+        for completion in self._runtime.completions(0.0 if self._must_plan or self._events else timeout_s):
+            self._complete(completion)
+            if self.death is not None:
+                break
+            self._must_plan = True
+        if self._must_plan and self.death is None:
+            self._must_plan = False
+            self._plan()
+            if self._checks or not (self._live or self._flights):
+                self.check_integrity()
+        events, self._events = self._events, []
+        return events
+
+    def wake(self) -> None:
+        """Ends a wait in `step`, or the next one, from another thread."""
+        self._runtime.wake()
+
+    def stats(self) -> EngineStats:
+        shape, counters = self._runtime.shape, self._counters
+        return EngineStats(
+            num_requests_running=len(self._live) - len(self._waiting),
+            num_requests_waiting=len(self._waiting),
+            kv_slots_used=tuple(self._kv_cache.used_pages(i) * shape.page_size for i in shape.all_instances),
+            kv_slots=(shape.num_slots,) * shape.num_instances,
+            page_size=shape.page_size,
+            num_pages=shape.num_pages,
+            prefill_dop=dict(counters.prefill_dop),
+            decode_dop=dict(counters.decode_dop),
+            num_scale_ups=counters.num_scale_ups,
+            num_scale_downs=counters.num_scale_downs,
+            kv_migrated_bytes=counters.kv_migrated_bytes,
+            num_recompiles=self._runtime.num_recompiles,
+            num_preemptions=counters.num_preemptions,
+            num_prompt_tokens=counters.num_prompt_tokens,
+            num_generation_tokens=counters.num_generation_tokens,
+            num_iterations=counters.num_iterations,
+        )
+
+    def close(self) -> None:
+        """Waits for what is in flight and gives the devices back. Nothing may follow."""
+        if self.death is None:
+            self.death = "the engine was closed"
+        self._runtime.close()
+
+    def check_integrity(self) -> None:
+        """Asserts every invariant of the state between steps."""
+        self._kv_cache.check_integrity()
+        waiting = {live.request_id for live in self._waiting}
+        assert waiting.isdisjoint(self._kv_cache.request_ids), "a request both waits and runs"
+        assert waiting | set(self._kv_cache.request_ids) == set(self._live), "a request is lost, or a dead one lingers"
+        self._flights.check_integrity()
+        num_in_flight = dict.fromkeys(self._live, 0)
+        for flight in self._flights:
+            for live in flight.requests:
+                if not live.has_ended and not flight.is_void:
+                    num_in_flight[live.request_id] += 1
+        for request_id, live in self._live.items():
+            assert live.num_in_flight == num_in_flight[request_id], request_id
+            assert request_id not in waiting or live.num_in_flight == 0, request_id
+
+    def _require_alive(self) -> None:
+        if self.death is not None:
+            raise EngineDeadError(self.death)
+
+    def _plan(self) -> None:
+        has_idle = len(self._flights.by_instance()) < self._runtime.shape.num_instances
+        if has_idle and any(live.num_in_flight == 0 for live in self._live.values()):
+            for plan in self._ask(self._policy):
+                self._apply(plan)
+        if self._run_ahead:
+            for flight in self._flights.lone():
+                self._continue(flight)
+        if self._live and not self._flights:
+            raise EngineError(
+                f"the policy plans nothing, though nothing is in flight and {len(self._live)} requests live"
+            )
+
+    def _ask(self, policy: Policy, as_if_over: Flight | None = None) -> tuple[Plan, ...]:
+        view = take_snapshot(
+            shape=self._runtime.shape,
+            limits=self._runtime.limits,
+            kv_cache=self._kv_cache,
+            waiting=self._waiting,
+            running=[self._live[request_id] for request_id in self._kv_cache.request_ids],
+            flights=self._flights,
+            as_if_over=as_if_over,
+        )
+        plans = policy.plan(view)
+        if self._checks:
+            check_plan(view, plans)
+        return plans
+
+    def _apply(self, plan: Plan) -> None:
+        if not isinstance(plan, Preempt):
+            self._submit(plan)
+            return
+        logger.debug("%s", plan)
+        for request_id in plan.request_ids:
+            self._counters.num_preemptions += 1
+            self._requeue(self._live[request_id])
+
+    def _submit(self, plan: Prefill | Decode | Migrate) -> None:
+        flight = bind(
+            plan,
+            iteration_id=self._num_submitted,
+            live=self._live,
+            kv_cache=self._kv_cache,
+            continues=isinstance(plan, Decode) and self._flights.continues(plan),
+        )
+        self._num_submitted += 1
+        for live in flight.requests:
+            live.num_in_flight += 1
+            if isinstance(plan, Prefill):
+                self._waiting.remove(live)
+        self._flights.depart(flight)
+        logger.debug("iteration %d: %s", flight.iteration.iteration_id, plan)
+        self._runtime.submit(flight.iteration)
+
+    def _continue(self, flight: Flight) -> None:
+        """Submits a decode's next iteration behind it, if that is what the policy would decide once it is over."""
+        if not isinstance(flight.plan, Decode) or flight.is_void:
+            return
+        if any(live.has_ended or live.num_tokens_left <= 0 for live in flight.requests):
+            return
+        # What a policy remembers of an answer that nobody follows would be wrong: a copy is asked.
+        rehearsing = copy.deepcopy(self._policy)
+        if self._ask(rehearsing, as_if_over=flight) == (flight.plan,):
+            self._policy = rehearsing
+            self._submit(flight.plan)
+
+    def _complete(self, completion: Completion) -> None:
+        flight = self._flights.land(completion.iteration_id)
+        if flight.is_void:
+            return
+        for live in flight.requests:
+            live.num_in_flight -= not live.has_ended
+        if completion.error is not None:
+            self._fail(flight, completion.error)
+            return
+        self._has_failed_last = False
+        self._failed_instances.difference_update(flight.group.instances)
+        self._counters.record(flight)
+        if isinstance(flight.plan, Migrate):
+            return
+        by_request = {token.request_id: token for token in completion.tokens}
+        for live in flight.requests:
+            if not live.has_ended:
+                self._take(live, by_request[live.request_id], isinstance(flight.iteration, PrefillIteration))
+
+    def _take(self, live: LiveRequest, sampled: SampledToken, is_prefill: bool) -> None:
+        """Adds a token to a request, says so, and ends the request if this was its last."""
+        live.num_failures = 0
+        request = live.request
+        prompt_logprobs = None
+        if is_prefill and live.wants_prompt_logprobs:
+            prompt_logprobs, live.wants_prompt_logprobs = sampled.prompt_logprobs, False
+        token_ids: tuple[int, ...] = ()
+        logprobs = ()
+        if request.max_tokens > 0:
+            token_ids = (sampled.token_id,)
+            live.output_token_ids.append(sampled.token_id)
+            self._counters.num_generation_tokens += 1
+            if sampled.logprobs is not None and request.sampling.logprobs is not None:
+                logprobs = (sampled.logprobs,)
+        is_stop = bool(token_ids) and sampled.token_id in request.stop_token_ids
+        finish_reason = None
+        if is_stop:
+            finish_reason = FinishReason.STOP
+        elif len(live.output_token_ids) == request.max_tokens:
+            finish_reason = FinishReason.LENGTH
+        if finish_reason is not None:
+            self._forget(live)
+        self._events.append(
+            RequestEvent(
+                request_id=request.request_id,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                prompt_logprobs=prompt_logprobs,
+                finish_reason=finish_reason,
+                stop_token_id=sampled.token_id if is_stop else None,
+                history=live.history if finish_reason is not None else (),
+            )
+        )
+
+    def _fail(self, flight: Flight, error: str) -> None:
+        """The keys on the group's instances are gone: everything that had some there starts again."""
+        instances = set(flight.group.instances)
+        logger.warning("iteration %d on instances %s failed: %s", flight.iteration.iteration_id, flight.group, error)
+        if self._has_failed_last or instances & self._failed_instances:
+            self._die(f"two iterations in a row failed, the last one on instances {sorted(instances)}: {error}")
+            return
+        self._has_failed_last = True
+        self._failed_instances |= instances
+        self._flights.void(flight.group)
+        lost = [
+            self._live[request_id]
+            for request_id in self._kv_cache.request_ids
+            if not instances.isdisjoint(self._kv_cache.holders(request_id))
+        ]
+        participants = [live for live in flight.requests if not live.has_ended]
+        for live in {live.request_id: live for live in (*lost, *participants)}.values():
+            self._requeue(live)
+        for live in participants:
+            live.num_failures += 1
+            if live.num_failures == MAX_FAILURES:
+                self._end(live, FinishReason.ERROR, f"{MAX_FAILURES} iterations in a row with it failed: {error}")
+
+    def _die(self, reason: str) -> None:
+        logger.error("%s", reason)
+        self.death = reason
+        for live in list(self._live.values()):
+            self._end(live, FinishReason.ERROR, reason)
+
+    def _requeue(self, live: LiveRequest) -> None:
+        """Gives up a request's keys; it is recomputed with the tokens it has, before all that arrived after it."""
+        self._kv_cache.release(live.request_id)
+        live.num_in_flight = 0
+        self._waiting.add(live)
+
+    def _end(self, live: LiveRequest, reason: FinishReason, error: str | None = None) -> None:
+        self._forget(live)
+        self._events.append(
+            RequestEvent(request_id=live.request_id, finish_reason=reason, error=error, history=live.history)
+        )
+
+    def _forget(self, live: LiveRequest) -> None:
+        live.has_ended = True
+        del self._live[live.request_id]
+        if live.request_id in self._kv_cache:
+            self._kv_cache.release(live.request_id)
+        else:
+            self._waiting.remove(live)

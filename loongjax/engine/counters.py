@@ -1,0 +1,75 @@
+"""What the engine counts."""
+
+from __future__ import annotations
+
+import collections
+
+from loongjax.core.cluster import InstanceId
+from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.core.request import Phase
+from loongjax.engine.binding import Flight
+from loongjax.engine.live_request import LiveRequest
+
+
+class Counters:
+    """Grows with every iteration, and keeps each request's elastic history."""
+
+    def __init__(self, *, kv_bytes_per_token: int) -> None:
+        self._kv_bytes_per_token = kv_bytes_per_token
+        self.prefill_dop: collections.Counter[int] = collections.Counter()
+        self.decode_dop: collections.Counter[int] = collections.Counter()
+        self.num_scale_ups = 0
+        self.num_scale_downs = 0
+        self.kv_migrated_bytes = 0
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0
+        self.num_generation_tokens = 0
+        self.num_iterations = 0
+
+    def record(self, flight: Flight) -> None:
+        """Counts an iteration that succeeded, before its tokens are handed out."""
+        self.num_iterations += 1
+        match flight.plan:
+            case Prefill():
+                self._record_prefill(flight, flight.plan)
+            case Decode():
+                self._record_decode(flight, flight.plan)
+            case Migrate():
+                self._record_migrate(flight, flight.plan)
+
+    def _record_prefill(self, flight: Flight, plan: Prefill) -> None:
+        group = plan.group
+        self.prefill_dop[group.dop] += 1
+        kept_by = {interval.instance for planned in plan.requests for interval in planned.kept}
+        self.num_scale_downs += bool(kept_by) and len(kept_by) < group.dop
+        for live, planned in zip(flight.requests, plan.requests, strict=True):
+            if live.has_ended:
+                continue
+            keepers = tuple(sorted({interval.instance for interval in planned.kept}))
+            live.record(Phase("prefill", group.instances, keepers, live.num_tokens))
+            live.instances = keepers
+            if not live.has_been_prefilled:
+                live.has_been_prefilled = True
+                self.num_prompt_tokens += len(live.request.prompt_token_ids)
+
+    def _record_decode(self, flight: Flight, plan: Decode) -> None:
+        group = plan.group
+        self.decode_dop[group.dop] += 1
+        masters = tuple(sorted(plan.masters))
+        for live in flight.requests:
+            if live.has_ended:
+                continue
+            live.record(Phase("decode", group.instances, masters, 1))
+            self._note_scaling(live, group.instances)
+
+    def _note_scaling(self, live: LiveRequest, instances: tuple[InstanceId, ...]) -> None:
+        if live.instances != instances:
+            self.num_scale_ups += not set(instances) <= set(live.instances)
+            self.num_scale_downs += not set(live.instances) <= set(instances)
+            live.instances = instances
+
+    def _record_migrate(self, flight: Flight, plan: Migrate) -> None:
+        self.kv_migrated_bytes += plan.num_tokens * self._kv_bytes_per_token
+        for live in flight.requests:
+            if not live.has_ended:
+                live.record(Phase("migrate", flight.group.instances, (plan.target,), plan.num_tokens))

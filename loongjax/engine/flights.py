@@ -1,0 +1,72 @@
+"""Iterations in flight, by instance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from loongjax.core.cluster import Group, InstanceId
+from loongjax.core.plan import Decode
+from loongjax.engine.binding import Flight
+
+
+class Flights:
+    """Iterations that were submitted and have not completed: at most two on an instance, and then of one group."""
+
+    def __init__(self) -> None:
+        self._flights: dict[int, Flight] = {}
+        """By iteration id, in order of submission."""
+        self._latest: dict[InstanceId, Flight] = {}
+        """The last iteration submitted to each instance, in flight or not, unless its keys were lost since."""
+
+    def __len__(self) -> int:
+        return len(self._flights)
+
+    def __iter__(self) -> Iterator[Flight]:
+        return iter(self._flights.values())
+
+    def depart(self, flight: Flight) -> None:
+        """Notes a submission."""
+        self._flights[flight.iteration.iteration_id] = flight
+        for instance in flight.group.instances:
+            self._latest[instance] = flight
+
+    def land(self, iteration_id: int) -> Flight:
+        """Notes a completion, and returns what completed."""
+        return self._flights.pop(iteration_id)
+
+    def by_instance(self) -> dict[InstanceId, list[Flight]]:
+        """In order of submission, for every instance that is busy."""
+        result: dict[InstanceId, list[Flight]] = {}
+        for flight in self._flights.values():
+            for instance in flight.group.instances:
+                result.setdefault(instance, []).append(flight)
+        return result
+
+    def lone(self) -> list[Flight]:
+        """Those with nothing behind or before them on their instances."""
+        by_instance = self.by_instance()
+        return [flight for flight in self._flights.values() if len(by_instance[flight.group.instances[0]]) == 1]
+
+    def continues(self, plan: Decode) -> bool:
+        """Whether the last iteration of every instance of the group was this decode, one token earlier."""
+        latest = self._latest.get(plan.group.instances[0])
+        return (
+            latest is not None
+            and latest.plan == plan
+            and all(self._latest.get(instance) is latest for instance in plan.group.instances)
+        )
+
+    def void(self, group: Group) -> None:
+        """The keys on these instances are lost: what is in flight there counts no longer, and nothing continues it."""
+        for instance in group.instances:
+            self._latest.pop(instance, None)
+        for flight in self._flights.values():
+            if not flight.group.isdisjoint(group):
+                flight.is_void = True
+
+    def check_integrity(self) -> None:
+        """Asserts that only iterations of one group share instances, and no more than two."""
+        for instance, flights in self.by_instance().items():
+            assert len(flights) <= 2, f"instance {instance}: {flights}"
+            assert len({flight.group for flight in flights}) == 1, f"instance {instance}: {flights}"
+            assert len(flights) == 1 or all(isinstance(flight.plan, Decode) for flight in flights), flights

@@ -1,0 +1,113 @@
+"""What the engine knows of a request between its acceptance and its end."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Iterator
+
+from loongjax.core.cluster import InstanceId
+from loongjax.core.request import Phase, Request
+from loongjax.scheduler.view import WaitingView
+
+
+class LiveRequest:
+    """A request that waits (in the `WaitingQueue`), or runs (it has an entry in the `KVCache`)."""
+
+    def __init__(self, request: Request, order: int) -> None:
+        self.request = request
+        self.order = order
+        """Its place in the order of arrival."""
+        self.output_token_ids: list[int] = []
+        self.num_in_flight = 0
+        """Iterations in flight that will give it a token or move its keys, those whose result is void not counted."""
+        self.has_ended = False
+        self.wants_prompt_logprobs = request.sampling.prompt_logprobs is not None
+        """Whether they are still to be computed; they are computed once, whatever is recomputed later."""
+        self.has_been_prefilled = False
+        self.num_failures = 0
+        """Failed iterations that it took part in since its last token."""
+        self.instances: tuple[InstanceId, ...] = ()
+        """Its last decode group; before the first decode, the instances that the prefill kept keys on."""
+        self._history: list[Phase] = []
+
+    @property
+    def request_id(self) -> str:
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens that the host knows."""
+        return len(self.request.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_total_tokens(self) -> int:
+        return len(self.request.prompt_token_ids) + self.request.max_tokens
+
+    @property
+    def num_tokens_left(self) -> int:
+        """Tokens that it may still be given, beside those in flight."""
+        return self.request.max_tokens - len(self.output_token_ids) - self.num_in_flight
+
+    @property
+    def history(self) -> tuple[Phase, ...]:
+        return tuple(self._history)
+
+    def record(self, phase: Phase) -> None:
+        """Adds to the elastic history, merging what continues the last phase."""
+        if self._history:
+            last = self._history[-1]
+            if phase.kind == "decode" and dataclasses.replace(last, num_tokens=phase.num_tokens) == phase:
+                self._history[-1] = dataclasses.replace(last, num_tokens=last.num_tokens + phase.num_tokens)
+                return
+        self._history.append(phase)
+
+    def waiting_view(self) -> WaitingView:
+        return WaitingView(
+            request_id=self.request_id,
+            order=self.order,
+            num_tokens=self.num_tokens,
+            max_total_tokens=self.max_total_tokens,
+            keeps_kv=self.request.max_tokens > 0,
+        )
+
+
+class WaitingQueue:
+    """Requests in order of arrival. One that was preempted comes back before all that arrived after it."""
+
+    def __init__(self) -> None:
+        self._requests: list[LiveRequest] = []
+        self._views: list[WaitingView] = []
+        self._snapshot: tuple[WaitingView, ...] | None = ()
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __iter__(self) -> Iterator[LiveRequest]:
+        return iter(self._requests)
+
+    def __contains__(self, live: LiveRequest) -> bool:
+        index = self._index(live)
+        return index < len(self._requests) and self._requests[index] is live
+
+    def add(self, live: LiveRequest) -> None:
+        assert live not in self, live.request_id
+        index = self._index(live)
+        self._requests.insert(index, live)
+        self._views.insert(index, live.waiting_view())
+        self._snapshot = None
+
+    def remove(self, live: LiveRequest) -> None:
+        assert live in self, live.request_id
+        index = self._index(live)
+        del self._requests[index], self._views[index]
+        self._snapshot = None
+
+    def views(self) -> tuple[WaitingView, ...]:
+        """In queue order; the same tuple until the queue changes."""
+        if self._snapshot is None:
+            self._snapshot = tuple(self._views)
+        return self._snapshot
+
+    def _index(self, live: LiveRequest) -> int:
+        return bisect.bisect_left(self._requests, live.order, key=lambda other: other.order)

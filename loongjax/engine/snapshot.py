@@ -1,0 +1,61 @@
+"""The picture of the cluster that the policy decides on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from loongjax.core.cluster import ClusterShape
+from loongjax.core.plan import Prefill
+from loongjax.engine.binding import Flight
+from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.kvcache.kv_cache import KVCache
+from loongjax.runtime.protocol import RuntimeLimits
+from loongjax.scheduler.view import ClusterView, InstanceView, RunningView
+
+
+def take_snapshot(
+    *,
+    shape: ClusterShape,
+    limits: RuntimeLimits,
+    kv_cache: KVCache,
+    waiting: WaitingQueue,
+    running: Iterable[LiveRequest],
+    flights: Iterable[Flight],
+    as_if_over: Flight | None = None,
+) -> ClusterView:
+    """The cluster as it is; with `as_if_over`, as it will be when that flight is over, if it ends no request.
+
+    Pages and tokens need no foresight: they are accounted for when an iteration is submitted.
+    """
+    busy = {instance: flight for flight in flights if flight is not as_if_over for instance in flight.group.instances}
+    landed = {id(live) for live in as_if_over.requests} if as_if_over is not None else set()
+    return ClusterView(
+        shape=shape,
+        instances=tuple(
+            [
+                InstanceView(
+                    instance=instance,
+                    num_free_pages=kv_cache.free_pages(instance),
+                    is_busy=instance in busy,
+                    is_prefilling=instance in busy and isinstance(busy[instance].plan, Prefill),
+                )
+                for instance in shape.all_instances
+            ]
+        ),
+        waiting=waiting.views(),
+        running=tuple(
+            [
+                RunningView(
+                    request_id=live.request_id,
+                    order=live.order,
+                    num_tokens=kv_cache.num_tokens(live.request_id),
+                    max_total_tokens=live.max_total_tokens,
+                    kv=kv_cache.local_lens(live.request_id),
+                    is_in_flight=live.num_in_flight > (id(live) in landed),
+                )
+                for live in running
+            ]
+        ),
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        max_num_seqs=limits.max_num_seqs,
+    )
