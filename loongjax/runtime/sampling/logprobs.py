@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -65,7 +66,7 @@ def token_logprobs(
     return LogprobArrays(chosen - lse, num_before + 1, top_ids, top_logits - lse[:, None])
 
 
-def _reduce(values: jax.Array, collective, axis_name: str | None) -> jax.Array:
+def _reduce(values: jax.Array, collective: Callable[[jax.Array, str], jax.Array], axis_name: str | None) -> jax.Array:
     return values if axis_name is None else collective(values, axis_name)
 
 

@@ -6,12 +6,13 @@ padded to B. Padding rows are greedy and edit nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from loongjax.core.request import Request
 from loongjax.runtime.sampling.variant import SamplerInput, SamplerVariant, choose_variant, masks_stop_tokens
 
 Leaf = np.ndarray | jax.Array
@@ -178,7 +179,7 @@ def _edits_of(row: int, item: SamplerInput) -> list[tuple[int, int, float, int]]
     return [edit for edit in edits if edit[1] < FOREVER]
 
 
-def _requests(sub_batches: Sequence[Sequence[SamplerInput]]):
+def _requests(sub_batches: Sequence[Sequence[SamplerInput]]) -> Iterator[tuple[int, int, Request]]:
     for rank, inputs in enumerate(sub_batches):
         for row, item in enumerate(inputs):
             yield rank, row, item.request

@@ -53,9 +53,9 @@ FULL = SamplerVariant(
 TIERS = (GREEDY, SAMPLED, FILTERED, SCORED, FULL)
 """The variants that are compiled, cheapest first, each covering the one before.
 
-Five mechanisms make 32 combinations, each an executable for every bucket and mesh size; a chain makes five. The first
-three cost a decode step one pass over the logits, the noise of each, and some forty passes more. SCORED adds what is
-rarer but keeps no state; FULL alone holds per-token counts on the devices, of five bytes a logit.
+Five mechanisms make 32 combinations, each an executable for every bucket and mesh size; a chain makes five. GREEDY
+is one pass over the logits; SAMPLED adds the noise, FILTERED some forty passes that write nothing. SCORED adds what is
+rarer but keeps no state; FULL alone holds token counts on the devices, five bytes a logit.
 """
 
 
