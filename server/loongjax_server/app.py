@@ -34,8 +34,8 @@ def create_app(engine: EngineClient, tokenizer: TextTokenizer, config: ServerCon
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        yield
-        context.close()
+        with context.threads():
+            yield
 
     app = FastAPI(
         title="loongjax",

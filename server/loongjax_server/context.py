@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import PurePath
 
@@ -39,12 +39,22 @@ class ServerContext:
         self._idle = asyncio.Event()
         self._idle.set()
         self._serial_numbers = itertools.count()
-        self._executor = ThreadPoolExecutor(config.num_tokenizer_threads, thread_name_prefix="loongjax-tokenizer")
+        self._executor: ThreadPoolExecutor | None = None
+
+    @contextlib.contextmanager
+    def threads(self) -> Generator[None, None, None]:
+        """The threads of `off_loop`, for as long as the application lives."""
+        self._executor = ThreadPoolExecutor(self.config.num_tokenizer_threads, "loongjax-tokenizer")
+        try:
+            yield
+        finally:
+            self._executor.shutdown(wait=False, cancel_futures=True)
 
     async def off_loop[**Params, Result](
         self, work: Callable[Params, Result], *args: Params.args, **kwargs: Params.kwargs
     ) -> Result:
         """Runs slow host work in a thread, so that streams do not stutter."""
+        assert self._executor is not None, "the application's lifespan has not begun"
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._executor, lambda: work(*args, **kwargs))
 
@@ -70,10 +80,6 @@ class ServerContext:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         await self.engine.drain(max(0.0, timeout_s - (time.monotonic() - start_s)))
-
-    def close(self) -> None:
-        """Gives the threads back."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
 
 
 def get_context(request: Request) -> ServerContext:

@@ -25,13 +25,12 @@ _FLUSH_TIMEOUT_S = 5
 """After the drain, how long slow readers have to take what was already written, in seconds."""
 
 
-def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerConfig) -> None:
-    """Serves until SIGTERM or SIGINT, then drains, closes the engine and returns.
+async def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerConfig) -> None:
+    """Serves a started engine, on its loop, until SIGTERM or SIGINT; then drains it, closes it and returns.
 
     The first signal closes the listening socket; connections that are kept get a 503 for new requests, and live
     requests have `drain_timeout_s` to finish. The second signal ends the process at once.
     """
-    logging.basicConfig(level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     app = create_app(engine, tokenizer, config)
     uvicorn_config = uvicorn.Config(
         app,
@@ -47,15 +46,10 @@ def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerConfig) 
         timeout_keep_alive=config.keep_alive_timeout_s,
         timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
     )
-    server = DrainingServer(uvicorn_config, app.state.context)
-
-    async def run() -> None:
-        try:
-            await server.serve()
-        finally:
-            await engine.close()
-
-    asyncio.run(run(), loop_factory=uvicorn_config.get_loop_factory())
+    try:
+        await DrainingServer(uvicorn_config, app.state.context).serve()
+    finally:
+        await engine.close()
 
 
 class DrainingServer(uvicorn.Server):
