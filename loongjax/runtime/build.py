@@ -24,6 +24,7 @@ from loongjax.runtime.sizing import resolve_dtype, size_up
 
 logger = logging.getLogger(__name__)
 
+
 def build_runtime(config: EngineConfig) -> LocalRuntime:
     """Loads the checkpoint onto the devices and sizes the pool.
 

@@ -1,4 +1,4 @@
-"""What XLA must be told before it starts. Imports no JAX, so that a parent process can prepare a child's environment."""
+"""What XLA must be told before it starts. Imports no JAX: a parent process prepares a child's environment with it."""
 
 from __future__ import annotations
 

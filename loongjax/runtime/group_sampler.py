@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from loongjax.runtime.sampling import SamplerInput, build_counts, build_rows, sample_step
 from loongjax.runtime.sampling.sample import SampleResult
@@ -34,8 +33,8 @@ class GroupSampler:
         self._rows = put(rows)
         self._counts = build_counts(sub_batches, num_rows, vocab_size) if self._variant.has_penalties else None
 
-    def sample(self, logits: Float[Array, "n B V"], positions: Int32[Array, "n B"]) -> SampleResult:
-        """One token a row; `positions` are those of the tokens to be sampled."""
+    def sample(self, logits: Float[Array, "n B V"], positions: Any) -> SampleResult:
+        """One token a row; `positions`, int32 [n, B], are those of the tokens to be sampled."""
         result = sample_step(self._variant, logits, positions, self._rows, self._counts)
         self._counts = result.counts
         return result

@@ -8,7 +8,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from typing import assert_never
+from typing import Any, assert_never
 
 import jax
 import numpy as np
@@ -24,7 +24,7 @@ from loongjax.core.iteration import (
     SampledToken,
 )
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
-from loongjax.runtime.buckets import Buckets, fit
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.group_sampler import GroupSampler
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
@@ -173,7 +173,9 @@ class LocalRuntime:
         prompts = None
         if any(item.wants_prompt_logprobs for item in iteration.inputs):
             targets = self._put(group, pack_prompt_targets(iteration, packed))
-            prompts = PendingPromptLogprobs(iteration, packed, prompt_logprobs_step(self._spec, weights, hidden, targets))
+            prompts = PendingPromptLogprobs(
+                iteration, packed, prompt_logprobs_step(self._spec, weights, hidden, targets)
+            )
         tokens = None
         if packed.sampled:
             rows, positions = self._put(group, (packed.sample_rows, packed.positions))
@@ -262,7 +264,8 @@ class LocalRuntime:
             put=lambda tree: self._put(group, tree),
         )
 
-    def _put[Tree](self, group: Group, tree: Tree) -> Tree:
+    def _put(self, group: Group, tree: Any) -> Any:
+        """Host arrays [n, ...] on the group's devices."""
         return jax.device_put(tree, self._grid.sharding(group, BY_RANK))
 
     def _collect(self, iteration: Iteration, readback: Readback, started_s: float) -> None:

@@ -26,6 +26,9 @@ from loongjax.runtime.sampling import LogprobArrays, prompt_logprobs
 BY_RANK = PartitionSpec(SP_AXIS)
 LOGITS_SPEC = PartitionSpec(SP_AXIS, None, TP_AXIS)
 
+Leaf = Any
+"""An array: packed on the host, put on devices, or only described."""
+
 Weights = tuple[jax.Array, ...]
 KVPoolView = Float[Array, "n L 2 P page_size K H"]
 
@@ -33,25 +36,27 @@ KVPoolView = Float[Array, "n L 2 P page_size K H"]
 class PrefillBatch(NamedTuple):
     """A packed batch in the striped layout: packed token i is row i // n of rank i mod n."""
 
-    token_ids: Int32[Array, "n T"]
-    positions: Int32[Array, "n T"]
-    """Within its own request."""
-    row_starts: Int32[Array, "n T"]
-    """Packed index of the first token of the row's request; padding marked as `loongjax.parallel.striped` says."""
-    kept_slots: Int32[Array, "n n T"]
-    """[keeper, source rank, row]: the keeper's slot for the token, or -1."""
+    token_ids: Leaf
+    """int32 [n, T]"""
+    positions: Leaf
+    """int32 [n, T]: within the row's own request."""
+    row_starts: Leaf
+    """int32 [n, T]: packed index of the first token of the row's request; for padding see `parallel.striped`."""
+    kept_slots: Leaf
+    """int32 [n, n, T] by keeper, source rank and row: the keeper's slot for the token, or -1."""
 
 
 class DecodeState(NamedTuple):
     """What the devices hold of a decode between steps: a cache of host truth. Rows of all masters: b + B * master."""
 
-    positions: Int32[Array, "n B"]
-    """Of the next input token."""
-    kv_lens: Int32[Array, "n nB"]
-    """Keys that this instance holds of every master's rows, before the step's own."""
-    page_starts: Int32[Array, "n nB"]
-    """Index in `page_indices` of each row's first page."""
-    page_indices: Int32[Array, "n I"]
+    positions: Leaf
+    """int32 [n, B]: of the next input token."""
+    kv_lens: Leaf
+    """int32 [n, n * B]: keys that this instance holds of every master's rows, before the step's own."""
+    page_starts: Leaf
+    """int32 [n, n * B]: index in `page_indices` of each row's first page."""
+    page_indices: Leaf
+    """int32 [n, I]"""
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
@@ -104,9 +109,9 @@ def head_step(
         mine = jax.lax.psum_scatter(picked, SP_AXIS, scatter_dimension=0, tiled=True)
         return spec.restore(weights).logits(mine)[None]
 
-    return jax.shard_map(
-        body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=LOGITS_SPEC, check_vma=False
-    )(weights, hidden, rows)
+    return jax.shard_map(body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=LOGITS_SPEC, check_vma=False)(
+        weights, hidden, rows
+    )
 
 
 @functools.partial(jax.jit, static_argnames="spec")
@@ -127,9 +132,9 @@ def prompt_logprobs_step(
         scores = prompt_logprobs(hidden[0], target_ids[0], logits_fn, axis_name=TP_AXIS)
         return jax.tree.map(lambda leaf: leaf[None], scores)
 
-    return jax.shard_map(
-        body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=BY_RANK, check_vma=False
-    )(weights, hidden, target_ids)
+    return jax.shard_map(body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=BY_RANK, check_vma=False)(
+        weights, hidden, target_ids
+    )
 
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames=("kv_pool", "state"))
@@ -212,7 +217,7 @@ def migrate_step(
     )(kv_pool, source_slots, target_slots)
 
 
-def _append_rows(state: DecodeState, slots: Int32[Array, "B"], page_size: int) -> DecodeState:
+def _append_rows(state: DecodeState, slots: Int32[Array, " B"], page_size: int) -> DecodeState:
     """This step's keys enter the tables of the rows that this rank masters."""
     num_rows = slots.shape[0]
     is_live = slots >= 0

@@ -26,6 +26,6 @@ class RecompileCounter:
     def close(self) -> None:
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
-    def _on_event(self, event: str, duration_s: float, **_: Any) -> None:
+    def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:
         if event == _BUILD_EVENT and threading.get_ident() == self._thread:
             self.count += 1

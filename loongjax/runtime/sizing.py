@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from loongjax.config import CPU_NUM_SLOTS, EngineConfig
 from loongjax.core.cluster import ClusterShape, Group
@@ -40,9 +42,7 @@ def pool_shape(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, weights:
             f"no memory is left for a KV pool ({num_slots} tokens, and a page holds {config.page_size}): "
             "lower --max-num-batched-tokens or --max-num-seqs, or raise --tp or --memory-fraction"
         )
-    return ClusterShape(
-        num_instances=grid.num_instances, num_pages=num_pages, page_size=config.page_size, tp=config.tp
-    )
+    return ClusterShape(num_instances=grid.num_instances, num_pages=num_pages, page_size=config.page_size, tp=config.tp)
 
 
 def runtime_limits(config: EngineConfig, spec: ModelSpec, shape: ClusterShape) -> RuntimeLimits:
@@ -102,8 +102,8 @@ def _workspace_bytes(
     group = Group(tuple(range(dop)))
     num_tokens = config.max_num_batched_tokens
 
-    def abstract(shape: tuple[int, ...], dtype: np.dtype, spec: jax.sharding.PartitionSpec) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=grid.sharding(group, spec))
+    def abstract(shape: tuple[int, ...], dtype: Any, cut: PartitionSpec) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=grid.sharding(group, cut))
 
     layers, two, pages, page_size, _, head_dim = spec.kv_shard_shape(1, config.page_size)
     pool_shape = (dop, layers, two, pages, page_size, spec.config.num_kv_heads, head_dim)
@@ -114,6 +114,7 @@ def _workspace_bytes(
             spec, weights.view(group), abstract(pool_shape, jnp.dtype(spec.dtype), KV_POOL_SPEC), batch
         )
         memory = lowered.compile().memory_analysis()
+    assert memory is not None, "only platforms that report their memory are asked"
     return memory.temp_size_in_bytes + memory.output_size_in_bytes
 
 

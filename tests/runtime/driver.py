@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,12 +29,16 @@ from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.local import LocalRuntime
 
+GOLDEN = Path(__file__).parents[1] / "golden"
+LOGPROB_TOLERANCE = 2e-3
+CLOSE_MARGIN = 1e-3
+
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, logprobs=0, prompt_logprobs=0)
 
 
-def small_runtime(checkpoint: Path, cache_dir: Path, **settings: object) -> LocalRuntime:
+def small_runtime(checkpoint: Path, cache_dir: Path, **settings: Any) -> LocalRuntime:
     """A runtime on the virtual CPU devices, with buckets small enough to compile quickly."""
-    defaults = {"num_slots": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512, "page_size": 16}
+    defaults: dict[str, Any] = {"num_slots": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512, "page_size": 16}
     config = EngineConfig(checkpoint=str(checkpoint), compilation_cache_dir=str(cache_dir), **(defaults | settings))
     return build_runtime(config)
 
@@ -133,3 +138,29 @@ def poison_pool(runtime: LocalRuntime) -> None:
     group = Group(runtime.shape.all_instances)
     view = runtime._kv_pool.view(group)
     runtime._kv_pool.replace(group, jnp.full_like(view, jnp.nan, device=view.sharding))
+
+
+class Golden:
+    """transformers' answer for one variant of `tests.checkpoints`."""
+
+    def __init__(self, variant: str) -> None:
+        with np.load(GOLDEN / f"{variant}.npz") as file:
+            self._arrays = dict(file)
+
+    def prompt(self, i: int) -> list[int]:
+        return self._arrays[f"prompt_{i}"].tolist()
+
+    def check(self, driver: Driver, name: str, i: int) -> None:
+        """Equal greedy tokens up to the first close margin, and log-probabilities within tolerance up to there."""
+        tokens = driver.tokens[name]
+        greedy, margins = self._arrays[f"greedy_{i}"], self._arrays[f"margins_{i}"]
+        count = min(len(tokens), len(greedy))
+        close = np.flatnonzero(margins[:count] <= CLOSE_MARGIN)
+        count = int(close[0]) if len(close) else count
+        assert count > 0
+        assert tokens[:count] == greedy[:count].tolist()
+        found = [item.logprob for item in driver.logprobs[name][:count]]
+        expected = self._arrays[f"greedy_logprobs_{i}"][:count]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=LOGPROB_TOLERANCE)
+        found = [item.logprob for item in driver.prompt_logprobs[name]]
+        np.testing.assert_allclose(found, self._arrays[f"prompt_logprobs_{i}"], rtol=0, atol=LOGPROB_TOLERANCE)

@@ -1,4 +1,4 @@
-"""Elastic execution against transformers: whatever a request's history, its tokens and log-probabilities are the same."""
+"""Elastic execution against transformers: whatever a request's history, its tokens and log-probabilities are equal."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,37 +10,7 @@ from loongjax.core.cluster import Group
 from loongjax.core.sampling import SamplingParams
 from loongjax.runtime.local import LocalRuntime
 from tests.checkpoints import make_checkpoint
-from tests.runtime.driver import Driver, poison_pool, small_runtime
-
-GOLDEN = Path(__file__).parents[1] / "golden"
-LOGPROB_TOLERANCE = 2e-3
-CLOSE_MARGIN = 1e-3
-
-
-class Golden:
-    """transformers' answer for one variant."""
-
-    def __init__(self, variant: str) -> None:
-        with np.load(GOLDEN / f"{variant}.npz") as file:
-            self._arrays = dict(file)
-
-    def prompt(self, i: int) -> list[int]:
-        return self._arrays[f"prompt_{i}"].tolist()
-
-    def check(self, driver: Driver, name: str, i: int) -> None:
-        """Equal greedy tokens up to the first close margin, and log-probabilities within tolerance up to there."""
-        tokens = driver.tokens[name]
-        greedy, margins = self._arrays[f"greedy_{i}"], self._arrays[f"margins_{i}"]
-        count = min(len(tokens), len(greedy))
-        close = np.flatnonzero(margins[:count] <= CLOSE_MARGIN)
-        count = int(close[0]) if len(close) else count
-        assert count > 0
-        assert tokens[:count] == greedy[:count].tolist()
-        found = [item.logprob for item in driver.logprobs[name][:count]]
-        expected = self._arrays[f"greedy_logprobs_{i}"][:count]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=LOGPROB_TOLERANCE)
-        found = [item.logprob for item in driver.prompt_logprobs[name]]
-        np.testing.assert_allclose(found, self._arrays[f"prompt_logprobs_{i}"], rtol=0, atol=LOGPROB_TOLERANCE)
+from tests.runtime.driver import LOGPROB_TOLERANCE, Driver, Golden, poison_pool, small_runtime
 
 
 @pytest.fixture(scope="session")
@@ -164,7 +134,9 @@ def test_tensor_parallel_instances_give_the_tokens_of_transformers(variant, tp, 
     runtime.close()
 
 
-@pytest.mark.parametrize("variant", ["head_dim", "config_v4", "rope_linear", "rope_llama3", "rope_yarn", "rope_yarn_mscale"])
+@pytest.mark.parametrize(
+    "variant", ["head_dim", "config_v4", "rope_linear", "rope_llama3", "rope_yarn", "rope_yarn_mscale"]
+)
 def test_every_rope_and_head_dim_gives_the_tokens_of_transformers(variant, tmp_path, cache_dir):
     golden = Golden(variant)
     runtime = small_runtime(make_checkpoint(tmp_path, variant, with_tokenizer=False), cache_dir)

@@ -1,0 +1,177 @@
+"""First numbers of the engine on real sizes: random weights, no HTTP, prompts of random tokens.
+
+    python -m benchmarks.first_numbers --shape llama2-7b --out benchmarks/results/first_numbers.json
+
+For each case it gives the time from acceptance to the first token (prefill) and the mean time of a decode step, both as
+the engine's step loop sees them, median over repetitions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loongjax.config import EngineConfig
+from loongjax.core.request import Request, RequestEvent
+from loongjax.core.sampling import SamplingParams
+from loongjax.engine.client import ModelInfo
+from loongjax.engine.core import EngineCore
+from loongjax.models.checkpoint import random_weights
+from loongjax.models.config import ModelConfig
+from loongjax.parallel.mesh import DeviceGrid
+from loongjax.runtime.build import assemble_runtime
+from loongjax.runtime.model_spec import ModelSpec
+from loongjax.scheduler.simple import SimplePolicy
+from loongjax.scheduler.simple_config import SimplePolicyConfig
+
+SHAPES = {
+    "llama2-7b": ModelConfig(
+        hidden_size=4096,
+        num_layers=32,
+        num_q_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        intermediate_size=11008,
+        vocab_size=32000,
+        max_position_embeddings=1_048_576,
+        dtype="bfloat16",
+    ),
+    "llama3-8b": ModelConfig(
+        hidden_size=4096,
+        num_layers=32,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+        max_position_embeddings=1_048_576,
+        dtype="bfloat16",
+    ),
+}
+
+SAMPLING = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+
+
+def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, float]]:
+    """An engine of random weights, and how long its parts took to build, in seconds."""
+    config = EngineConfig(
+        tp=args.tp,
+        num_instances=args.num_instances,
+        num_slots=args.num_slots,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=32,
+        max_model_len=args.max_num_batched_tokens,
+        prefill_tokens_per_instance=args.prefill_tokens_per_instance,
+    )
+    grid = DeviceGrid(jax.devices(), tp=config.tp, num_instances=config.num_instances)
+    spec = ModelSpec(SHAPES[shape], "bfloat16", config.tp)
+    started = time.monotonic()
+    shards = random_weights(spec.config, dtype=jnp.bfloat16, devices=grid.instances, seed=0)
+    jax.block_until_ready([jax.tree.leaves(rank) for instance in shards for rank in instance])
+    weights_s = time.monotonic() - started
+    runtime = assemble_runtime(config, spec, grid, shards)
+    info = ModelInfo(
+        checkpoint=shape,
+        max_model_len=runtime.limits.max_model_len,
+        vocab_size=spec.config.vocab_size,
+        eos_token_ids=(),
+        default_sampling={},
+    )
+    policy = SimplePolicy(SimplePolicyConfig(prefill_tokens_per_instance=config.prefill_tokens_per_instance))
+    core = EngineCore(runtime, policy, info=info, kv_bytes_per_token=runtime.num_kv_bytes_per_token)
+    return core, {"weights_s": weights_s, "ready_s": time.monotonic() - started}
+
+
+def measure(core: EngineCore, num_requests: int, prompt_len: int, output_len: int) -> dict[str, float]:
+    """One batch of equal requests: seconds to all first tokens, and seconds a decode step once all decode."""
+    rng = np.random.default_rng(prompt_len + num_requests)
+    vocab_size = core.info.vocab_size
+    requests = [
+        Request(
+            request_id=f"{i}",
+            prompt_token_ids=tuple(rng.integers(0, vocab_size, prompt_len).tolist()),
+            sampling=SAMPLING,
+            max_tokens=output_len,
+            seed=i,
+        )
+        for i in range(num_requests)
+    ]
+    started = time.monotonic()
+    core.add(*requests)
+    first_s: dict[str, float] = {}
+    times: list[float] = []
+    while core.num_live:
+        events: list[RequestEvent] = core.step(10.0)
+        now = time.monotonic()
+        for event in events:
+            assert event.error is None, event.error
+            first_s.setdefault(event.request_id, now - started)
+        if events and len(first_s) == num_requests:
+            times.append(now)
+    while not core.is_idle:
+        core.step(10.0)
+    gaps = np.diff(times)
+    return {"first_token_s": max(first_s.values()), "decode_step_s": float(np.median(gaps)) if len(gaps) else 0.0}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="llama2-7b")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--num-instances", type=int)
+    parser.add_argument("--num-slots", type=int)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=4096 + 64)
+    parser.add_argument("--prefill-tokens-per-instance", type=int, default=2048)
+    parser.add_argument("--cases", nargs="+", default=["1x1024", "1x4096", "8x1024"], help="requests x prompt tokens")
+    parser.add_argument("--output-len", type=int, default=48)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=pathlib.Path)
+    args = parser.parse_args()
+
+    core, built = build(args.shape, args)
+    print(f"ready after {built['ready_s']:.1f} s; {core.stats().kv_slots} slots", flush=True)
+    cases = []
+    for case in args.cases:
+        num_requests, prompt_len = map(int, case.split("x"))
+        started = time.monotonic()
+        measure(core, num_requests, prompt_len, args.output_len)
+        warm_up_s = time.monotonic() - started
+        runs = [measure(core, num_requests, prompt_len, args.output_len) for _ in range(args.repeats)]
+        row = {"case": case, "warm_up_s": warm_up_s}
+        row |= {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        row["spread"] = {name: [min(run[name] for run in runs), max(run[name] for run in runs)] for name in runs[0]}
+        cases.append(row)
+        print(json.dumps(row), flush=True)
+    device = jax.devices()[0]
+    result = {
+        "command": "python -m benchmarks.first_numbers " + " ".join(sys.argv[1:]),
+        "hardware": f"{len(jax.devices())} x {device.device_kind}",
+        "jax": jax.__version__,
+        "commit": _commit(),
+        "built": built,
+        "cases": cases,
+        "prefill_dop": core.stats().prefill_dop,
+        "decode_dop": core.stats().decode_dop,
+    }
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    core.close()
+
+
+def _commit() -> str | None:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
+if __name__ == "__main__":
+    main()
