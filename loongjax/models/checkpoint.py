@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from tqdm import tqdm
 from loongjax.errors import CheckpointError
 from loongjax.models.config import ModelConfig, read_json_object
 from loongjax.models.safetensors_file import SafetensorsFile
-from loongjax.models.sharding import ParamPath, abstract_params, param_paths, split_dim, tensor_name
+from loongjax.models.sharding import (
+    TP_AXIS,
+    ParamPath,
+    abstract_params,
+    param_paths,
+    partition_spec,
+    split_dim,
+    tensor_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,8 +70,12 @@ def load_weights(checkpoint_dir: Path | str, config: ModelConfig, *, dtype: Any,
         placed: list[list[list[jax.Array]]] = [[] for _ in paths]
         previous: list[list[jax.Array]] = []
         for i in tqdm(order, desc="Loading weights", unit="tensor", disable=None):
+            # The devices cast: it is faster there, and rounds the same.
             shards = _host_shards(sources[tensor_name(paths[i])], paths[i], tp, config.padded_vocab_size(tp))
-            placed[i] = _place_on_devices(shards, jnp.dtype(dtype), devices)
+            by_rank = [
+                jax.device_put(shard, device).astype(dtype) for shard, device in zip(shards, devices[0], strict=True)
+            ]
+            placed[i] = _replicate(by_rank, devices)
             jax.block_until_ready(previous)  # host copies of one tensor are in flight at most
             previous = placed[i]
         jax.block_until_ready(previous)
@@ -76,18 +89,13 @@ def random_weights(config: ModelConfig, *, dtype: Any, devices: Devices, seed: i
     """
     tp = _tp_of(devices)
     params = abstract_params(config, dtype=dtype, tp=tp)
+    mesh = jax.sharding.Mesh(np.array(devices[0]), (TP_AXIS,))
     placed = []
     for index, (path, param) in enumerate(zip(param_paths(params), jax.tree.leaves(params), strict=True)):
-        by_instance = []
-        for instance_devices in devices:
-            mesh = jax.sharding.Mesh(np.array(instance_devices), ("tp",))
-            dim = split_dim(path)
-            axes = [None if d != dim else "tp" for d in range(len(param.shape))]
-            sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
-            array = _random_param(path, param, jax.random.fold_in(jax.random.key(seed), index), sharding)
-            by_device = {shard.device: shard.data for shard in array.addressable_shards}
-            by_instance.append([by_device[device] for device in instance_devices])
-        placed.append(by_instance)
+        sharding = jax.sharding.NamedSharding(mesh, partition_spec(path))
+        array = _random_param(path, param, jax.random.fold_in(jax.random.key(seed), index), sharding)
+        by_device = {shard.device: shard.data for shard in array.addressable_shards}
+        placed.append(_replicate([by_device[device] for device in devices[0]], devices))
     return _states(jax.tree.structure(params), placed, devices)
 
 
@@ -175,9 +183,8 @@ def _host_shards(file: SafetensorsFile, path: ParamPath, tp: int, padded_vocab_s
                 yield np.pad(rows, ((0, num_padding), *((0, 0),) * (rows.ndim - 1))) if num_padding else rows
 
 
-def _place_on_devices(shards: Iterator[np.ndarray], dtype: jnp.dtype, devices: Devices) -> list[list[jax.Array]]:
-    """Shards by instance and rank. The devices cast, and the first instance's devices feed the others."""
-    by_rank = [jax.device_put(shard, device).astype(dtype) for shard, device in zip(shards, devices[0], strict=True)]
+def _replicate(by_rank: list[jax.Array], devices: Devices) -> list[list[jax.Array]]:
+    """One parameter's shards by instance and rank, from those of the first instance, device to device."""
     return [by_rank] + [
         [jax.device_put(shard, device) for shard, device in zip(by_rank, instance_devices, strict=True)]
         for instance_devices in devices[1:]
@@ -190,8 +197,16 @@ def _random_param(
     if len(param.shape) == 1:
         value = jnp.ones if path[-1] == "weight" else jnp.zeros
         return value(param.shape, param.dtype, device=sharding)
-    init = jax.nn.initializers.normal(stddev=param.shape[1] ** -0.5)
-    return jax.jit(init, static_argnums=(1, 2), out_shardings=sharding)(key, param.shape, param.dtype)
+    return _normal_program(param.shape, param.dtype, sharding)(key)
+
+
+@functools.cache
+def _normal_program(
+    shape: tuple[int, ...], dtype: jnp.dtype, sharding: jax.sharding.NamedSharding
+) -> Callable[[jax.Array], jax.Array]:
+    """Draws a matrix [out, in] with variance 1 / in, compiled once for every shape and device set."""
+    init = jax.nn.initializers.normal(stddev=shape[1] ** -0.5)
+    return jax.jit(lambda key: init(key, shape, dtype), out_shardings=sharding)
 
 
 def _states(treedef: Any, placed: list[list[list[jax.Array]]], devices: Devices) -> InstanceWeights:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,11 @@ class GenerationConfig:
         eos = _token_ids(folder / "config.json", model) | _token_ids(path, generation)
         defaults = {name: generation[name] for name in _SAMPLING_FIELDS if generation.get(name) is not None}
         for name, value in defaults.items():
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise CheckpointError(f"{path}: {name} must be a number, got {value!r}")
-        if "top_k" in defaults:
-            defaults["top_k"] = int(defaults["top_k"])
+            if name == "top_k" and value != int(value):
+                raise CheckpointError(f"{path}: top_k must be an integer, got {value!r}")
+            defaults[name] = int(value) if name == "top_k" else float(value)
         try:
             SamplingParams(**defaults)
         except RequestError as error:

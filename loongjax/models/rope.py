@@ -13,13 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from loongjax.errors import ConfigError
+
+_LARGEST = 1e12
+"""Above any sensible constant, and squared still a float32."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """Plain rotary embedding (Su et al. 2021, equation 15)."""
+    """Plain rotary embedding (Su et al. 2021, equation 15). Construction raises ConfigError for what cannot work."""
 
     theta: float = 10000.0
     """The base: frequency i is theta ** (-2 i / head_dim)."""
+
+    def __post_init__(self) -> None:
+        _require(1.0 < self.theta < _LARGEST, "rope_theta must be above 1", self.theta)
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         """float32 [head_dim / 2], in radians a token, fastest first."""
@@ -42,6 +50,10 @@ class LinearRope(Rope):
 
     factor: float
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_factor(self.factor)
+
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         return super().inverse_frequencies(head_dim) / np.float32(self.factor)
 
@@ -60,6 +72,16 @@ class Llama3Rope(Rope):
     """Wavelengths below original context / this are left."""
     original_max_position_embeddings: int
     """Context of the pre-training, in tokens."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_factor(self.factor)
+        _require_context(self.original_max_position_embeddings)
+        _require(
+            0.0 < self.low_freq_factor < self.high_freq_factor < _LARGEST,
+            "low_freq_factor must be above 0 and below high_freq_factor",
+            (self.low_freq_factor, self.high_freq_factor),
+        )
 
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         plain = super().inverse_frequencies(head_dim)
@@ -93,6 +115,19 @@ class YarnRope(Rope):
     truncate: bool = True
     """Whether the ramp begins and ends on whole frequency indices."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_factor(self.factor)
+        _require_context(self.original_max_position_embeddings)
+        _require(
+            0.0 < self.beta_slow < self.beta_fast < _LARGEST,
+            "beta_slow must be above 0 and below beta_fast",
+            (self.beta_slow, self.beta_fast),
+        )
+        mscales = (self.mscale or 1.0, self.mscale_all_dim or 1.0)
+        _require(all(0.0 < mscale < _LARGEST for mscale in mscales), "mscales must be above 0", mscales)
+        _require(0.0 < self.attention_factor < _LARGEST, "attention_factor must be above 0", self.attention_factor)
+
     def inverse_frequencies(self, head_dim: int) -> np.ndarray:
         plain = super().inverse_frequencies(head_dim)
         low, high = self._ramp(head_dim)
@@ -125,6 +160,19 @@ class YarnRope(Rope):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(float(low), 0.0), min(float(high), head_dim - 1.0)
         return low, high if high != low else high + 0.001
+
+
+def _require(holds: bool, rule: str, found: object) -> None:
+    if not holds:
+        raise ConfigError(f"{rule}, got {found}")
+
+
+def _require_factor(factor: float) -> None:
+    _require(1.0 <= factor < _LARGEST, "rope factor must be at least 1", factor)
+
+
+def _require_context(num_tokens: int) -> None:
+    _require(1 <= num_tokens < _LARGEST, "original_max_position_embeddings must be at least 1", num_tokens)
 
 
 def rotation(

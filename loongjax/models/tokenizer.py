@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,12 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._size = len(tokenizer)
+        self._tokens = {token_id: token for token, token_id in tokenizer.get_vocab().items()}
 
     @property
     def vocab_size(self) -> int:
         """Ids from 0 that the tokenizer knows, added tokens included; the model's vocabulary may be larger."""
-        return self._size
+        return max(self._tokens, default=-1) + 1
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
@@ -49,19 +50,22 @@ class Tokenizer:
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids; half a character at the end becomes the replacement character."""
         return self._tokenizer.decode(
-            self._known(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+            [token_id for token_id in token_ids if token_id in self._tokens],
+            skip_special_tokens=skip_special_tokens,
+            clean_up_tokenization_spaces=False,
         )
 
     def convert_ids_to_tokens(self, token_ids: Iterable[int]) -> list[str]:
         """Each id's token as the vocabulary spells it; "" for ids that are not the tokenizer's."""
-        return [(self._token(token_id) or "") for token_id in token_ids]
+        return [self._tokens.get(token_id, "") for token_id in token_ids]
 
     def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], **kwargs: Any) -> list[int]:
         """Token ids of a conversation.
 
         Args:
             messages: each with "role" and "content".
-            kwargs: passed to the template; `add_generation_prompt` is true, `chat_template` the checkpoint's, by default.
+            kwargs: passed to the template. By default `add_generation_prompt` is true, and `chat_template` is the
+                checkpoint's.
 
         Raises:
             RequestError: there is no template, or it rejects the messages.
@@ -75,12 +79,6 @@ class Tokenizer:
             raise RequestError(f"the chat template rejects these messages: {error}", "messages") from None
         return self.encode(text, add_special_tokens=False)
 
-    def _known(self, token_ids: Iterable[int]) -> list[int]:
-        return [token_id for token_id in token_ids if self._token(token_id) is not None]
-
-    def _token(self, token_id: int) -> str | None:
-        return self._tokenizer.convert_ids_to_tokens(token_id) if 0 <= token_id < self._size else None
-
 
 def load_tokenizer(checkpoint_dir: Path | str) -> Tokenizer:
     """The tokenizer in a checkpoint's folder. Never goes online, never runs code from the folder.
@@ -93,6 +91,7 @@ def load_tokenizer(checkpoint_dir: Path | str) -> Tokenizer:
         raise CheckpointError(f"{folder} is not a folder; give the path of a Hugging Face checkpoint's folder")
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
         raise CheckpointError(f"{folder} has no tokenizer (tokenizer.json or tokenizer.model)")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns that there is no PyTorch
     from transformers import AutoTokenizer  # here, because it takes a second that `--help` should not
 
     try:
