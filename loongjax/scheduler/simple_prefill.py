@@ -157,15 +157,21 @@ class PrefillPlanner:
         return self._open(instances) if instances else None
 
     def _choose(self, candidates: Sequence[InstanceId], need: _Need, *, is_senior: bool) -> list[InstanceId]:
-        chosen: list[InstanceId] = []
-        num_pages = num_seats = 0
-        for instance in candidates:
-            chosen.append(instance)
-            num_pages += self._draft.free[instance] if is_senior else self._draft.room(instance)
-            num_seats += self._num_seats(instance)
-            has_room = num_pages >= need.num_pages + need.num_growth_pages and (num_seats > 0 or is_senior)
-            if len(chosen) >= need.dop and has_room:
-                return chosen
+        """The first of the candidates, or else those with most room, that suffice; none if neither do.
+
+        Keys are not scattered over more instances than they need on empty ones, because instances that share a request
+        decode together from then on. Only the senior request may, so that it need not wait.
+        """
+        room = self._draft.free.__getitem__ if is_senior else self._draft.room
+        num_pages = need.num_pages + need.num_growth_pages
+        most = len(candidates) if is_senior else max(need.dop, -(-num_pages // self._draft.shape.num_pages))
+        for ordered in (candidates, sorted(candidates, key=lambda instance: (-room(instance), instance))):
+            num_free = num_seats = 0
+            for count, instance in enumerate(ordered[:most], start=1):
+                num_free += room(instance)
+                num_seats += self._num_seats(instance)
+                if count >= need.dop and num_free >= num_pages and (num_seats > 0 or is_senior):
+                    return list(ordered[:count])
         return []
 
     def _reserve(self, need: _Need, *, is_senior: bool) -> bool:

@@ -56,6 +56,12 @@ def test_a_short_prompt_whose_keys_fit_no_instance_spans_several():
     assert len(keepers(plan)) == 2
 
 
+def test_a_prompt_that_one_instance_could_hold_is_not_scattered_over_occupied_ones():
+    runs = [running("a", 0, (0, 20)), running("b", 1, (1, 20))]
+    plans = ask(cluster(2, num_pages=10, runs=runs, waits=[waiting("c", 2, 24)]))
+    assert [type(plan) for plan in plans] == [Decode, Decode]
+
+
 def test_short_prompts_spread_over_idle_instances():
     plans = ask(cluster(waits=[waiting(f"w{i}", i, 10) for i in range(4)]))
     assert {plan.group for plan in plans if isinstance(plan, Prefill)} == {Group.of([i]) for i in range(4)}
