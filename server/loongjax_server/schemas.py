@@ -44,7 +44,8 @@ def _check_stop(value: Any) -> Any:
         return value
     if isinstance(value, list) and len(value) <= MAX_NUM_STOPS and set(map(type, value)) <= {str}:
         return value
-    raise PydanticCustomError("stop_type", f"expected a string, or a list of at most {MAX_NUM_STOPS} strings")
+    message = "expected a string, or a list of at most {max_num_stops} strings"
+    raise PydanticCustomError("stop_type", message, {"max_num_stops": MAX_NUM_STOPS})
 
 
 _TOKEN_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}

@@ -28,6 +28,7 @@ REFUSED = {
     "prompt_embeds": "prompts must be text or token ids; embeddings are not supported",
     "functions": "functions is deprecated and not supported; use tools",
     "function_call": "function_call is deprecated and not supported; use tools",
+    "add_special_tokens": "a chat template writes the special tokens itself",
     "audio": "audio is not supported",
     "chat_template": "a request may not bring its own chat template; the server's operator sets it",
     "documents": "documents is not supported; put their text in the messages",

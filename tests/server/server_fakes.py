@@ -18,7 +18,7 @@ import jinja2
 from loongjax.core.request import FinishReason, Phase, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats, ModelInfo, OutputDelta
-from loongjax.errors import ContextLengthError, EngineDeadError, LoongjaxError, RequestError
+from loongjax.errors import ContextLengthError, EngineDeadError, RequestError
 
 BOS, EOS, UNK = 256, 257, 258
 WORDS = ("hello", " world", "<|user|>", "the")
@@ -112,8 +112,12 @@ class FakeEngine:
         self.default_sampling: dict[str, float | int] = {}
         self.calls: list[Call] = []
         self.num_live = 0
+        self.most_live = 0
         self.num_aborted = 0
-        self.refuse_with: LoongjaxError | Exception | None = None
+        self.num_tries = 0
+        self.refuse_with: Exception | None = None
+        self.num_refusals = 2**31
+        """How many tries `refuse_with` refuses."""
         self.fail_after: tuple[int, Callable[[], Exception]] | None = None
         self.finish_after: tuple[int, FinishReason] | None = None
         self.first_token = asyncio.Event()
@@ -141,6 +145,7 @@ class FakeEngine:
         assert request_id not in {call.request_id for call in self.calls}
         self.calls.append(Call(list(prompt_token_ids), sampling, request_id))
         self.num_live += 1
+        self.most_live = max(self.most_live, self.num_live)
         num_finished = 0
         try:
             await self.first_token.wait()
@@ -161,7 +166,8 @@ class FakeEngine:
     def _admit(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
         if self.is_dead or self.is_draining:
             raise EngineDeadError("the engine is dead")
-        if self.refuse_with is not None:
+        self.num_tries += 1
+        if self.refuse_with is not None and self.num_tries <= self.num_refusals:
             raise self.refuse_with
         if not prompt_token_ids:
             raise RequestError("the prompt is empty", "prompt")
@@ -176,9 +182,9 @@ class FakeEngine:
         prompt_logprobs = None
         if sampling.prompt_logprobs is not None:
             prompt_logprobs = tuple(logprob_of(token_id, sampling.prompt_logprobs) for token_id in prompt[1:])
-        common = {"index": index, "num_prompt_tokens": len(prompt)}
+        nothing = OutputDelta(index=index, num_prompt_tokens=len(prompt))
         if limit == 0:
-            yield OutputDelta(**common, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH)
+            yield dataclasses.replace(nothing, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.LENGTH)
             return
         decoder = codecs.getincrementaldecoder("utf-8")()
         data = script.encode()
@@ -190,8 +196,8 @@ class FakeEngine:
             reason, stop_reason = self._outcome(step, limit, token_id, text, sampling)
             if stop_reason is not None and not sampling.include_stop_str_in_output:
                 text = ""
-            yield OutputDelta(
-                **common,
+            yield dataclasses.replace(
+                nothing,
                 text=text,
                 token_ids=(token_id,),
                 logprobs=() if sampling.logprobs is None else (logprob_of(token_id, sampling.logprobs),),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from server_client import RunningServer
-from server_fakes import MAX_MODEL_LEN, SCRIPT, ByteTokenizer, FakeEngine
+from server_fakes import SCRIPT, ByteTokenizer, FakeEngine
 
 PATH = "/v1/chat/completions"
 HI = [{"role": "user", "content": "hi"}]
@@ -56,7 +56,6 @@ def test_the_output_may_fill_the_context_unless_limited(serve):
     assert server.engine.calls[-1].sampling.max_tokens == 7
     server.post(PATH, {"messages": HI, "max_tokens": 7, "max_completion_tokens": 9})
     assert server.engine.calls[-1].sampling.max_tokens == 9
-    assert MAX_MODEL_LEN > 9
 
 
 def test_the_last_message_can_be_continued(server: RunningServer):
@@ -169,6 +168,19 @@ def test_bytes_of_split_characters_are_exact(serve):
     choice = server.post(PATH, body).json["choices"][0]
     assert choice["message"]["content"] == "中"
     assert b"".join(bytes(token["bytes"]) for token in choice["logprobs"]["content"]).decode() == "中"
+
+
+@pytest.mark.parametrize(
+    "field", [{"echo": True}, {"add_special_tokens": True}, {"modalities": ["text", "audio"]}, {"functions": [{}]}]
+)
+def test_fields_of_other_apis_are_refused(server: RunningServer, field):
+    answer = server.post(PATH, {"messages": HI, **field})
+    assert (answer.status, answer.error["param"]) == (400, next(iter(field)))
+
+
+def test_fields_that_ask_for_nothing_pass(server: RunningServer):
+    body = {"messages": HI, "echo": False, "add_special_tokens": False, "modalities": ["text"], "max_tokens": 1}
+    assert server.post(PATH, body).status == 200
 
 
 def test_top_logprobs_need_logprobs(server: RunningServer):

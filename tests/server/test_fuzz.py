@@ -23,7 +23,7 @@ SETTINGS = hypothesis.settings(
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=list(hypothesis.HealthCheck),
+    suppress_health_check=(hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.filter_too_much),
 )
 
 app = create_app(FakeEngine(eos_after=3), ByteTokenizer(), ServerConfig())

@@ -1,0 +1,48 @@
+"""Settings are checked when they are made, not when they are used."""
+
+from __future__ import annotations
+
+import pytest
+from server_fakes import ByteTokenizer, FakeEngine
+
+import loongjax_server
+from loongjax.errors import ConfigError
+from loongjax_server import ServerConfig, create_app
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"port": -1},
+        {"port": 65536},
+        {"drain_timeout_s": -1.0},
+        {"drain_timeout_s": float("inf")},
+        {"health_timeout_s": float("nan")},
+        {"max_body_bytes": 0},
+        {"num_tokenizer_threads": 0},
+        {"max_num_concurrent_prompts": 0},
+        {"root_path": "llm"},
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name(settings):
+    with pytest.raises(ConfigError, match=next(iter(settings))):
+        ServerConfig(**settings)
+
+
+def test_the_configured_key_has_precedence_over_the_environment():
+    environ = {"LOONGJAX_API_KEY": "env"}
+    assert ServerConfig(api_key="own").resolve_api_key(environ) == "own"
+    assert ServerConfig().resolve_api_key(environ) == "env"
+    assert ServerConfig().resolve_api_key({"LOONGJAX_API_KEY": ""}) is None
+
+
+def test_a_missing_or_unreadable_template_is_refused_at_start(tmp_path):
+    (tmp_path / "binary").write_bytes(b"\xff\xfe")
+    for path in (tmp_path / "missing", tmp_path / "binary", tmp_path):
+        with pytest.raises(ConfigError, match="chat_template"):
+            create_app(FakeEngine(), ByteTokenizer(), ServerConfig(chat_template=path))
+
+
+def test_the_public_names_are_these():
+    public = {name for name in vars(loongjax_server) if not name.startswith("_")}
+    assert public >= {"ServerConfig", "create_app", "serve"}
