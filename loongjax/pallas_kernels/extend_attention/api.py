@@ -14,7 +14,7 @@ VARIANTS = {"blockwise": blockwise_extend_attention, "reference": reference_exte
 
 def extend_attention(
     q: Float[Array, "T N H"],
-    cu_q_lens: Int32[Array, "B+1"],
+    cu_q_lens: Int32[Array, "B_plus_1"],
     kv_pool: Float[Array, "L 2 P page_size K H"],
     layer: Int32[Array, ""],
     page_indices: Int32[Array, "I"],

@@ -36,7 +36,7 @@ class ExtendTuning:
 @functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
 def blockwise_extend_attention(
     q: Float[Array, "T N H"],
-    cu_q_lens: Int32[Array, "B+1"],
+    cu_q_lens: Int32[Array, "B_plus_1"],
     kv_pool: Float[Array, "L 2 P page_size K H"],
     layer: Int32[Array, ""],
     page_indices: Int32[Array, "I"],

@@ -13,7 +13,7 @@ from loongjax.pallas_kernels.decode_attention.reference import reference_decode_
 @functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype"))
 def reference_extend_attention(
     q: Float[Array, "T N H"],
-    cu_q_lens: Int32[Array, "B+1"],
+    cu_q_lens: Int32[Array, "B_plus_1"],
     kv_pool: Float[Array, "L 2 P page_size K H"],
     layer: Int32[Array, ""],
     page_indices: Int32[Array, "I"],
@@ -26,8 +26,8 @@ def reference_extend_attention(
     """See `extend_attention`."""
     rows = jnp.arange(q.shape[0], dtype=jnp.int32)
     request = jnp.searchsorted(cu_q_lens[1:], rows, side="right", method="compare_all")
-    row_page_starts = page_starts.at[request].get(mode="fill", fill_value=0)
-    row_kv_lens = kv_lens.at[request].get(mode="fill", fill_value=0)
+    # Padding rows belong to one more request, which has no keys.
+    row_page_starts, row_kv_lens = (jnp.pad(x, (0, 1))[request] for x in (page_starts, kv_lens))
     return reference_decode_attention(
         q, kv_pool, layer, page_indices, row_page_starts, row_kv_lens, sm_scale=sm_scale, out_dtype=out_dtype
     )
