@@ -74,8 +74,9 @@ def launch() -> Iterator[Callable[[float, float], Process]]:
         process.popen.communicate()
 
 
-def read(connection: http.client.HTTPConnection) -> Answer:
-    response = connection.getresponse()
+def read(connection: http.client.HTTPConnection, response: http.client.HTTPResponse | None = None) -> Answer:
+    """The whole answer, of which the head may have been read before."""
+    response = response or connection.getresponse()
     answer = Answer(response.status, {name.lower(): text for name, text in response.getheaders()}, response.read())
     connection.close()
     return answer
@@ -87,7 +88,7 @@ def test_live_requests_finish_new_ones_are_refused_and_the_exit_is_clean(launch)
     assert exchange(kept, "GET", "/health", None, {}).status == 200
     whole = process.start(max_tokens=20)
     stream = process.start(max_tokens=20, stream=True)
-    time.sleep(0.3)
+    head = stream.getresponse()
     process.signal()
     time.sleep(0.2)
     refused = exchange(kept, "POST", PATH, b'{"prompt": "a"}', JSON)
@@ -97,7 +98,7 @@ def test_live_requests_finish_new_ones_are_refused_and_the_exit_is_clean(launch)
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", process.port), timeout=5).close()
     assert read(whole).json["usage"]["completion_tokens"] == 20
-    events = read(stream).events
+    events = read(stream, head).events
     assert len(events) == 21
     assert events[-1] == "[DONE]"
     status, log = process.end()
@@ -116,9 +117,9 @@ def test_an_idle_server_ends_at_once(launch):
 def test_requests_that_take_too_long_are_aborted_with_an_error(launch):
     process = launch(0.05, 0.5)
     stream = process.start(max_tokens=4000, stream=True)
-    time.sleep(0.3)
+    head = stream.getresponse()
     process.signal()
-    events = read(stream).events
+    events = read(stream, head).events
     assert "aborted" in events[-2]["error"]["message"]
     assert events[-1] == "[DONE]"
     status, log = process.end()
@@ -128,11 +129,12 @@ def test_requests_that_take_too_long_are_aborted_with_an_error(launch):
 def test_the_second_signal_ends_the_process_at_once(launch):
     process = launch(0.05, 60)
     stream = process.start(max_tokens=4000, stream=True)
-    time.sleep(0.3)
+    head = stream.getresponse()
     process.signal()
     time.sleep(0.2)
     assert process.popen.poll() is None
     process.signal()
     wait_until(lambda: process.popen.poll() is not None, 3)
     assert process.popen.returncode == -signal.SIGTERM
+    head.close()
     stream.close()

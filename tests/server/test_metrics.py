@@ -105,14 +105,16 @@ def test_every_sample_is_measured_once(measured: RunningServer):
     assert found["vllm:request_success_total", (("finished_reason", "length"),)] == 4
 
 
-def test_latencies_are_those_that_the_engine_caused(serve):
-    server = serve(FakeEngine(delay_s=0.05))
+def test_latencies_are_no_less_than_the_engines_and_add_up(serve):
+    server = serve(FakeEngine(delay_s=0.02))
     server.post("/v1/completions", {"prompt": "a", "max_tokens": 3})
     found = samples(server)
-    assert found["vllm:time_to_first_token_seconds_sum", ()] == pytest.approx(0.05, abs=0.04)
-    assert found["vllm:inter_token_latency_seconds_sum", ()] == pytest.approx(0.1, abs=0.05)
-    assert found["vllm:e2e_request_latency_seconds_sum", ()] == pytest.approx(0.15, abs=0.07)
-    assert found["vllm:request_time_per_output_token_seconds_sum", ()] == pytest.approx(0.05, abs=0.03)
+    ttft_s = found["vllm:time_to_first_token_seconds_sum", ()]
+    itl_s = found["vllm:inter_token_latency_seconds_sum", ()]
+    assert ttft_s >= 0.02
+    assert itl_s >= 2 * 0.02
+    assert found["vllm:e2e_request_latency_seconds_sum", ()] == pytest.approx(ttft_s + itl_s)
+    assert found["vllm:request_time_per_output_token_seconds_sum", ()] == pytest.approx(itl_s / 2)
 
 
 def test_a_refused_request_is_not_measured(measured: RunningServer):
