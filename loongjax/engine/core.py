@@ -8,8 +8,8 @@ A request is either in the waiting queue or in the KV cache. Groups never wait f
 an iteration of its group is in flight, and the policy is asked again as soon as one completes.
 
 Running ahead: while a decode is in flight, the policy is also asked what it would do once that is over. If the answer
-is the same decode again and nothing else, its next iteration is submitted behind it at once, before any token was read; the devices hold
-the input tokens. A request that turns out to have ended simply ignores its token of that iteration.
+is the same decode again and nothing else, its next iteration is submitted behind it at once, before any token was read;
+the devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration.
 
 Pages are freed the moment a request ends, even if an iteration that names them is still in flight. That is safe: what
 uses them next runs on the same instance, and iterations that share an instance run in the order of their submission.

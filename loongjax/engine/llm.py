@@ -8,7 +8,7 @@ import itertools
 import random
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from tqdm import tqdm
 
@@ -57,7 +57,7 @@ class LLM:
         self._set_up(build_engine(config), config.seed)
 
     @classmethod
-    def from_parts(cls, parts: EngineParts, *, seed: int | None = None) -> Self:
+    def from_parts(cls, parts: EngineParts, *, seed: int | None = None) -> LLM:
         """Over an engine that is built already; `close` closes it."""
         llm = cls.__new__(cls)
         llm._set_up(parts, seed)
@@ -69,7 +69,7 @@ class LLM:
         self._seeds = random.Random(seed)
         self._numbers = itertools.count()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> LLM:
         return self
 
     def __exit__(
@@ -87,14 +87,14 @@ class LLM:
 
     def generate(
         self,
-        prompts: str | Sequence[Prompt],
+        prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
         """Generates for every prompt; one output each, in the order of the prompts.
 
         Args:
-            prompts: texts or lists of token ids, or one text.
+            prompts: texts or lists of token ids, or only one of these.
             params: for all of them, or one for each; None: what the checkpoint's generation_config.json recommends.
             use_tqdm: show a progress bar.
 
@@ -131,23 +131,18 @@ class LLM:
         return [job.output() for job in jobs]
 
     def _admit(
-        self, prompts: str | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
     ) -> list[_Job]:
-        if isinstance(prompts, str):
-            prompts = [prompts]
+        listed = _as_list(prompts)
         if params is None:
             params = dataclasses.replace(SamplingParams(), **dict(self._core.info.default_sampling))
         if isinstance(params, SamplingParams):
-            params = [params] * len(prompts)
-        if len(params) != len(prompts):
-            raise RequestError(f"there are {len(prompts)} prompts but {len(params)} sampling parameters", "params")
-        return [self._job(prompt, sampling) for prompt, sampling in zip(prompts, params, strict=True)]
+            params = [params] * len(listed)
+        if len(params) != len(listed):
+            raise RequestError(f"there are {len(listed)} prompts but {len(params)} sampling parameters", "params")
+        return [self._job(prompt, sampling) for prompt, sampling in zip(listed, params, strict=True)]
 
     def _job(self, prompt: Prompt, sampling: SamplingParams) -> _Job:
-        if isinstance(prompt, int):
-            raise RequestError(
-                "a prompt is a text or a list of token ids: put the ids into a list of their own", "prompts"
-            )
         info = self._core.info
         requests = admit(
             self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
@@ -168,6 +163,18 @@ class LLM:
             self._core.abort(request_id)
         while self._core.death is None and not self._core.is_idle:
             self._core.step(_STEP_TIMEOUT_S)
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str):
+        return [prompts]
+    token_ids = [item for item in prompts if isinstance(item, int)]
+    if token_ids and len(token_ids) == len(prompts):
+        return [token_ids]
+    texts_and_ids = [item for item in prompts if not isinstance(item, int)]
+    if token_ids:
+        raise RequestError("token ids stand among the prompts: put each prompt's into a list of its own", "prompts")
+    return texts_and_ids
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,8 +3,9 @@
 The next token is a hash of the request's whole token sequence (and of its seed), so whatever the engine gets wrong in
 its bookkeeping changes the tokens from there on; `expected_tokens` says what they should be.
 
-Memory is a dictionary by instance: slot -> (request, token position). Iterations that share an instance run in order of submission,
-so their effect on memory takes place at submission; their results arrive when the virtual clock reaches their end.
+Memory is a dictionary by instance: slot -> (request, token position). Iterations that share an instance run in order
+of submission, so their effect on memory takes place at submission; their results arrive when the virtual clock reaches
+their end.
 """
 
 from __future__ import annotations

@@ -252,7 +252,7 @@ def test_a_preempted_request_goes_before_those_that_came_after_it() -> None:
     requests = [cluster.request(f"r{i}", 12, 30) for i in range(8)]
     core.add(*requests)
     journal = run(core)
-    assert list(journal.last)[0] == "r0/0"
+    assert next(iter(journal.last)) == "r0/0"
     assert core.stats().num_prompt_tokens == 8 * 12
 
 

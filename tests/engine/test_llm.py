@@ -1,0 +1,154 @@
+"""Offline generation over the fake runtime."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+from typing import Any
+
+import pytest
+
+from loongjax.core.iteration import Iteration, PrefillIteration
+from loongjax.core.request import FinishReason
+from loongjax.core.sampling import SamplingParams
+from loongjax.engine.core import EngineCore
+from loongjax.engine.llm import LLM
+from loongjax.engine.parts import EngineParts
+from loongjax.errors import ContextLengthError, EngineDeadError, RequestError
+from tests.engine.cluster import Cluster, assert_nothing_leaks
+from tests.engine.fake_runtime import expected_tokens
+from tests.engine.hosted import LetterTokenizer
+
+CLUSTER = Cluster()
+GREEDY = SamplingParams(max_tokens=12, seed=1, ignore_eos=True)
+
+
+def llm(core: EngineCore | None = None) -> LLM:
+    return LLM.from_parts(EngineParts(core or CLUSTER.core(), LetterTokenizer()), seed=3)
+
+
+def test_one_text_gives_one_output_with_everything_in_it() -> None:
+    [output] = llm().generate(
+        "ABCDE", dataclasses.replace(GREEDY, logprobs=0, prompt_logprobs=0, skip_special_tokens=False), use_tqdm=False
+    )
+    assert output.prompt == "ABCDE"
+    assert output.prompt_token_ids == (17, 18, 19, 20, 21)
+    assert len(output.token_ids) == 12
+    assert output.text == LetterTokenizer().decode(output.token_ids)
+    assert output.logprobs is not None
+    assert [item.token_id for item in output.logprobs] == list(output.token_ids)
+    assert output.prompt_logprobs is not None
+    assert [item.token_id for item in output.prompt_logprobs] == [18, 19, 20, 21]
+    assert (output.finish_reason, output.stop_reason) == (FinishReason.LENGTH, None)
+    assert [(phase.kind, phase.num_tokens) for phase in output.history] == [("prefill", 5), ("decode", 11)]
+
+
+def test_outputs_come_in_the_order_of_the_prompts_whatever_ends_first() -> None:
+    prompts = [[1 + i % 50] * (1 + 13 * i % 60) for i in range(30)]
+    params = [dataclasses.replace(GREEDY, max_tokens=1 + 7 * i % 20) for i in range(30)]
+    outputs = llm().generate(prompts, params, use_tqdm=False)
+    for prompt, sampling, output in zip(prompts, params, outputs, strict=True):
+        request = dataclasses.replace(
+            CLUSTER.request("x", 1, sampling.max_tokens or 0), prompt_token_ids=tuple(prompt), seed=1
+        )
+        assert output.prompt_token_ids == tuple(prompt)
+        assert output.token_ids == expected_tokens(request)
+
+
+def test_more_prompts_than_the_queue_holds_are_fed_as_it_empties() -> None:
+    core = dataclasses.replace(CLUSTER, max_queue_len=2).core()
+    outputs = llm(core).generate([[1, 2]] * 20, GREEDY, use_tqdm=False)
+    assert len({output.token_ids for output in outputs}) == 1
+    assert_nothing_leaks(core)
+
+
+def test_samples_of_a_prompt_differ_and_a_seed_brings_them_back() -> None:
+    params = dataclasses.replace(GREEDY, n=3)
+    [first], [again] = (llm().generate("AB", params, use_tqdm=False) for _ in range(2))
+    assert [sample.index for sample in first.outputs] == [0, 1, 2]
+    assert len({sample.token_ids for sample in first.outputs}) == 3
+    assert [sample.token_ids for sample in first.outputs] == [sample.token_ids for sample in again.outputs]
+
+
+def test_a_stop_string_ends_a_sample_and_frees_its_pages() -> None:
+    core = CLUSTER.core()
+    [whole] = llm().generate("AB", GREEDY, use_tqdm=False)
+    stop = whole.text[4:6]
+    [output] = llm(core).generate("AB", dataclasses.replace(GREEDY, stop=(stop,)), use_tqdm=False)
+    assert output.text == whole.text[: whole.text.index(stop)]
+    assert (output.finish_reason, output.stop_reason) == (FinishReason.STOP, stop)
+    assert output.history[0].kind == "prefill"
+    assert_nothing_leaks(core)
+
+
+def test_without_parameters_the_checkpoints_recommendation_holds() -> None:
+    runtime = CLUSTER.runtime()
+    core = CLUSTER.core(runtime)
+    core.info = dataclasses.replace(core.info, default_sampling={"temperature": 0.0, "top_k": 5})
+    llm(core).generate("AB", use_tqdm=False)
+    prefill = runtime.submitted[0]
+    assert isinstance(prefill, PrefillIteration)
+    sampling = prefill.inputs[0].request.sampling
+    assert (sampling.temperature, sampling.top_k) == (0.0, 5)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "params", "error"),
+    [
+        (["AB", ""], GREEDY, RequestError),
+        ([[1], [1] * 127], GREEDY, ContextLengthError),
+        (["AB"], [GREEDY, GREEDY], RequestError),
+        ([1, 2, 64], GREEDY, RequestError),
+    ],
+)
+def test_an_error_in_any_prompt_is_raised_before_anything_runs(prompts: Any, params: Any, error: type) -> None:
+    runtime = CLUSTER.runtime()
+    with pytest.raises(error):
+        llm(CLUSTER.core(runtime)).generate(prompts, params, use_tqdm=False)
+    assert runtime.submitted == []
+
+
+def test_ctrl_c_leaves_an_engine_that_still_works() -> None:
+    def interrupt_once(iteration: Iteration) -> float:
+        if iteration.iteration_id == 5:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 1.0
+
+    core = CLUSTER.core(CLUSTER.runtime(duration_s=interrupt_once))
+    engine = llm(core)
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate([[1, 2]] * 4, GREEDY, use_tqdm=False)
+    assert core.is_idle
+    assert_nothing_leaks(core)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(engine.generate("AB", GREEDY, use_tqdm=False)[0].token_ids) == 12
+
+
+def test_a_dead_engine_raises() -> None:
+    core = CLUSTER.core(CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id >= 3))
+    with pytest.raises(EngineDeadError, match="two iterations in a row failed"):
+        llm(core).generate("AB", GREEDY, use_tqdm=False)
+
+
+def test_a_list_of_ids_is_one_prompt() -> None:
+    [output] = llm().generate([17, 18], GREEDY, use_tqdm=False)
+    assert (output.prompt, output.prompt_token_ids) == (None, (17, 18))
+    assert output.token_ids == llm().generate("AB", GREEDY, use_tqdm=False)[0].token_ids
+
+
+def test_no_prompts_give_no_outputs() -> None:
+    assert llm().generate([], use_tqdm=False) == []
+
+
+def test_the_progress_bar_counts_prompts(capsys: pytest.CaptureFixture[str]) -> None:
+    llm().generate(["AB", "CD"], GREEDY)
+    assert "2/2" in capsys.readouterr().err
+
+
+def test_leaving_the_block_closes_the_engine() -> None:
+    runtime = CLUSTER.runtime()
+    with llm(CLUSTER.core(runtime)) as engine:
+        engine.generate("AB", GREEDY, use_tqdm=False)
+        assert engine.stats().num_generation_tokens == 12
+    assert runtime.is_closed
