@@ -11,6 +11,7 @@ import threading
 from collections.abc import Generator
 
 import uvicorn
+from fastapi import FastAPI
 
 from loongjax.engine.client import EngineClient
 from loongjax_server.app import create_app
@@ -31,8 +32,15 @@ async def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerCo
     The first signal closes the listening socket; connections that are kept get a 503 for new requests, and live
     requests have `drain_timeout_s` to finish. The second signal ends the process at once.
     """
-    app = create_app(engine, tokenizer, config)
-    uvicorn_config = uvicorn.Config(
+    try:
+        app = create_app(engine, tokenizer, config)
+        await DrainingServer(_uvicorn_config(app, config), app.state.context).serve()
+    finally:
+        await engine.close()
+
+
+def _uvicorn_config(app: FastAPI, config: ServerConfig) -> uvicorn.Config:
+    return uvicorn.Config(
         app,
         host=config.host,
         port=config.port,
@@ -46,10 +54,6 @@ async def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerCo
         timeout_keep_alive=config.keep_alive_timeout_s,
         timeout_graceful_shutdown=_FLUSH_TIMEOUT_S,
     )
-    try:
-        await DrainingServer(uvicorn_config, app.state.context).serve()
-    finally:
-        await engine.close()
 
 
 class DrainingServer(uvicorn.Server):
