@@ -111,8 +111,7 @@ class Driver:
         if not isinstance(iteration, DecodeIteration):
             self._last_decode = None
         self.runtime.submit(iteration)
-        (completion,) = self.runtime.completions(None)
-        assert completion.iteration_id == iteration.iteration_id
+        completion = self.wait_for(iteration.iteration_id)
         assert completion.error is None, completion.error
         for token in completion.tokens:
             if token.token_id >= 0:
@@ -121,6 +120,11 @@ class Driver:
                 self.logprobs[token.request_id].append(token.logprobs)
             if token.prompt_logprobs is not None:
                 self.prompt_logprobs[token.request_id] = token.prompt_logprobs
+        return completion
+
+    def wait_for(self, iteration_id: int) -> Completion:
+        (completion,) = self.runtime.completions(None)
+        assert completion.iteration_id == iteration_id
         self.kv.check_integrity()
         return completion
 
