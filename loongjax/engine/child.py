@@ -1,0 +1,28 @@
+"""The engine's side of `loongjax serve`, as its process starts it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import TYPE_CHECKING
+
+from loongjax.config import EngineConfig
+
+if TYPE_CHECKING:
+    from loongjax.engine.core import EngineCore
+
+LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+@dataclasses.dataclass(frozen=True)
+class CoreFactory:
+    """Builds a step loop in a process of its own. Picklable, and loads JAX only when it is called."""
+
+    config: EngineConfig
+    log_level: str = "info"
+
+    def __call__(self) -> EngineCore:
+        logging.basicConfig(level=self.log_level.upper(), format=LOG_FORMAT)
+        from loongjax.engine.build import build_core  # here: the parent never needs JAX
+
+        return build_core(self.config)
