@@ -16,7 +16,7 @@ class Flights:
         self._flights: dict[int, Flight] = {}
         """By iteration id, in order of submission."""
         self._latest: dict[InstanceId, Flight] = {}
-        """The last iteration submitted to each instance, in flight or not, unless its keys were lost since."""
+        """The last iteration submitted to each instance, in flight or not."""
 
     def __len__(self) -> int:
         return len(self._flights)
@@ -48,7 +48,10 @@ class Flights:
         return [flight for flight in self._flights.values() if len(by_instance[flight.group.instances[0]]) == 1]
 
     def continues(self, plan: Decode) -> bool:
-        """Whether the last iteration of every instance of the group was this decode, one token earlier."""
+        """Whether the last iteration of every instance of the group was this decode, one token earlier.
+
+        Stricter than `DecodeIteration.continues` has to be, so that a runtime may reuse memory between iterations.
+        """
         latest = self._latest.get(plan.group.instances[0])
         return (
             latest is not None
@@ -57,9 +60,10 @@ class Flights:
         )
 
     def void(self, group: Group) -> None:
-        """The keys on these instances are lost: what is in flight there counts no longer, and nothing continues it."""
-        for instance in group.instances:
-            self._latest.pop(instance, None)
+        """The keys on these instances are lost: what is in flight there counts no longer.
+
+        Nothing will continue it either: its requests are prefilled before they are decoded again.
+        """
         for flight in self._flights.values():
             if not flight.group.isdisjoint(group):
                 flight.is_void = True

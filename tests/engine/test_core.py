@@ -164,7 +164,9 @@ def test_a_prompt_alone_ends_with_its_logprobs_and_no_tokens() -> None:
 def test_logprobs_come_with_the_tokens_they_belong_to() -> None:
     core = CLUSTER.core()
     core.add(CLUSTER.request("a", 5, 6, logprobs=0), CLUSTER.request("b", 5, 6))
-    events = [event for _ in range(40) for event in core.step(0.5)]
+    events = []
+    while not core.is_idle:
+        events += core.step(1.0)
     for event in events:
         expected = event.token_ids if event.request_id == "a/0" else ()
         assert tuple(item.token_id for item in event.logprobs) == expected
