@@ -21,9 +21,10 @@ ROWS = 6
 """Of each rank: short sequences leave most of them as padding."""
 
 
-def random_tokens(seed: int, num_tokens: int, dtype: str = "float32") -> list[np.ndarray]:
+def random_tokens(seed: int, num_tokens: int, dtype: str = "float32") -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    return [np.array(jnp.asarray(rng.standard_normal((num_tokens, heads, H)), dtype)) for heads in (N, K, K)]
+    q, k, v = (np.array(jnp.asarray(rng.standard_normal((num_tokens, heads, H)), dtype)) for heads in (N, K, K))
+    return q, k, v
 
 
 @functools.cache
@@ -40,7 +41,9 @@ def ring_over(mesh: Mesh, check_vma: bool = True, implementation: str | None = N
     return jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=check_vma))
 
 
-def stripe_all(tokens: list[np.ndarray], seq_lens: list[int], n: int, rows: int = ROWS, fill: float = 0.0):
+def stripe_all(
+    tokens: tuple[np.ndarray, ...], seq_lens: list[int], n: int, rows: int = ROWS, fill: float = 0.0
+) -> tuple:
     return *(stripe(x, n, fill=fill, rows=rows) for x in tokens), stripe_row_starts(seq_lens, n, rows=rows)
 
 

@@ -66,7 +66,10 @@ def test_a_row_sees_its_own_requests_tokens_up_to_itself(seq_lens, num_ranks):
     k_start, k_end = map(np.asarray, ranges_of_all_pairs(jnp.asarray(row_starts), num_ranks))
     for rank, source_rank, row in np.ndindex(k_start.shape):
         own = row * num_ranks + rank
-        seen = np.arange(int(k_start[rank, source_rank, row]), int(k_end[rank, source_rank, row])) * num_ranks + source_rank
+        seen = (
+            np.arange(int(k_start[rank, source_rank, row]), int(k_end[rank, source_rank, row])) * num_ranks
+            + source_rank
+        )
         wanted = np.arange(int(first_token[own]), own + 1) if own < num_tokens else np.arange(0)
         np.testing.assert_array_equal(seen, wanted[wanted % num_ranks == source_rank])
 
