@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +13,9 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from loongjax.errors import CheckpointError
-from loongjax.models.config import ModelConfig, read_json_object
+from loongjax.models import orbax_checkpoint
+from loongjax.models.checkpoint_files import open_tensors
+from loongjax.models.config import ModelConfig
 from loongjax.models.safetensors_file import SafetensorsFile
 from loongjax.models.sharding import (
     TP_AXIS,
@@ -28,8 +27,6 @@ from loongjax.models.sharding import (
     tensor_name,
 )
 
-logger = logging.getLogger(__name__)
-
 Devices = Sequence[Sequence[jax.Device]]  # pyright: ignore[reportInvalidTypeForm] (jax hides that it is a class)
 """By instance, then by tensor-parallel rank; every instance has as many."""
 
@@ -37,18 +34,15 @@ InstanceWeights = list[list[nnx.State]]
 """Local shards by instance and tensor-parallel rank, in the structure of `nnx.state(model, nnx.Param)`, each array
 whole on one device."""
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
-
 
 def load_weights(checkpoint_dir: Path | str, config: ModelConfig, *, dtype: Any, devices: Devices) -> InstanceWeights:
-    """Reads a checkpoint tensor by tensor, and of each only the slices that a device needs.
+    """Reads a checkpoint, and of each tensor only the slices that a device needs.
 
-    Host memory grows by at most two tensors; on the CPU backend the weights themselves live there too. Instances after
-    the first get their replicas from its devices.
+    From safetensors, host memory grows by at most three tensors; on the CPU backend the weights themselves live there
+    too. Instances after the first get their replicas from its devices.
 
     Args:
-        checkpoint_dir: a folder with model.safetensors, or an index and its files.
+        checkpoint_dir: a folder with model.safetensors, or an index and its files, or a converted checkpoint.
         config: of that checkpoint.
         dtype: that the weights will have.
         devices: where they go.
@@ -57,28 +51,12 @@ def load_weights(checkpoint_dir: Path | str, config: ModelConfig, *, dtype: Any,
         CheckpointError: naming the file or tensor that is missing, left over, misshapen or cut short.
         ConfigError: the model cannot be cut over that many devices.
     """
-    tp = _tp_of(devices)
-    params = abstract_params(config, dtype=dtype, tp=tp)
-    paths = param_paths(params)
-    with contextlib.ExitStack() as stack:
-        sources: dict[str, SafetensorsFile] = {}
-        for path in weight_files(Path(checkpoint_dir)):
-            file = stack.enter_context(SafetensorsFile(path))
-            sources |= dict.fromkeys(file.tensors, file)
-        _check_tensors(Path(checkpoint_dir), config, sources)
-        order = sorted(range(len(paths)), key=lambda i: _place(sources, tensor_name(paths[i])))
-        placed: list[list[list[jax.Array]]] = [[] for _ in paths]
-        previous: list[list[jax.Array]] = []
-        for i in tqdm(order, desc="Loading weights", unit="tensor", disable=None):
-            # The devices cast: it is faster there, and rounds the same.
-            shards = _host_shards(sources[tensor_name(paths[i])], paths[i], tp, config.padded_vocab_size(tp))
-            by_rank = [
-                jax.device_put(shard, device).astype(dtype) for shard, device in zip(shards, devices[0], strict=True)
-            ]
-            placed[i] = _replicate(by_rank, devices)
-            jax.block_until_ready(previous)  # host copies of one tensor are in flight at most
-            previous = placed[i]
-        jax.block_until_ready(previous)
+    folder = Path(checkpoint_dir)
+    params = abstract_params(config, dtype=dtype, tp=_tp_of(devices))
+    if orbax_checkpoint.is_converted(folder):
+        placed = _load_converted(folder, config, params, devices)
+    else:
+        placed = _load_safetensors(folder, config, params, devices)
     return _states(jax.tree.structure(params), placed, devices)
 
 
@@ -94,77 +72,64 @@ def random_weights(config: ModelConfig, *, dtype: Any, devices: Devices, seed: i
     for index, (path, param) in enumerate(zip(param_paths(params), jax.tree.leaves(params), strict=True)):
         sharding = jax.sharding.NamedSharding(mesh, partition_spec(path))
         array = _random_param(path, param, jax.random.fold_in(jax.random.key(seed), index), sharding)
-        by_device = {shard.device: shard.data for shard in array.addressable_shards}
-        placed.append(_replicate([by_device[device] for device in devices[0]], devices))
+        placed.append(_replicate(_shards_of(array, devices), devices))
     return _states(jax.tree.structure(params), placed, devices)
 
 
-def weight_files(checkpoint_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those that its index names, or else all there are.
+def _load_safetensors(
+    folder: Path, config: ModelConfig, params: nnx.State, devices: Devices
+) -> list[list[list[jax.Array]]]:
+    """Shards by parameter, instance and rank, read tensor by tensor."""
+    paths, abstract = param_paths(params), jax.tree.leaves(params)
+    placed: list[list[list[jax.Array]]] = [[] for _ in paths]
+    previous: list[list[jax.Array]] = []
+    with open_tensors(folder, config) as files:
+        order = sorted(range(len(paths)), key=lambda i: _place(files, tensor_name(paths[i])))
+        for i in tqdm(order, desc="Loading weights", unit="tensor", disable=None):
+            shards = _host_shards(files[tensor_name(paths[i])], paths[i], abstract[i].shape, len(devices[0]))
+            # The devices cast: it is faster there, and rounds the same.
+            by_rank = [
+                jax.device_put(shard, device).astype(abstract[i].dtype)
+                for shard, device in zip(shards, devices[0], strict=True)
+            ]
+            placed[i] = _replicate(by_rank, devices)
+            jax.block_until_ready(previous)  # host copies of one tensor are in flight at most
+            previous = placed[i]
+        jax.block_until_ready(previous)
+    return placed
 
-    Raises:
-        CheckpointError: no such folder, no such files, or a file missing of those that the index names.
-    """
-    if not checkpoint_dir.is_dir():
-        raise CheckpointError(f"{checkpoint_dir} is not a folder; give the path of a Hugging Face checkpoint's folder")
-    index = checkpoint_dir / INDEX_FILE
-    if index.exists():
-        weight_map = read_json_object(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{index} must map tensor names to file names under 'weight_map'")
-        files = [checkpoint_dir / name for name in sorted(set(weight_map.values()))]
-        for path in files:
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing; {index.name} names it")
-        return files
-    single = checkpoint_dir / SINGLE_FILE
-    files = [single] if single.exists() else sorted(checkpoint_dir.glob("*.safetensors"))
-    if files:
-        return files
-    if pickles := sorted(path.name for path in checkpoint_dir.glob("*.bin")):
-        raise CheckpointError(
-            f"{checkpoint_dir} holds only pickled weights ({', '.join(pickles)}), which are not read; convert them "
-            "with transformers: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+
+def _load_converted(
+    folder: Path, config: ModelConfig, params: nnx.State, devices: Devices
+) -> list[list[list[jax.Array]]]:
+    """The same, from a converted checkpoint."""
+    mesh = jax.sharding.Mesh(np.array(devices[0]), (TP_AXIS,))
+    wanted = {
+        tensor_name(path): jax.ShapeDtypeStruct(
+            param.shape, param.dtype, sharding=jax.sharding.NamedSharding(mesh, partition_spec(path))
         )
-    raise CheckpointError(f"{checkpoint_dir} holds no weights (*.safetensors)")
-
-
-def _check_tensors(checkpoint_dir: Path, config: ModelConfig, sources: dict[str, SafetensorsFile]) -> None:
-    """Raises CheckpointError unless the files hold what the model needs, and nothing that it would not use."""
-    expected = abstract_params(config, dtype=config.dtype)
-    shapes = {
-        tensor_name(path): param.shape
-        for path, param in zip(param_paths(expected), jax.tree.leaves(expected), strict=True)
+        for path, param in zip(param_paths(params), jax.tree.leaves(params), strict=True)
     }
-    if missing := sorted(shapes.keys() - sources.keys()):
-        raise CheckpointError(f"{checkpoint_dir} lacks {_some(missing)}")
-    harmless = {name for name in sources if name.endswith("rotary_emb.inv_freq")}
-    if config.tie_word_embeddings:
-        harmless.add("lm_head.weight")
-    if unexpected := sorted(sources.keys() - shapes.keys() - harmless):
-        raise CheckpointError(f"{checkpoint_dir} holds what its config.json has no place for: {_some(unexpected)}")
-    for name, shape in shapes.items():
-        found = sources[name].tensors[name].shape
-        if found != shape:
-            raise CheckpointError(
-                f"{sources[name].path}: tensor {name} has shape {list(found)}; "
-                f"by config.json it must have {list(shape)}"
-            )
-        sources[name].dtype(name)
+    arrays = orbax_checkpoint.read(folder, config, wanted)
+    return [_replicate(_shards_of(arrays[name], devices), devices) for name in wanted]
 
 
-def _some(names: list[str], most: int = 5) -> str:
-    rest = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"tensor{'s' if len(names) > 1 else ''} {', '.join(names[:most])}{rest}"
+def _shards_of(array: jax.Array, devices: Devices) -> list[jax.Array]:
+    """The local arrays of one that is spread over the first instance, by rank."""
+    by_device = {shard.device: shard.data for shard in array.addressable_shards}
+    return [by_device[device] for device in devices[0]]
 
 
-def _place(sources: dict[str, SafetensorsFile], name: str) -> tuple[str, int]:
+def _place(files: dict[str, SafetensorsFile], name: str) -> tuple[str, int]:
     """Where a tensor lies, so that files are read from front to back."""
-    return str(sources[name].path), sources[name].tensors[name].begin
+    return str(files[name].path), files[name].tensors[name].begin
 
 
-def _host_shards(file: SafetensorsFile, path: ParamPath, tp: int, padded_vocab_size: int) -> Iterator[np.ndarray]:
-    """One parameter's shard for each tensor-parallel rank, in the file's dtype."""
+def _host_shards(file: SafetensorsFile, path: ParamPath, shape: tuple[int, ...], tp: int) -> Iterator[np.ndarray]:
+    """One parameter's shard for each tensor-parallel rank, in the file's dtype.
+
+    Where `shape`, the logical one, has more rows than the file (a padded vocabulary), they are zeros.
+    """
     name = tensor_name(path)
     match split_dim(path):
         case None:
@@ -174,8 +139,7 @@ def _host_shards(file: SafetensorsFile, path: ParamPath, tp: int, padded_vocab_s
             yield from file.read_columns(name, tp)
         case _:
             num_rows = file.tensors[name].shape[0]
-            has_vocabulary = path[-2] in ("embed_tokens", "lm_head")
-            size = (padded_vocab_size if has_vocabulary else num_rows) // tp
+            size = shape[0] // tp
             for rank in range(tp):
                 end = min((rank + 1) * size, num_rows)
                 rows = file.read_rows(name, min(rank * size, end), end)

@@ -92,6 +92,13 @@ class SafetensorsFile:
                 part[row : row + chunk_rows] = chunk[:, rank * width : (rank + 1) * width]
         return parts
 
+    def map(self, name: str) -> np.ndarray:
+        """The tensor as a read-only view of the file, for those who go through it once."""
+        info = self.tensors[name]
+        if 0 in info.shape:
+            return np.empty(info.shape, self.dtype(name))
+        return np.memmap(self.path, self.dtype(name), mode="r", offset=info.begin, shape=info.shape)
+
     def dtype(self, name: str) -> np.dtype:
         """The tensor's dtype. Raises CheckpointError if no weight may have it."""
         code = self.tensors[name].dtype

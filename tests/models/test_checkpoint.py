@@ -275,7 +275,7 @@ MEASURE = """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
-def test_host_memory_grows_by_no_more_than_the_weights_and_two_tensors(tmp_path):
+def test_host_memory_grows_by_no_more_than_the_weights_and_three_tensors(tmp_path):
     sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 4, "vocab_size": 4096}
     make_checkpoint(tmp_path / "tiny", "gqa", with_tokenizer=False)
     config = BASE | sizes | {"dtype": "float32"}
@@ -296,6 +296,6 @@ def test_host_memory_grows_by_no_more_than_the_weights_and_two_tensors(tmp_path)
     )
     growth, weight_bytes = map(int, result.stdout.split())
     largest = 4096 * 1024 * 4
-    # The CPU backend holds the weights in host memory; on an accelerator only the rest remains. The allocator keeps up
-    # to 64 MB that were freed.
-    assert growth - weight_bytes < 2 * largest + 64e6
+    # The CPU backend holds the weights in host memory; on an accelerator only the rest remains. The allocator keeps
+    # some of what is freed.
+    assert growth - weight_bytes < 3 * largest + 32e6
