@@ -69,8 +69,8 @@ def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, f
         num_slots=args.num_slots,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=32,
-        max_model_len=args.max_num_batched_tokens,
         prefill_tokens_per_instance=args.prefill_tokens_per_instance,
+        warm_up=args.warm_up,
     )
     grid = DeviceGrid(jax.devices(), tp=config.tp, num_instances=config.num_instances)
     spec = ModelSpec(SHAPES[shape], "bfloat16", config.tp)
@@ -131,6 +131,7 @@ def main() -> None:
     parser.add_argument("--num-slots", type=int)
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096 + 64)
     parser.add_argument("--prefill-tokens-per-instance", type=int, default=2048)
+    parser.add_argument("--warm-up", action="store_true", help="build every executable first, as serve does on GPU")
     parser.add_argument("--cases", nargs="+", default=["1x1024", "1x4096", "8x1024"], help="requests x prompt tokens")
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
@@ -161,6 +162,7 @@ def main() -> None:
         "cases": cases,
         "prefill_dop": core.stats().prefill_dop,
         "decode_dop": core.stats().decode_dop,
+        "recompiles": core.stats().num_recompiles,
     }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

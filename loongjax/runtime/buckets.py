@@ -6,13 +6,16 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
+LEAST_NUM_TOKENS = 64
+"""Fewer prefill tokens than this on a rank cost no less time."""
 
-def powers_of_two(low: int, high: int) -> tuple[int, ...]:
-    """low, 2 low, 4 low, ... and last of all `high` itself."""
+
+def powers(low: int, high: int, factor: int) -> tuple[int, ...]:
+    """low, factor * low, factor ** 2 * low, ... and last of all `high` itself."""
     sizes = []
     while low < high:
         sizes.append(low)
-        low *= 2
+        low *= factor
     return (*sizes, high)
 
 
@@ -23,15 +26,16 @@ class Buckets:
     num_tokens: tuple[int, ...]
     """Prefill tokens on one rank."""
     num_rows: tuple[int, ...]
-    """Requests of one sub-batch, or sampled rows of a prefill on one rank."""
+    """Requests of one sub-batch, or sampled rows of a prefill on one rank. Coarse: rows of padding have no keys to
+    attend to, and a step of few rows costs what reading the weights costs."""
     num_table_entries: int
     """Entries of one instance's page table: one size, since work follows the entries used."""
 
     @classmethod
     def for_limits(cls, *, max_num_batched_tokens: int, max_num_seqs: int, num_pages: int) -> Buckets:
         return cls(
-            num_tokens=powers_of_two(min(16, max_num_batched_tokens), max_num_batched_tokens),
-            num_rows=powers_of_two(1, max_num_seqs),
+            num_tokens=powers(LEAST_NUM_TOKENS, max_num_batched_tokens, 2),
+            num_rows=powers(1, max_num_seqs, 4),
             num_table_entries=num_pages + max(4 * max_num_seqs, 256),
         )
 

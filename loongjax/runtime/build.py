@@ -21,6 +21,7 @@ from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.sizing import resolve_dtype, size_up
+from loongjax.runtime.warm_up import WarmUp
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +53,9 @@ def assemble_runtime(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, sh
     pool_shape = spec.kv_shard_shape(sizes.shape.num_pages, sizes.shape.page_size)
     kv_pool = DeviceKVPool(grid, pool_shape, jnp.dtype(spec.dtype))
     _log_sizes(sizes.shape, spec, weights, kv_pool)
+    wants_warm_up = grid.platform == "gpu" if config.warm_up is None else config.warm_up
+    if wants_warm_up:
+        WarmUp(spec=spec, grid=grid, weights=weights, kv_pool=kv_pool, buckets=sizes.buckets).run()
     return LocalRuntime(
         spec=spec,
         grid=grid,

@@ -31,6 +31,7 @@ from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.packing import pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
 from loongjax.runtime.programs import (
     BY_RANK,
+    MIGRATION_BUCKET,
     DecodeState,
     decode_step,
     head_step,
@@ -44,9 +45,6 @@ from loongjax.runtime.recompiles import RecompileCounter
 from loongjax.runtime.sampling import SamplerInput
 
 logger = logging.getLogger(__name__)
-
-MIGRATION_BUCKET = 256
-"""Tokens that one migration program moves."""
 
 Readback = Callable[[], tuple[SampledToken, ...]]
 """Waits for an iteration's results and gives them as host values."""
@@ -167,23 +165,23 @@ class LocalRuntime:
         group = iteration.group
         packed = pack_prefill(iteration, self._buckets)
         weights = self._weights.view(group)
-        pool, hidden = prefill_step(self._spec, weights, self._kv_pool.view(group), self._put(group, packed.batch))
+        pool, hidden, picked = prefill_step(
+            self._spec, weights, self._kv_pool.view(group), self._put(group, packed.batch)
+        )
         self._kv_pool.replace(group, pool)
 
         prompts = None
         if any(item.wants_prompt_logprobs for item in iteration.inputs):
             targets = self._put(group, pack_prompt_targets(iteration, packed))
-            prompts = PendingPromptLogprobs(
-                iteration, packed, prompt_logprobs_step(self._spec, weights, hidden, targets)
-            )
+            scores = prompt_logprobs_step(self._spec, weights, hidden, targets)
+            prompts = PendingPromptLogprobs(iteration, packed, scores)
         tokens = None
-        if packed.sampled:
-            rows, positions = self._put(group, (packed.sample_rows, packed.positions))
-            logits = head_step(self._spec, weights, hidden, rows)
-            sampled = [_sampler_input(iteration.inputs[i]) for i in packed.sampled]
+        if any(packed.sampled):
             num_rows = packed.positions.shape[1]
-            by_rank = [sampled[rank * num_rows : (rank + 1) * num_rows] for rank in range(group.dop)]
-            tokens = PendingTokens(by_rank, self._sampler(group, by_rank, num_rows).sample(logits, positions))
+            logits = head_step(self._spec, weights, picked, num_rows)
+            rows = [[_sampler_input(iteration.inputs[i]) for i in indices] for indices in packed.sampled]
+            sampler = self._sampler(group, rows, num_rows)
+            tokens = PendingTokens(rows, sampler.sample(logits, self._put(group, packed.positions)))
 
         def readback() -> tuple[SampledToken, ...]:
             jax.block_until_ready(hidden)

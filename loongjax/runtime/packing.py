@@ -20,12 +20,10 @@ class PackedPrefill:
     """Numpy arrays."""
     starts: tuple[int, ...]
     """Packed index of each request's first token."""
-    sampled: tuple[int, ...]
-    """Indices into the iteration's inputs of the requests that get a token; sampled row i is `sampled[i]`."""
-    sample_rows: np.ndarray
-    """int32 [n, n * B], as `head_step` takes it."""
+    sampled: tuple[tuple[int, ...], ...]
+    """By rank, the requests for which it samples a token, as indices into the iteration's inputs."""
     positions: np.ndarray
-    """int32 [n, B]: of the tokens to be sampled."""
+    """int32 [n, B]: of the tokens to be sampled; B is the bucket of the rank that samples most."""
 
 
 def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill:
@@ -43,14 +41,16 @@ def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill
         for kept in item.kept:
             kept_slots[start + kept.begin : start + kept.end, iteration.group.rank_of(kept.instance)] = kept.slots
 
-    sampled = tuple(i for i, item in enumerate(inputs) if item.request.max_tokens > 0)
-    num_rows = fit(max(1, -(-len(sampled) // n)), buckets.num_rows)
-    sample_rows = np.full((n, n * num_rows), -1, np.int32)
-    sample_positions = np.zeros(n * num_rows, np.int32)
-    for row, i in enumerate(sampled):
-        last = int(ends[i]) - 1
-        sample_rows[last % n, row] = last // n
-        sample_positions[row] = lengths[i]
+    wanted = [i for i, item in enumerate(inputs) if item.request.max_tokens > 0]
+    sampled = tuple(tuple(wanted[rank::n]) for rank in range(n))
+    capacity = local_length(buckets.num_rows[-1], n)
+    sample_rows = np.full((n, n * capacity), -1, np.int32)
+    sample_positions = np.zeros((n, fit(max(1, len(sampled[0])), buckets.num_rows)), np.int32)
+    for rank, indices in enumerate(sampled):
+        for row, i in enumerate(indices):
+            last = int(ends[i]) - 1
+            sample_rows[last % n, rank * capacity + row] = last // n
+            sample_positions[rank, row] = lengths[i]
 
     rows = fit(local_length(num_tokens, n), buckets.num_tokens)
     batch = PrefillBatch(
@@ -58,9 +58,29 @@ def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill
         positions=stripe(positions, n, fill=0, rows=rows),
         row_starts=stripe(row_starts, n, fill=int(PADDING_ROW), rows=rows),
         kept_slots=np.moveaxis(stripe(kept_slots, n, fill=-1, rows=rows), 2, 0),
+        sample_rows=sample_rows,
     )
-    return PackedPrefill(
-        batch, tuple(int(start) for start in starts), sampled, sample_rows, sample_positions.reshape(n, num_rows)
+    return PackedPrefill(batch, tuple(int(start) for start in starts), sampled, sample_positions)
+
+
+def empty_prefill(n: int, num_tokens: int, buckets: Buckets) -> PrefillBatch:
+    """A prefill of nothing but padding."""
+    return PrefillBatch(
+        token_ids=np.zeros((n, num_tokens), np.int32),
+        positions=np.zeros((n, num_tokens), np.int32),
+        row_starts=np.full((n, num_tokens), PADDING_ROW, np.int32),
+        kept_slots=np.full((n, n, num_tokens), -1, np.int32),
+        sample_rows=np.full((n, n * local_length(buckets.num_rows[-1], n)), -1, np.int32),
+    )
+
+
+def empty_decode(n: int, num_rows: int, buckets: Buckets) -> DecodeState:
+    """A decode of nothing but padding."""
+    return DecodeState(
+        positions=np.zeros((n, num_rows), np.int32),
+        kv_lens=np.zeros((n, n * num_rows), np.int32),
+        page_starts=np.zeros((n, n * num_rows), np.int32),
+        page_indices=np.zeros((n, buckets.num_table_entries), np.int32),
     )
 
 

@@ -26,6 +26,9 @@ from loongjax.runtime.sampling import LogprobArrays, prompt_logprobs
 BY_RANK = PartitionSpec(SP_AXIS)
 LOGITS_SPEC = PartitionSpec(SP_AXIS, None, TP_AXIS)
 
+MIGRATION_BUCKET = 256
+"""Tokens that one migration program moves."""
+
 Leaf = Any
 """An array: packed on the host, put on devices, or only described."""
 
@@ -44,6 +47,9 @@ class PrefillBatch(NamedTuple):
     """int32 [n, T]: packed index of the first token of the row's request; for padding see `parallel.striped`."""
     kept_slots: Leaf
     """int32 [n, n, T] by keeper, source rank and row: the keeper's slot for the token, or -1."""
+    sample_rows: Leaf
+    """int32 [n, n * R]: for each row to be sampled, its index on the rank that has it, -1 on all others. Column
+    rank * R + i is the i-th row that `rank` will sample, wherever its token is."""
 
 
 class DecodeState(NamedTuple):
@@ -62,13 +68,14 @@ class DecodeState(NamedTuple):
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
 def prefill_step(
     spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: PrefillBatch
-) -> tuple[KVPoolView, Float[Array, "n T D"]]:
+) -> tuple[KVPoolView, Float[Array, "n T D"], Float[Array, "n R D"]]:
     """Ring-attention prefill; each instance keeps the keys that `kept_slots` gives it. Donates `kv_pool`.
 
-    Returns the pool and the final hidden states.
+    Returns:
+        The pool, the final hidden states, and those of the rows to be sampled, on the ranks that will.
     """
 
-    def body(weights: Weights, kv_pool: jax.Array, batch: PrefillBatch) -> tuple[jax.Array, jax.Array]:
+    def body(weights: Weights, kv_pool: jax.Array, batch: PrefillBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
         batch = _drop_rank_dim(batch)
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
@@ -80,37 +87,28 @@ def prefill_step(
 
         model = spec.restore(weights)
         hidden, pool = model.hidden(batch.token_ids, batch.positions, attend, kv_pool[0])
-        return pool[None], hidden[None]
+        is_here = (batch.sample_rows >= 0)[:, None]
+        picked = jnp.where(is_here, hidden[jnp.maximum(batch.sample_rows, 0)], jnp.zeros((), hidden.dtype))
+        picked = jax.lax.psum_scatter(picked, SP_AXIS, scatter_dimension=0, tiled=True)
+        return pool[None], hidden[None], picked[None]
 
     return jax.shard_map(
         body,
         in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK),
-        out_specs=(KV_POOL_SPEC, BY_RANK),
+        out_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK),
         check_vma=False,
     )(weights, kv_pool, batch)
 
 
-@functools.partial(jax.jit, static_argnames="spec")
-def head_step(
-    spec: ModelSpec, weights: Weights, hidden: Float[Array, "n T D"], rows: Int32[Array, "n nB"]
-) -> Float[Array, "n B V"]:
-    """Logits of chosen rows, spread evenly over the ranks.
+@functools.partial(jax.jit, static_argnames=("spec", "num_rows"))
+def head_step(spec: ModelSpec, weights: Weights, hidden: Float[Array, "n R D"], num_rows: int) -> Float[Array, "n B V"]:
+    """Logits of the first B = `num_rows` rows of each rank."""
 
-    Args:
-        spec: the model.
-        weights: its weights.
-        hidden: a prefill's hidden states.
-        rows: for each sampled row, its index on the rank that has it, -1 on all others. Row i goes to rank i // B.
-    """
+    def body(weights: Weights, hidden: jax.Array) -> jax.Array:
+        return spec.restore(weights).logits(hidden[0, :num_rows])[None]
 
-    def body(weights: Weights, hidden: jax.Array, rows: jax.Array) -> jax.Array:
-        hidden, rows = hidden[0], rows[0]
-        picked = jnp.where((rows >= 0)[:, None], hidden[jnp.maximum(rows, 0)], jnp.zeros((), hidden.dtype))
-        mine = jax.lax.psum_scatter(picked, SP_AXIS, scatter_dimension=0, tiled=True)
-        return spec.restore(weights).logits(mine)[None]
-
-    return jax.shard_map(body, in_specs=(spec.weight_specs, BY_RANK, BY_RANK), out_specs=LOGITS_SPEC, check_vma=False)(
-        weights, hidden, rows
+    return jax.shard_map(body, in_specs=(spec.weight_specs, BY_RANK), out_specs=LOGITS_SPEC, check_vma=False)(
+        weights, hidden
     )
 
 

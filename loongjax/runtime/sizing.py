@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec
 
 from loongjax.config import CPU_NUM_SLOTS, EngineConfig
@@ -18,7 +17,8 @@ from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.kv_pool import KV_POOL_SPEC
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.programs import BY_RANK, PrefillBatch, prefill_step
+from loongjax.runtime.packing import empty_prefill
+from loongjax.runtime.programs import BY_RANK, prefill_step
 from loongjax.runtime.protocol import RuntimeLimits
 
 logger = logging.getLogger(__name__)
@@ -107,8 +107,10 @@ def _workspace_bytes(
 
     layers, two, pages, page_size, _, head_dim = spec.kv_shard_shape(1, config.page_size)
     pool_shape = (dop, layers, two, pages, page_size, spec.config.num_kv_heads, head_dim)
-    by_row = abstract((dop, num_tokens), np.dtype(np.int32), BY_RANK)
-    batch = PrefillBatch(by_row, by_row, by_row, abstract((dop, dop, num_tokens), np.dtype(np.int32), BY_RANK))
+    buckets = Buckets.for_limits(max_num_batched_tokens=num_tokens, max_num_seqs=config.max_num_seqs, num_pages=pages)
+    batch = jax.tree.map(
+        lambda leaf: abstract(leaf.shape, leaf.dtype, BY_RANK), empty_prefill(dop, num_tokens, buckets)
+    )
     with jax.set_mesh(grid.mesh(group)):
         lowered = prefill_step.lower(
             spec, weights.view(group), abstract(pool_shape, jnp.dtype(spec.dtype), KV_POOL_SPEC), batch

@@ -15,8 +15,15 @@ from loongjax.core.iteration import (
 )
 from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
-from loongjax.runtime.buckets import Buckets, fit, powers_of_two
-from loongjax.runtime.packing import pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
+from loongjax.runtime.buckets import Buckets, fit, powers
+from loongjax.runtime.packing import (
+    empty_decode,
+    empty_prefill,
+    pack_decode,
+    pack_decode_slots,
+    pack_prefill,
+    pack_prompt_targets,
+)
 
 BUCKETS = Buckets.for_limits(max_num_batched_tokens=48, max_num_seqs=6, num_pages=40)
 
@@ -44,10 +51,11 @@ def prefill_of(prompts: list[list[int]], group: Group, *, max_tokens=4, kept=(),
     return PrefillIteration(0, group, inputs)
 
 
-def test_powers_of_two_end_with_the_limit_itself():
-    assert powers_of_two(16, 100) == (16, 32, 64, 100)
-    assert powers_of_two(1, 1) == (1,)
-    assert powers_of_two(16, 64) == (16, 32, 64)
+def test_powers_end_with_the_limit_itself():
+    assert powers(16, 100, 2) == (16, 32, 64, 100)
+    assert powers(1, 1, 4) == (1,)
+    assert powers(1, 64, 4) == (1, 4, 16, 64)
+    assert powers(64, 48, 2) == (48,)
 
 
 def test_a_size_goes_to_the_smallest_bucket_that_holds_it():
@@ -66,7 +74,7 @@ def test_token_i_of_the_packed_batch_is_on_rank_i_mod_n(dop):
         assert packed.batch.token_ids[i % dop, i // dop] == token
         assert packed.batch.row_starts[i % dop, i // dop] == start
         assert packed.batch.positions[i % dop, i // dop] == i - start
-    assert packed.batch.token_ids.shape == (dop, 16)
+    assert packed.batch.token_ids.shape == (dop, 48)
     assert packed.starts == (0, 5, 6)
 
 
@@ -74,7 +82,7 @@ def test_token_i_of_the_packed_batch_is_on_rank_i_mod_n(dop):
 def test_padding_rows_see_nothing_and_are_kept_nowhere(dop):
     packed = pack_prefill(prefill_of([[1, 2, 3, 4]], Group.of(range(dop))), BUCKETS)
     for rank in range(dop):
-        for row in range(16):
+        for row in range(48):
             if row * dop + rank >= 4:
                 assert packed.batch.row_starts[rank, row] > row * dop + rank
                 assert (packed.batch.kept_slots[:, rank, row] == -1).all()
@@ -88,12 +96,12 @@ def test_kept_slots_name_the_keeper_the_source_and_the_row():
         (1, KeptTokens(2, 0, 3, np.array([20, 21, 22], np.int32))),
     ]
     packed = pack_prefill(prefill_of([[1] * 6, [2] * 3], group, kept=kept), BUCKETS)
-    flat = np.full((2, 32), -1)
+    flat = np.full((2, 96), -1)
     flat[1, 0:4] = [40, 41, 42, 43]
     flat[0, 4:6] = [7, 9]
     flat[0, 6:9] = [20, 21, 22]
     for keeper in range(2):
-        for i in range(32):
+        for i in range(96):
             assert packed.batch.kept_slots[keeper, i % 2, i // 2] == flat[keeper, i]
 
 
@@ -101,20 +109,40 @@ def test_kept_slots_name_the_keeper_the_source_and_the_row():
 def test_each_request_is_sampled_from_its_last_token_on_the_rank_that_has_it(dop):
     prompts = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10]]
     packed = pack_prefill(prefill_of(prompts, Group.of(range(dop))), BUCKETS)
-    num_rows = packed.positions.shape[1]
-    assert packed.sampled == (0, 1, 2, 3)
-    for row, last in enumerate(np.cumsum([len(p) for p in prompts]) - 1):
-        expected = np.full(dop, -1)
-        expected[last % dop] = last // dop
-        np.testing.assert_array_equal(packed.sample_rows[:, row], expected)
-        assert packed.positions[row // num_rows, row % num_rows] == len(prompts[row])
-    assert (packed.sample_rows[:, len(prompts) :] == -1).all()
+    rows = packed.batch.sample_rows
+    capacity = rows.shape[1] // dop
+    assert capacity == -(-6 // dop)
+    ends = np.cumsum([len(prompt) for prompt in prompts])
+    for sampler, indices in enumerate(packed.sampled):
+        for row, i in enumerate(indices):
+            last = ends[i] - 1
+            expected = np.full(dop, -1)
+            expected[last % dop] = last // dop
+            np.testing.assert_array_equal(rows[:, sampler * capacity + row], expected)
+            assert packed.positions[sampler, row] == len(prompts[i])
+    assert sorted(i for indices in packed.sampled for i in indices) == [0, 1, 2, 3]
+    assert (rows >= 0).sum() == 4
+
+
+def test_sampling_is_spread_evenly_over_the_ranks():
+    packed = pack_prefill(prefill_of([[1]] * 5, Group.of(range(2))), BUCKETS)
+    assert [len(indices) for indices in packed.sampled] == [3, 2]
+    assert packed.positions.shape == (2, 4)
 
 
 def test_requests_without_output_are_not_sampled():
     packed = pack_prefill(prefill_of([[1, 2]], Group.of((0,)), max_tokens=0), BUCKETS)
-    assert packed.sampled == ()
-    assert (packed.sample_rows == -1).all()
+    assert packed.sampled == ((),)
+    assert (packed.batch.sample_rows == -1).all()
+
+
+@pytest.mark.parametrize("dop", [1, 3])
+def test_an_empty_prefill_has_the_shapes_of_a_real_one(dop):
+    real = pack_prefill(prefill_of([[1, 2, 3]], Group.of(range(dop))), BUCKETS).batch
+    empty = empty_prefill(dop, 48, BUCKETS)
+    assert [(leaf.shape, leaf.dtype) for leaf in empty] == [(leaf.shape, leaf.dtype) for leaf in real]
+    assert (empty.row_starts > 10**6).all()
+    assert (empty.kept_slots == -1).all()
 
 
 def test_prompt_targets_are_the_next_tokens_of_the_prompt_only():
@@ -167,10 +195,13 @@ TWO_MASTERS = decode_iteration(
 def test_a_decodes_tables_list_every_masters_rows_on_every_instance():
     packed = pack_decode(TWO_MASTERS, BUCKETS, 4)
     state = packed.state
-    assert packed.token_ids.tolist() == [[7, 6], [0, 0], [3, 0]]
-    assert state.positions.tolist() == [[2, 10], [0, 0], [1, 0]]
-    # Rows by (master's rank, row): 1-0, 1-1, then rank 1's two, then 4-0. Without this step's own keys.
-    assert state.kv_lens.tolist() == [[2, 1, 0, 0, 0, 0], [0, 9, 0, 0, 1, 0], [0, 0, 0, 0, 0, 0]]
+    assert packed.token_ids.tolist() == [[7, 6, 0, 0], [0] * 4, [3, 0, 0, 0]]
+    assert state.positions.tolist() == [[2, 10, 0, 0], [0] * 4, [1, 0, 0, 0]]
+    # Four rows a rank, by the master's rank: 1-0 and 1-1 first, 4-0 is row 8. Without this step's own keys.
+    found = {
+        (int(rank), int(row)): int(state.kv_lens[rank, row]) for rank, row in zip(*state.kv_lens.nonzero(), strict=True)
+    }
+    assert found == {(0, 0): 2, (0, 1): 1, (1, 1): 9, (1, 8): 1}
 
     def pages(rank, row, count):
         start = state.page_starts[rank, row]
@@ -179,8 +210,8 @@ def test_a_decodes_tables_list_every_masters_rows_on_every_instance():
     assert pages(0, 0, 1) == [0]
     assert pages(0, 1, 1) == [4]
     assert pages(1, 1, 3) == [4, 5, 6]
-    assert pages(1, 4, 1) == [7]
-    assert pages(2, 4, 1) == [7]
+    assert pages(1, 8, 1) == [7]
+    assert pages(2, 8, 1) == [7]
 
 
 def test_growing_rows_have_room_behind_them():
@@ -195,3 +226,9 @@ def test_growing_rows_have_room_behind_them():
 
 def test_slots_go_to_their_masters_row_and_padding_is_negative():
     assert pack_decode_slots(TWO_MASTERS, 4).tolist() == [[2, 17, -1, -1], [-1] * 4, [30, -1, -1, -1]]
+
+
+def test_an_empty_decode_has_the_shapes_of_a_real_one():
+    real = pack_decode(TWO_MASTERS, BUCKETS, 4).state
+    empty = empty_decode(3, real.positions.shape[1], BUCKETS)
+    assert [(leaf.shape, leaf.dtype) for leaf in empty] == [(leaf.shape, leaf.dtype) for leaf in real]

@@ -1,0 +1,47 @@
+"""After a warm-up nothing is built or loaded any more, whatever the requests ask for and whoever runs them."""
+
+from loongjax.core.sampling import SamplingParams
+from tests.checkpoints import make_checkpoint
+from tests.runtime.driver import Driver, small_runtime
+
+ASKED = {
+    "greedy": {"temperature": 0.0},
+    "sampled": {"temperature": 0.7},
+    "filtered": {"temperature": 1.0, "top_p": 0.5, "top_k": 7},
+    "scored": {"temperature": 1.0, "logprobs": 5},
+    "biased": {"temperature": 1.0, "logit_bias": dict.fromkeys(range(100), 1.0)},
+    "penalised": {"temperature": 1.0, "presence_penalty": 1.0, "repetition_penalty": 1.2},
+}
+
+
+def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "num_slots": 256}
+    runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=2, warm_up=True, **limits)
+    driver = Driver(runtime)
+    assert runtime.num_recompiles == 0
+    for name, asked in ASKED.items():
+        driver.add(name, range(2, 20), SamplingParams(max_tokens=None, prompt_logprobs=1, **asked))
+        driver.prefill((0, 1), {name: [(0, 0, 16), (1, 16, -1)]})
+        driver.decode((0, 1), {1: [name]}, steps=3)
+        driver.migrate(name, 0, 1, 16)
+        driver.decode((1,), {1: [name]}, steps=2)
+    driver.decode((0, 1), {0: ["greedy", "filtered", "biased"], 1: ["scored", "penalised"]}, steps=2)
+    assert runtime.num_recompiles == 0
+    runtime.close()
+
+
+def test_without_a_warm_up_every_executable_is_counted(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=1)
+    driver = Driver(runtime)
+    driver.add("r", range(2, 9), SamplingParams(temperature=0.0, max_tokens=None))
+    driver.prefill((0,), {"r": [(0, 0, -1)]})
+    after_prefill = runtime.num_recompiles
+    assert after_prefill >= 3, "the prefill, the head, the sampler"
+    driver.decode((0,), {0: ["r"]}, steps=1)
+    after_decode = runtime.num_recompiles
+    assert after_decode > after_prefill
+    driver.decode((0,), {0: ["r"]}, steps=5)
+    assert runtime.num_recompiles == after_decode
+    runtime.close()
