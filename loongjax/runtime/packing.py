@@ -43,7 +43,7 @@ def pack_prefill(iteration: PrefillIteration, buckets: Buckets) -> PackedPrefill
 
     wanted = [i for i, item in enumerate(inputs) if item.request.max_tokens > 0]
     sampled = tuple(tuple(wanted[rank::n]) for rank in range(n))
-    capacity = local_length(buckets.num_rows[-1], n)
+    capacity = sample_capacity(n, buckets)
     sample_rows = np.full((n, n * capacity), -1, np.int32)
     sample_positions = np.zeros((n, fit(max(1, len(sampled[0])), buckets.num_rows)), np.int32)
     for rank, indices in enumerate(sampled):
@@ -70,8 +70,13 @@ def empty_prefill(n: int, num_tokens: int, buckets: Buckets) -> PrefillBatch:
         positions=np.zeros((n, num_tokens), np.int32),
         row_starts=np.full((n, num_tokens), PADDING_ROW, np.int32),
         kept_slots=np.full((n, n, num_tokens), -1, np.int32),
-        sample_rows=np.full((n, n * local_length(buckets.num_rows[-1], n)), -1, np.int32),
+        sample_rows=np.full((n, n * sample_capacity(n, buckets)), -1, np.int32),
     )
+
+
+def sample_capacity(n: int, buckets: Buckets) -> int:
+    """Rows that one rank samples at most: a bucket, as whatever follows takes whole buckets of them."""
+    return fit(local_length(buckets.num_rows[-1], n), buckets.num_rows)
 
 
 def empty_decode(n: int, num_rows: int, buckets: Buckets) -> DecodeState:

@@ -26,7 +26,7 @@ from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.packing import empty_decode, empty_prefill
+from loongjax.runtime.packing import empty_decode, empty_prefill, sample_capacity
 from loongjax.runtime.programs import (
     BY_RANK,
     LOGITS_SPEC,
@@ -125,7 +125,7 @@ class WarmUp:
                 prompt_logprobs_step,
                 (spec, weights, hidden, self._put(group, np.full((n, num_tokens), -1, np.int32))),
             )
-        picked = self._zeros(group, (n, -(-num_rows[-1] // n), hidden_size), dtype)
+        picked = self._zeros(group, (n, sample_capacity(n, self._buckets), hidden_size), dtype)
         for rows in num_rows:
             if rows <= picked.shape[1]:
                 yield head_step, (spec, weights, picked, rows)
