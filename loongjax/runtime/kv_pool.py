@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,8 @@ class DeviceKVPool:
     """Every device's part of the pool.
 
     A group's view is one array [n, L, 2, P, page_size, K, H] (keys at 0, values at 1 of dim 2), cut over "sp" along n
-    and over "tp" along K. A program donates it, and hands back its successor with `replace`.
+    and over "tp" along K. A program donates it, and hands back its successor with `replace`. Groups that share no
+    instance may be used from different threads.
 
     Args:
         grid: the devices.
@@ -33,6 +35,7 @@ class DeviceKVPool:
         self._shards: dict[InstanceId, list[jax.Array]] = {}
         self._views: dict[Group, jax.Array] = {}
         self._owner: dict[InstanceId, Group] = {}
+        self._lock = threading.Lock()
         for instance in range(grid.num_instances):
             self._shards[instance] = self._new_shards(instance)
 
@@ -42,15 +45,14 @@ class DeviceKVPool:
 
     def view(self, group: Group) -> jax.Array:
         """The group's view. Steady groups keep theirs; another group over the same instances takes their shards."""
-        view = self._views.get(group)
-        if view is None:
-            for instance in group.instances:
-                if instance in self._owner:
-                    self._dissolve(self._owner[instance])
-            shards = [shard for instance in group.instances for shard in self._shards.pop(instance)]
-            view = self._views[group] = self._grid.assemble(group, KV_POOL_SPEC, shards)
-            self._owner.update(dict.fromkeys(group.instances, group))
-        return view
+        with self._lock:
+            view = self._views.get(group)
+            if view is None:
+                self._dissolve_owners(group)
+                shards = [shard for instance in group.instances for shard in self._shards.pop(instance)]
+                view = self._views[group] = self._grid.assemble(group, KV_POOL_SPEC, shards)
+                self._owner.update(dict.fromkeys(group.instances, group))
+            return view
 
     def replace(self, group: Group, view: jax.Array) -> None:
         """Takes the successor of a donated view."""
@@ -59,12 +61,15 @@ class DeviceKVPool:
 
     def renew(self, group: Group) -> None:
         """After a failed program: empty shards for the group's instances, whatever became of the old ones."""
+        with self._lock:
+            self._dissolve_owners(group)
+            for instance in group.instances:
+                self._shards[instance] = self._new_shards(instance)
+
+    def _dissolve_owners(self, group: Group) -> None:
         for instance in group.instances:
-            owner = self._owner.get(instance)
-            if owner is not None:
-                self._dissolve(owner)
-        for instance in group.instances:
-            self._shards[instance] = self._new_shards(instance)
+            if instance in self._owner:
+                self._dissolve(self._owner[instance])
 
     def _dissolve(self, group: Group) -> None:
         view = self._views.pop(group)

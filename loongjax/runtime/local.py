@@ -1,4 +1,11 @@
-"""The runtime on this process's devices: dispatches programs from one thread and never waits for them there."""
+"""The runtime on this process's devices.
+
+Every group's iterations go through a lane of two threads: one dispatches, one reads back. A program with loops, or with
+more kernels than a device's launch queue holds, keeps the thread that dispatches it until it is nearly over, so with one
+dispatching thread groups would wait for each other. At any moment lanes work on disjoint devices, because the engine
+submits an iteration only when its instances are free, or behind the one it continues, in the same lane. So no two
+threads ever order programs differently on two devices, which collectives could not bear.
+"""
 
 from __future__ import annotations
 
@@ -88,10 +95,8 @@ class LocalRuntime:
         self._decodes: dict[Group, _DecodeCache] = {}
         self._recompiles = RecompileCounter()
         self._ended: queue.SimpleQueue[tuple[Group, Completion] | BaseException | None] = queue.SimpleQueue()
-        self._lanes = [
-            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"loongjax-readback-{instance}")
-            for instance in shape.all_instances
-        ]
+        self._dispatch_lanes = _one_thread_each("loongjax-dispatch", shape.num_instances)
+        self._readback_lanes = _one_thread_each("loongjax-readback", shape.num_instances)
 
     @property
     def shape(self) -> ClusterShape:
@@ -110,10 +115,6 @@ class LocalRuntime:
         """Keys and values of one token in all layers."""
         return self._spec.num_kv_bytes_per_token
 
-    def reset_recompiles(self) -> None:
-        """Counts executables from now on, and those of the calling thread only."""
-        self._recompiles.reset()
-
     def now_s(self) -> float:
         return time.monotonic()
 
@@ -121,15 +122,7 @@ class LocalRuntime:
         self._ended.put(None)
 
     def submit(self, iteration: Iteration) -> None:
-        started_s = self.now_s()
-        group = iteration.group
-        try:
-            with jax.set_mesh(self._grid.mesh(group)):
-                readback = self._dispatch(iteration)
-        except jax.errors.JaxRuntimeError as error:
-            readback = _failed(error)
-        # One lane a group, by its first instance: completions of a group keep their order.
-        self._lanes[group.instances[0]].submit(self._collect, iteration, readback, started_s)
+        self._dispatch_lane(iteration.group).submit(self._dispatch_in_lane, iteration, self.now_s())
 
     def completions(self, timeout_s: float | None) -> list[Completion]:
         ended: list[Completion] = []
@@ -145,10 +138,26 @@ class LocalRuntime:
             return ended
 
     def close(self) -> None:
-        for lane in self._lanes:
+        for lane in (*self._dispatch_lanes, *self._readback_lanes):
             lane.shutdown(wait=True)
         self._recompiles.close()
         self._decodes.clear()
+
+    def _dispatch_lane(self, group: Group) -> concurrent.futures.Executor:
+        """A group's lane is that of its first instance."""
+        return self._dispatch_lanes[group.instances[0]]
+
+    def _dispatch_in_lane(self, iteration: Iteration, started_s: float) -> None:
+        group = iteration.group
+        try:
+            with jax.set_mesh(self._grid.mesh(group)):
+                readback = self._dispatch(iteration)
+        except jax.errors.JaxRuntimeError as error:
+            readback = _failed(error)
+        except BaseException as error:
+            self._ended.put(error)
+            raise
+        self._readback_lanes[group.instances[0]].submit(self._collect, iteration, readback, started_s)
 
     def _dispatch(self, iteration: Iteration) -> Readback:
         match iteration:
@@ -216,8 +225,7 @@ class LocalRuntime:
         cache = self._decodes.get(group)
         if iteration.continues and cache is not None and cache.num_steps > 0:
             return cache
-        for other in [other for other in self._decodes if not other.isdisjoint(group) and other != group]:
-            del self._decodes[other]
+        self._forget_decodes(group)
         packed = pack_decode(iteration, self._buckets, self._shape.page_size)
         state = self._put(group, packed.state)
         if iteration.continues:
@@ -267,7 +275,7 @@ class LocalRuntime:
         return jax.device_put(tree, self._grid.sharding(group, BY_RANK))
 
     def _collect(self, iteration: Iteration, readback: Readback, started_s: float) -> None:
-        """Runs in a lane: waits for the devices, so that the dispatching thread need not."""
+        """Runs in a readback lane: waits for the devices."""
         try:
             tokens = readback()
             completion = Completion(iteration.iteration_id, tokens, self.now_s() - started_s)
@@ -279,12 +287,26 @@ class LocalRuntime:
         self._ended.put((iteration.group, completion))
 
     def _settle(self, group: Group, completion: Completion) -> Completion:
+        """What a failure leaves to be done before anything else may run on the group's instances."""
         if completion.error is not None:
             logger.error("iteration %d on %s failed: %s", completion.iteration_id, group, completion.error)
-            self._kv_pool.renew(group)
-            for other in [other for other in self._decodes if not other.isdisjoint(group)]:
-                del self._decodes[other]
+            # In the lane, and waited for: an iteration behind the failed one may still be being dispatched.
+            self._dispatch_lane(group).submit(self._renew, group).result()
         return completion
+
+    def _renew(self, group: Group) -> None:
+        self._kv_pool.renew(group)
+        self._forget_decodes(group)
+
+    def _forget_decodes(self, group: Group) -> None:
+        """Lets go of what devices hold of decodes that this group's instances took part in."""
+        for other in list(self._decodes):
+            if not other.isdisjoint(group):
+                self._decodes.pop(other, None)
+
+
+def _one_thread_each(name: str, num_lanes: int) -> list[concurrent.futures.ThreadPoolExecutor]:
+    return [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"{name}-{i}") for i in range(num_lanes)]
 
 
 def _sampler_input(item: PrefillInput) -> SamplerInput:

@@ -48,6 +48,7 @@ def runtime(tmp_path: Path) -> Iterator[LocalRuntime]:
         num_slots=NUM_PREFILL_TOKENS + 1024,
         max_num_batched_tokens=NUM_PREFILL_TOKENS,
         max_num_seqs=8,
+        warm_up=False,
         compilation_cache_dir=str(tmp_path),
     )
     grid = DeviceGrid(jax.devices(), num_instances=2)

@@ -38,7 +38,13 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=None, logprobs=0, prompt_log
 
 def small_runtime(checkpoint: Path, cache_dir: Path, **settings: Any) -> LocalRuntime:
     """A runtime on the virtual CPU devices, with buckets small enough to compile quickly."""
-    defaults: dict[str, Any] = {"num_slots": 512, "max_num_seqs": 4, "max_num_batched_tokens": 512, "page_size": 16}
+    defaults: dict[str, Any] = {
+        "num_slots": 512,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 512,
+        "page_size": 16,
+        "warm_up": False,
+    }
     config = EngineConfig(checkpoint=str(checkpoint), compilation_cache_dir=str(cache_dir), **(defaults | settings))
     return build_runtime(config)
 

@@ -1,0 +1,1 @@
+"""Sub-commands of `loongjax` that belong to no other room."""
