@@ -61,8 +61,8 @@ class DecodeInput:
 
     request: Request
     output_token_ids: tuple[int, ...]
-    """Generated tokens that the host knows; while the previous step of the same sub-batches is in flight, all but
-    the last one, which the devices hold."""
+    """Every token generated so far, the input token last; empty if the iteration continues, since the devices hold what
+    they need of them."""
     position: int
     """Of the input token, from 0: the number of tokens whose keys were written before this step."""
     slot: int

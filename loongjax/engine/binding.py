@@ -99,7 +99,7 @@ def _bind_decode(
             inputs.append(
                 DecodeInput(
                     live[request_id].request,
-                    tuple(live[request_id].output_token_ids),
+                    () if continues else tuple(live[request_id].output_token_ids),
                     position,
                     slot,
                     kv_cache.tables(request_id),

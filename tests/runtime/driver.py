@@ -139,8 +139,7 @@ class Driver:
         output = tuple(self.tokens[name])
         position = len(request.prompt_token_ids) + len(output) - 1
         slot = self.kv.append(name, master)
-        known = output[:-1] if continues else output
-        return DecodeInput(request, known, position, slot, self.kv.tables(name))
+        return DecodeInput(request, () if continues else output, position, slot, self.kv.tables(name))
 
 
 def poison_pool(runtime: LocalRuntime) -> None:
