@@ -1,0 +1,95 @@
+"""The `loongjax` command: finds sub-commands, explains what is wrong, and never shows a user a traceback of theirs."""
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loongjax.cli import COMMANDS_GROUP, main
+from loongjax.errors import ConfigError
+from tests.checkpoints import make_checkpoint
+
+
+class Point:
+    """An entry point that a test makes up."""
+
+    def __init__(self, name: str, load) -> None:
+        self.name = name
+        self.load = load
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    points: list[Point] = []
+
+    def entry_points(*, group: str):
+        assert group == COMMANDS_GROUP
+        return points
+
+    monkeypatch.setattr(importlib.metadata, "entry_points", entry_points)
+    return points
+
+
+@pytest.mark.parametrize("argv", [[], ["-h"], ["--help"]])
+def test_help_lists_every_command(argv, capsys):
+    assert main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "serve" in printed
+    assert "convert" in printed
+
+
+def test_version_is_the_distributions(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("loongjax")
+
+
+def test_an_unknown_command_is_a_usage_error(capsys):
+    assert main(["sevre"]) == 2
+    printed = capsys.readouterr()
+    assert "no command 'sevre'" in printed.err
+    assert "serve" in printed.err
+
+
+def test_only_the_command_asked_for_is_loaded_and_gets_the_rest(commands):
+    seen = []
+    commands += [Point("run", lambda: seen.append), Point("other", lambda: pytest.fail("loaded"))]
+    assert main(["run", "--flag", "1"]) == 0
+    assert seen == [["--flag", "1"]]
+
+
+def test_a_missing_extra_is_named(commands, capsys):
+    def load():
+        raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+
+    commands.append(Point("serve", load))
+    assert main(["serve"]) == 1
+    assert "'fastapi'" in capsys.readouterr().err
+
+
+def test_an_error_of_the_users_is_one_line(commands, capsys):
+    def fail(argv):
+        raise ConfigError("tp=3 does not divide")
+
+    commands.append(Point("serve", lambda: fail))
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == "loongjax serve: tp=3 does not divide\n"
+
+
+def test_help_loads_neither_jax_nor_transformers():
+    script = "import sys; from loongjax.cli import main; main(['--help']); print([m for m in sys.modules if m in "
+    script += "('jax', 'transformers', 'fastapi', 'tyro')])"
+    printed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
+    assert printed.stdout.strip().endswith("[]")
+
+
+def test_convert_writes_a_checkpoint_and_refuses_a_full_folder(tmp_path: Path, capsys):
+    source = make_checkpoint(tmp_path / "source", "gqa")
+    target = tmp_path / "target"
+    assert main(["convert", str(source), str(target)]) == 0
+    assert str(target) in capsys.readouterr().out
+    assert json.loads((target / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    assert main(["convert", str(source), str(target)]) == 1
+    assert "no empty folder" in capsys.readouterr().err
