@@ -225,7 +225,6 @@ class LocalRuntime:
         cache = self._decodes.get(group)
         if iteration.continues and cache is not None and cache.num_steps > 0:
             return cache
-        self._forget_decodes(group)
         packed = pack_decode(iteration, self._buckets, self._shape.page_size)
         state = self._put(group, packed.state)
         if iteration.continues:
@@ -238,9 +237,9 @@ class LocalRuntime:
             rank = group.rank_of(batch.master)
             rows[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
         sampler = self._sampler(group, rows, packed.token_ids.shape[1])
-        cache = _DecodeCache(rows, state, self._put(group, packed.token_ids), sampler, packed.num_steps)
-        self._decodes[group] = cache
-        return cache
+        self._forget_decodes(group)
+        self._decodes[group] = _DecodeCache(rows, state, self._put(group, packed.token_ids), sampler, packed.num_steps)
+        return self._decodes[group]
 
     def _migrate(self, iteration: MigrateIteration) -> Readback:
         group = iteration.group
