@@ -17,8 +17,11 @@ class LoongjaxError(Exception):
     """The root of the tree."""
 
 
-class ConfigError(LoongjaxError, ValueError):
-    """A setting that cannot work: the message says what was found, what was expected, and how to mend it."""
+class ConfigError(LoongjaxError):
+    """A setting that cannot work: the message says what was found, what was expected, and how to mend it.
+
+    No ValueError, which command lines built from dataclasses take for a value of the wrong type.
+    """
 
 
 class CheckpointError(LoongjaxError):
