@@ -1,7 +1,7 @@
 """The runtime on this process's devices.
 
 Every group's iterations go through a lane of two threads: one dispatches, one reads back. A program with loops, or with
-more kernels than a device's launch queue holds, keeps the thread that dispatches it until it is nearly over, so with one
+more kernels than a device's launch queue holds, keeps the thread that dispatches it until it is nearly over: with one
 dispatching thread groups would wait for each other. At any moment lanes work on disjoint devices, because the engine
 submits an iteration only when its instances are free, or behind the one it continues, in the same lane. So no two
 threads ever order programs differently on two devices, which collectives could not bear.
