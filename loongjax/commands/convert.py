@@ -11,7 +11,7 @@ import tyro
 
 @dataclasses.dataclass(frozen=True)
 class ConvertCommand:
-    """Converts a Hugging Face Llama checkpoint (safetensors) into an Orbax checkpoint that `loongjax serve` restores."""
+    """Converts a Hugging Face Llama checkpoint (safetensors) into an Orbax one, which `loongjax serve` restores."""
 
     checkpoint: tyro.conf.Positional[pathlib.Path]
     """Folder of the Hugging Face checkpoint."""

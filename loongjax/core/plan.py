@@ -1,4 +1,4 @@
-"""Plans: what the scheduler decides. They say who works with whom and how many tokens go where, and hold no device state.
+"""Plans: what the scheduler decides. They say who works with whom and how many tokens go where; no device state.
 
 The engine binds a plan to pages and token ids (`loongjax.core.iteration`); only that reaches the devices.
 """
