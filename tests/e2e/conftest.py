@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,14 @@ from tests.e2e.serve_process import ANSWER_TIMEOUT_S, ServeProcess
 
 ENGINE_SETTINGS: dict[str, Any] = {
     "tp": 2,
-    "num_instances": 4,
+    "num_instances": 3,
     "dtype": "float32",
     "num_slots": 96,
     "max_num_seqs": 4,
     "max_num_batched_tokens": 64,
     "prefill_tokens_per_instance": 32,
 }
-"""All eight virtual devices, few shapes to compile, and a pool so small that requests of 100 tokens need two instances.
+"""Few shapes and few sets of instances to compile for, and a pool so small that 100 tokens need two instances.
 
 All engines of these tests have these, so that they share executables.
 """
@@ -40,7 +41,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def engine_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return ENGINE_SETTINGS | {"compilation_cache_dir": str(tmp_path_factory.mktemp("xla"))}
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all workers of a run share
+    return ENGINE_SETTINGS | {"compilation_cache_dir": str(folder / "xla")}
 
 
 @pytest.fixture(scope="session")

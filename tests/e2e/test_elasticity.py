@@ -49,8 +49,8 @@ def metrics_when_idle(server: ServeProcess) -> Metrics:
     """Streams may end a moment before the engine has said its last word about them."""
     wait_until(lambda: server.metrics().value("vllm:num_requests_running") == 0, 30.0, "idle")
     metrics = server.metrics()
-    assert metrics.by_instance("loongjax_kv_slots") == [NUM_SLOTS] * 4
-    assert metrics.by_instance("loongjax_kv_slots_used") == [0.0] * 4
+    assert metrics.by_instance("loongjax_kv_slots") == [NUM_SLOTS] * 3
+    assert metrics.by_instance("loongjax_kv_slots_used") == [0.0] * 3
     return metrics
 
 
@@ -60,7 +60,7 @@ def test_mixed_traffic_scales_up_and_down_and_changes_no_token(server: ServeProc
 
     async def main() -> None:
         async with connect(server) as client:
-            await asyncio.gather(*(generate(client, golden[i % 4], delays.uniform(0.0, 0.5)) for i in range(20)))
+            await asyncio.gather(*(generate(client, golden[i % 4], delays.uniform(0.0, 0.3)) for i in range(16)))
 
     asyncio.run(asyncio.wait_for(main(), ANSWER_TIMEOUT_S))
     after = metrics_when_idle(server)
@@ -76,9 +76,9 @@ def test_a_prompt_longer_than_an_instances_share_is_prefilled_by_several_and_kep
     before = metrics_when_idle(server)
     asyncio.run(asyncio.wait_for(_generate_alone(server, golden[3]), ANSWER_TIMEOUT_S))
     after = metrics_when_idle(server)
-    assert after.iterations("prefill", min_dop=4) == before.iterations("prefill", min_dop=4) + 1
+    assert after.iterations("prefill", min_dop=3) == before.iterations("prefill", min_dop=3) + 1
     assert after.value("loongjax_scale_down_total") > before.value("loongjax_scale_down_total")
-    assert after.iterations("decode", min_dop=4) == before.iterations("decode", min_dop=4)
+    assert after.iterations("decode", min_dop=3) == before.iterations("decode", min_dop=3)
 
 
 async def _generate_alone(server: ServeProcess, answer: GoldenAnswer) -> None:

@@ -74,7 +74,7 @@ def test_sigterm_lets_live_streams_finish_and_then_exits_cleanly(serve, golden: 
 
 def test_a_killed_engine_ends_every_stream_with_an_error_and_the_server_says_so(serve, golden: list[GoldenAnswer]):
     server: ServeProcess = serve()
-    streams = [Stream(server, golden[i], 200) for i in (0, 1, 2)]
+    streams = [Stream(server, golden[i], 150) for i in (0, 1, 2)]
     assert server.request("GET", "/health")[0] == 200
     server.kill_engine()
     with ThreadPoolExecutor(3) as threads:

@@ -14,8 +14,8 @@ from tests.e2e.golden_answers import GoldenAnswer
 from tests.e2e.serve_process import ANSWER_TIMEOUT_S, ServeProcess
 
 MODEL = "tiny-llama"
-MAX_MODEL_LEN = 256
-"""The least of what the pool (4 x 96 tokens) and one prefill (4 x 64 tokens) hold."""
+MAX_MODEL_LEN = 192
+"""The least of what the pool (3 x 96 tokens) and one prefill (3 x 64 tokens) hold."""
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_a_prompt_and_output_longer_than_the_context_are_told_so(client: openai.
 
 
 def test_a_request_that_fills_the_context_to_the_last_token_is_served(client: openai.OpenAI, golden):
-    """Alone it needs keys on three instances, and has them."""
+    """Its keys need two instances, and it has them."""
     completion = client.completions.create(
         model=MODEL,
         prompt=golden[3].prompt,
@@ -88,7 +88,7 @@ def test_the_right_key_is_accepted(small_server: ServeProcess, golden: list[Gold
 def test_a_full_queue_says_when_to_come_again_and_serves_whom_it_accepted(
     small_server: ServeProcess, golden: list[GoldenAnswer]
 ):
-    body = {"prompt": golden[3].prompt, "max_tokens": 100, "temperature": 0, "ignore_eos": True}
+    body = {"prompt": golden[3].prompt, "max_tokens": 40, "temperature": 0, "ignore_eos": True}
 
     def post(_: int) -> tuple[int, dict[str, str], bytes]:
         status, headers, answer = small_server.request(
@@ -104,7 +104,7 @@ def test_a_full_queue_says_when_to_come_again_and_serves_whom_it_accepted(
             assert int(headers["retry-after"]) >= 1
             assert json.loads(answer)["error"]["code"] == "rate_limit_exceeded"
         else:
-            assert json.loads(answer)["usage"]["completion_tokens"] == 100
+            assert json.loads(answer)["usage"]["completion_tokens"] == 40
     time.sleep(float(next(headers["retry-after"] for status, headers, _ in answers if status == 429)))
     assert post(0)[0] == 200
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,11 @@ from loongjax.engine.outputs import RequestOutput
 from loongjax.errors import ContextLengthError, RequestError
 from tests.e2e.golden_answers import CLOSE_MARGIN, LOGPROB_TOLERANCE, GoldenAnswer
 
-NUM_INSTANCES = 4
-POOL_TOKENS = 4 * 96
+# Another worker may be writing the entry; then it is compiled.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+
+NUM_INSTANCES = 3
+POOL_TOKENS = 3 * 96
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +47,29 @@ def num_certain(output: RequestOutput) -> int:
 def test_fifty_requests_that_need_five_times_the_pool_have_the_tokens_they_have_alone(
     llm: LLM, golden: list[GoldenAnswer]
 ):
-    max_tokens = (90, 90, 90, 50)
-    alone = [llm.generate([golden[i].prompt], greedy(max_tokens[i]), use_tqdm=False)[0] for i in range(4)]
+    lengths = (90, 90, 90, 40)
+    alone = [llm.generate([golden[i].prompt], greedy(lengths[i]), use_tqdm=False)[0] for i in range(4)]
     for i, output in enumerate(alone):
         golden[i].check_greedy(output.token_ids, logprobs(output))
     num_preemptions = llm.stats().num_preemptions
 
     kinds = [i % 4 for i in range(50)]
-    assert sum(len(golden[i].prompt) + max_tokens[i] for i in kinds) > 5 * POOL_TOKENS
-    params = [greedy(max_tokens[i]) for i in kinds]
-    outputs = llm.generate([golden[i].prompt for i in kinds], params, use_tqdm=False)
+    max_tokens = [lengths[kind] // (1 + i % 3) for i, kind in enumerate(kinds)]
+    needs = sum(len(golden[kind].prompt) + count for kind, count in zip(kinds, max_tokens, strict=True))
+    assert needs > 5 * POOL_TOKENS
+    params = [dataclasses.replace(greedy(count), prompt_logprobs=0) for count in max_tokens]
+    outputs = llm.generate([golden[kind].prompt for kind in kinds], params, use_tqdm=False)
 
     assert llm.stats().num_preemptions > num_preemptions
     assert set(llm.stats().kv_slots_used) == {0}
-    for i, output in zip(kinds, outputs, strict=True):
+    for kind, num_tokens, output in zip(kinds, max_tokens, outputs, strict=True):
         assert output.finish_reason is FinishReason.LENGTH
-        count = num_certain(alone[i])
-        assert count > len(golden[i].greedy)
-        assert output.token_ids[:count] == alone[i].token_ids[:count]
-        assert logprobs(output)[:count] == pytest.approx(logprobs(alone[i])[:count], abs=LOGPROB_TOLERANCE)
-
-
-def test_prompt_logprobs_are_told_once_and_right_among_preemptions(llm: LLM, golden: list[GoldenAnswer]):
-    params = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True, prompt_logprobs=0)
-    num_preemptions = llm.stats().num_preemptions
-    outputs = llm.generate([golden[2].prompt] * 16, params, use_tqdm=False)
-    assert llm.stats().num_preemptions > num_preemptions
-    for output in outputs:
-        golden[2].check_greedy(output.token_ids)
+        assert len(output.token_ids) == num_tokens
+        count = min(num_tokens, num_certain(alone[kind]))
+        assert output.token_ids[:count] == alone[kind].token_ids[:count]
+        assert logprobs(output)[:count] == pytest.approx(logprobs(alone[kind])[:count], abs=LOGPROB_TOLERANCE)
         assert output.prompt_logprobs is not None
-        golden[2].check_prompt([None, *(item.logprob for item in output.prompt_logprobs)])
+        golden[kind].check_prompt([None, *(item.logprob for item in output.prompt_logprobs)])
 
 
 def test_an_output_tells_its_elastic_history(llm: LLM, golden: list[GoldenAnswer]):
