@@ -23,6 +23,7 @@ class CoreFactory:
 
     def __call__(self) -> EngineCore:
         logging.basicConfig(level=self.log_level.upper(), format=LOG_FORMAT)
+        logging.getLogger("jax").setLevel(logging.WARNING)  # it tells at INFO which back ends are not there
         from loongjax.engine.build import build_core  # here: the parent never needs JAX
 
         return build_core(self.config)

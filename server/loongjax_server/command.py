@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import socket
 from collections.abc import Sequence
 
 import tyro
@@ -17,9 +18,7 @@ from loongjax.models.shipped import resolve_checkpoint
 from loongjax.models.tokenizer import Tokenizer, load_tokenizer
 from loongjax.runtime.environment import device_environment
 from loongjax_server.config import ServerConfig
-from loongjax_server.run import serve
-
-logger = logging.getLogger(__name__)
+from loongjax_server.run import listen, serve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,15 +38,15 @@ def main(argv: Sequence[str]) -> int:
     """
     command = tyro.cli(ServeCommand, prog="loongjax serve", args=argv)
     logging.basicConfig(level=command.server.log_level.upper(), format=LOG_FORMAT)
-    tokenizer = load_tokenizer(resolve_checkpoint(command.engine.checkpoint))
-    asyncio.run(_serve(command, tokenizer))
+    with listen(command.server) as listener:
+        tokenizer = load_tokenizer(resolve_checkpoint(command.engine.checkpoint))
+        asyncio.run(_serve(command, tokenizer, listener))
     return 0
 
 
-async def _serve(command: ServeCommand, tokenizer: Tokenizer) -> None:
+async def _serve(command: ServeCommand, tokenizer: Tokenizer, listener: socket.socket) -> None:
     factory = CoreFactory(command.engine, command.server.log_level)
     host = EngineProcess(factory, environment=device_environment(command.engine))
     engine = AsyncEngine(host, tokenizer, seed=command.engine.seed)
     await engine.start()
-    logger.info("ready: http://%s:%d/v1", command.server.host, command.server.port)
-    await serve(engine, tokenizer, command.server)
+    await serve(engine, tokenizer, command.server, listener)

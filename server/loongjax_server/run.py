@@ -7,6 +7,7 @@ import contextlib
 import logging
 import os
 import signal
+import socket
 import threading
 from collections.abc import Generator
 
@@ -14,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from loongjax.engine.client import EngineClient
+from loongjax.errors import ConfigError
 from loongjax_server.app import create_app
 from loongjax_server.config import ServerConfig
 from loongjax_server.context import ServerContext
@@ -26,15 +28,46 @@ _FLUSH_TIMEOUT_S = 5
 """After the drain, how long slow readers have to take what was already written, in seconds."""
 
 
-async def serve(engine: EngineClient, tokenizer: TextTokenizer, config: ServerConfig) -> None:
+def listen(config: ServerConfig) -> socket.socket:
+    """A socket bound to the configured address, so that a busy port shows before a model is loaded.
+
+    Raises:
+        ConfigError: the address is in use, or none of this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+            on_error.pop_all()
+            return listener
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {config.host}:{config.port} ({error.strerror}): choose another --host or --port"
+        ) from error
+
+
+async def serve(
+    engine: EngineClient, tokenizer: TextTokenizer, config: ServerConfig, listener: socket.socket | None = None
+) -> None:
     """Serves a started engine, on its loop, until SIGTERM or SIGINT; then drains it, closes it and returns.
 
     The first signal closes the listening socket; connections that are kept get a 503 for new requests, and live
     requests have `drain_timeout_s` to finish. The second signal ends the process at once.
+
+    Args:
+        engine: closed at the end, whatever happens.
+        tokenizer: of its model.
+        config: the server's settings.
+        listener: from `listen`; None: it is made here.
     """
     try:
         app = create_app(engine, tokenizer, config)
-        await DrainingServer(_uvicorn_config(app, config), app.state.context).serve()
+        server = DrainingServer(_uvicorn_config(app, config), app.state.context)
+        await server.serve(sockets=[listener or listen(config)])
     finally:
         await engine.close()
 
@@ -63,6 +96,13 @@ class DrainingServer(uvicorn.Server):
         super().__init__(config)
         self._context = context
         self._drain_task: asyncio.Task[None] | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Says where it listens once it does."""
+        await super().startup(sockets)
+        for listener in sockets or [] if self.started else []:
+            host, port = listener.getsockname()[:2]
+            logger.info("ready: http://%s:%d/v1 serves %s", host, port, self._context.model_name)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:

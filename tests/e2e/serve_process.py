@@ -121,7 +121,7 @@ class ServeProcess:
         os.kill(engine, signal.SIGKILL)
 
     def _announced_port(self) -> int | None:
-        match = re.search(r"running on http://127\.0\.0\.1:(\d+)", self.log)
+        match = re.search(r"ready: http://127\.0\.0\.1:(\d+)", self.log)
         return int(match[1]) if match else None
 
 

@@ -8,6 +8,7 @@ from server_fakes import ByteTokenizer, FakeEngine
 import loongjax_server
 from loongjax.errors import ConfigError
 from loongjax_server import ServerConfig, create_app
+from loongjax_server.run import listen
 
 
 @pytest.mark.parametrize(
@@ -46,3 +47,16 @@ def test_a_missing_or_unreadable_template_is_refused_at_start(tmp_path):
 def test_the_public_names_are_these():
     public = {name for name in vars(loongjax_server) if not name.startswith("_")}
     assert public >= {"ServerConfig", "create_app", "serve"}
+
+
+def test_a_port_in_use_is_refused_before_anything_is_loaded():
+    with listen(ServerConfig(port=0)) as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*another --host or --port"):
+            listen(ServerConfig(port=port))
+
+
+def test_an_address_of_another_machine_is_refused():
+    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1:0"):
+        listen(ServerConfig(host="192.0.2.1", port=0))

@@ -36,7 +36,7 @@ class Process:
         assert self.popen.stderr is not None
         self.port = 0
         for line in self.popen.stderr:
-            if match := re.search(r"running on http://127.0.0.1:(\d+)", line):
+            if match := re.search(r"ready: http://127.0.0.1:(\d+)", line):
                 self.port = int(match[1])
                 break
         assert self.port, "the server did not start"
