@@ -1,0 +1,1 @@
+"""The model that ships: the text it is trained on, its tokenizer, its network and the measure of its accuracy."""
