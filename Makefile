@@ -17,7 +17,7 @@ test:
 	$(RUN) pytest
 
 test-gpu:
-	$(RUN) pytest -m gpu -n 0
+	$(RUN) --extra gpu pytest -m gpu -n 0
 
 bench:
-	$(RUN) python -m benchmarks.first_numbers
+	$(RUN) --extra gpu python -m benchmarks.first_numbers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from loongjax.errors import RequestError
 
@@ -44,9 +44,10 @@ class SamplingParams:
     """Divides positive and multiplies negative logits of tokens in the prompt or the output; above 0."""
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
     """Added to the logits of these token ids, each in [-100, 100]."""
-    stop: tuple[str, ...] = ()
-    """Strings that end the request; the text is cut before the first, unless `include_stop_str_in_output`."""
-    stop_token_ids: tuple[int, ...] = ()
+    stop: str | Sequence[str] = ()
+    """Strings that end the request, or one; the text is cut before the first, unless `include_stop_str_in_output`.
+    Stored as a tuple."""
+    stop_token_ids: Sequence[int] = ()
     """Token ids that end the request beside the model's EOS ids; they stay active under `ignore_eos`."""
     ignore_eos: bool = False
     """Go on past the model's EOS ids."""
@@ -62,7 +63,7 @@ class SamplingParams:
     """The same for every prompt token but the first."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
         if self.top_k == -1:

@@ -118,6 +118,32 @@ def test_steady_steps_reuse_what_the_devices_hold(driver, golden):
     assert driver.runtime._decodes[Group((4,))] is before
 
 
+def test_pages_of_64_tokens_give_the_tokens_of_transformers(tmp_path, cache_dir):
+    golden = Golden("gqa")
+    runtime = small_runtime(make_checkpoint(tmp_path, "gqa", with_tokenizer=False), cache_dir, page_size=64)
+    driver = Driver(runtime)
+    poison_pool(runtime)
+    driver.add("r", golden.prompt(3))
+    driver.prefill((0, 1, 2), {"r": [(2, 0, 128), (1, 128, -1)]})
+    driver.decode((1, 2), {1: ["r"]}, steps=6)
+    driver.migrate("r", 2, 1, 70)
+    driver.decode((1, 2), {2: ["r"]}, steps=6)
+    golden.check(driver, "r", 3)
+    runtime.close()
+
+
+def test_one_instance_of_eight_devices_gives_the_tokens_of_transformers(tmp_path, cache_dir):
+    golden = Golden("mha")
+    runtime = small_runtime(make_checkpoint(tmp_path, "mha", with_tokenizer=False), cache_dir, tp=8)
+    driver = Driver(runtime)
+    poison_pool(runtime)
+    driver.add("r", golden.prompt(2))
+    driver.prefill((0,), {"r": [(0, 0, -1)]})
+    driver.decode((0,), {0: ["r"]}, steps=12)
+    golden.check(driver, "r", 2)
+    runtime.close()
+
+
 @pytest.mark.parametrize(("variant", "tp"), [("mha", 4), ("gqa_deep", 2), ("bias", 2), ("tied", 4), ("odd_vocab", 4)])
 def test_tensor_parallel_instances_give_the_tokens_of_transformers(variant, tp, tmp_path, cache_dir):
     golden = Golden(variant)
