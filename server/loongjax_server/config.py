@@ -40,12 +40,14 @@ class ServerConfig:
     """How long an idle connection stays open, in seconds; above the pool timeouts of common clients."""
     health_timeout_s: float = 10.0
     """How long the step loop may take to answer before /health says 503, in seconds."""
+    metrics_timeout_s: float = 2.0
+    """How long it may take before /metrics is served without its numbers, in seconds; well below a scraper's limit."""
     max_body_bytes: int = 64 * 2**20
     """Largest request body, in bytes; larger ones get a 413."""
     max_num_choices: int = 4096
     """Most samples one HTTP request may ask for: prompts times n."""
-    max_num_concurrent_prompts: int = 64
-    """Prompts of one HTTP request that the engine has at the same time; the others follow."""
+    max_num_concurrent_choices: int = 64
+    """Samples of one HTTP request that the engine has at the same time, one prompt's at least; the others follow."""
     num_tokenizer_threads: int = 2
     """Threads that tokenize, render chat templates and parse large bodies."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -55,19 +57,36 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
-            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
-        for name in ("max_body_bytes", "max_num_choices", "max_num_concurrent_prompts", "num_tokenizer_threads"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("drain_timeout_s", "keep_alive_timeout_s", "health_timeout_s"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ConfigError(f"{name} must be finite and not negative, got {getattr(self, name)}")
+            raise ConfigError(f"--port must be from 0 to 65535, got {self.port}: 0 takes a free one")
+        for name in ("max_body_bytes", "max_num_choices", "max_num_concurrent_choices", "num_tokenizer_threads"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ConfigError(f"{_flag(name)} must be at least 1, got {value}: raise it, or leave it out")
+        for name in ("drain_timeout_s", "keep_alive_timeout_s", "health_timeout_s", "metrics_timeout_s"):
+            value = getattr(self, name)
+            if not 0 <= value < float("inf"):
+                raise ConfigError(
+                    f"{_flag(name)} must be finite and not negative, got {value}: give seconds, or leave it out"
+                )
         if self.root_path and not self.root_path.startswith("/"):
-            raise ConfigError(f"root_path must start with a slash, got {self.root_path!r}")
+            raise ConfigError(
+                f"--root-path must start with a slash, got {self.root_path!r}: try {'/' + self.root_path!r}"
+            )
+        if self.api_key is not None:
+            _check_api_key("--api-key", self.api_key)
 
     def resolve_api_key(self, environ: Mapping[str, str] = os.environ) -> str | None:
-        """The key that clients must send, or None if none is needed."""
-        return self.api_key or environ.get(API_KEY_VARIABLE) or None
+        """The key that clients must send, or None if none is needed.
+
+        Raises:
+            ConfigError: the variable is set, but holds no key.
+        """
+        if self.api_key is not None:
+            return self.api_key
+        key = environ.get(API_KEY_VARIABLE)
+        if key is not None:
+            _check_api_key(API_KEY_VARIABLE, key)
+        return key
 
     def read_chat_template(self) -> str | None:
         """The text of `chat_template`, or None if it names no file.
@@ -80,4 +99,18 @@ class ServerConfig:
         try:
             return self.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"chat_template {self.chat_template} cannot be read: {error}") from error
+            raise ConfigError(
+                f"--chat-template {self.chat_template} cannot be read ({error}): give the path of a UTF-8 text file"
+            ) from error
+
+
+def _check_api_key(source: str, key: str) -> None:
+    # An empty key is most often a secret that did not arrive: serving without one would open the server to everybody.
+    if not key:
+        raise ConfigError(f"{source} is empty: give a key, or leave it out (unset) to serve without one")
+    if key != key.strip():
+        raise ConfigError(f"{source} begins or ends with white space, which no client can send: leave that out")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 
 from loongjax.core.request import FinishReason, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import OutputDelta
-from loongjax.errors import EngineDeadError, EngineError, RequestError
+from loongjax.errors import EngineDeadError, EngineError, QueueFullError, RequestError
 from loongjax_server.context import ServerContext
 from loongjax_server.metrics import RequestRecorder
 from loongjax_server.prompts import Prompt
 from loongjax_server.usage import Usage
+
+MIN_BACKOFF_S = 0.02
+"""How long a prompt that met a full queue waits before it tries again, in seconds; then twice as long, and so on."""
+MAX_BACKOFF_S = 0.5
+"""The longest such wait, in seconds."""
 
 
 class Generation:
@@ -58,16 +63,33 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Choice index and delta, as they come. Closing it aborts everything that still runs.
 
+        The first prompt stands for the request: once the engine has taken it, the others wait for their places in its
+        queue, however long that is.
+
         Raises:
-            LoongjaxError: whatever the engine raises, and EngineError for a sample that failed or was aborted.
+            QueueFullError: the engine has no place for the first prompt now.
+            LoongjaxError: whatever else the engine raises, and EngineError for a sample that failed or was aborted.
         """
         streams = [self._run(prompt_idx) for prompt_idx in range(len(self.prompts))]
-        merged = streams[0] if len(streams) == 1 else _merge(streams, self._context.config.max_num_concurrent_prompts)
+        max_num_open = max(1, self._context.config.max_num_concurrent_choices // self.sampling.n)
+        merged = streams[0] if len(streams) == 1 else _merge(streams, max_num_open)
         async with contextlib.aclosing(merged) as deltas:
             async for item in deltas:
                 yield item
 
     async def _run(self, prompt_idx: int) -> AsyncGenerator[tuple[int, OutputDelta], None]:
+        for backoff_s in _backoffs_s():
+            try:
+                async with contextlib.aclosing(self._submit(prompt_idx)) as deltas:
+                    async for item in deltas:
+                        yield item
+                return
+            except QueueFullError:
+                if prompt_idx == 0:
+                    raise
+            await asyncio.sleep(backoff_s)
+
+    async def _submit(self, prompt_idx: int) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         token_ids = self.prompts[prompt_idx].token_ids
         recorder = RequestRecorder(self._context.metrics, len(token_ids), self.sampling, self._arrival_s)
         stream = self._context.engine.generate(
@@ -84,6 +106,13 @@ class Generation:
                 yield choice_idx, delta
             if recorder.num_finished < self.sampling.n:
                 raise EngineError("the engine ended a request before all of its samples")
+
+
+def _backoffs_s() -> Iterator[float]:
+    backoff_s = MIN_BACKOFF_S
+    while True:
+        yield backoff_s
+        backoff_s = min(2 * backoff_s, MAX_BACKOFF_S)
 
 
 def _check_outcome(delta: OutputDelta) -> None:

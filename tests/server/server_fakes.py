@@ -18,7 +18,7 @@ import jinja2
 from loongjax.core.request import FinishReason, Phase, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats, ModelInfo, OutputDelta
-from loongjax.errors import ContextLengthError, EngineDeadError, RequestError
+from loongjax.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 
 BOS, EOS, UNK = 256, 257, 258
 WORDS = ("hello", " world", "<|user|>", "the")
@@ -118,6 +118,9 @@ class FakeEngine:
         self.refuse_with: Exception | None = None
         self.num_refusals = 2**31
         """How many tries `refuse_with` refuses."""
+        self.max_live_samples = 2**31
+        """Samples that there is a place for: a request that brings more meets a full queue."""
+        self.num_live_samples = 0
         self.fail_after: tuple[int, Callable[[], Exception]] | None = None
         self.finish_after: tuple[int, FinishReason] | None = None
         self.first_token = asyncio.Event()
@@ -145,6 +148,7 @@ class FakeEngine:
         assert request_id not in {call.request_id for call in self.calls}
         self.calls.append(Call(list(prompt_token_ids), sampling, request_id))
         self.num_live += 1
+        self.num_live_samples += sampling.n
         self.most_live = max(self.most_live, self.num_live)
         num_finished = 0
         try:
@@ -161,6 +165,7 @@ class FakeEngine:
                 step += 1
         finally:
             self.num_live -= 1
+            self.num_live_samples -= sampling.n
             self.num_aborted += num_finished < sampling.n
 
     def _admit(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> None:
@@ -169,6 +174,8 @@ class FakeEngine:
         self.num_tries += 1
         if self.refuse_with is not None and self.num_tries <= self.num_refusals:
             raise self.refuse_with
+        if self.num_live_samples + sampling.n > self.max_live_samples:
+            raise QueueFullError(f"{self.num_live_samples} requests wait already")
         if not prompt_token_ids:
             raise RequestError("the prompt is empty", "prompt")
         if len(prompt_token_ids) + (sampling.max_tokens or 1) > MAX_MODEL_LEN:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
+import time
 
 import pytest
-from server_client import RunningServer
+from server_client import RunningServer, wait_until
 from server_fakes import BOS, SCRIPT, FakeEngine
 
 from loongjax.core.request import TokenLogprobs
+from loongjax.errors import QueueFullError
 
 PATH = "/v1/completions"
 
@@ -74,10 +77,62 @@ def test_choices_are_numbered_prompt_by_prompt(server: RunningServer):
 
 def test_many_prompts_never_open_more_engine_requests_than_configured(serve):
     engine = FakeEngine(delay_s=0.002)
-    server = serve(engine, max_num_concurrent_prompts=3)
+    server = serve(engine, max_num_concurrent_choices=3)
     answer = server.post(PATH, {"prompt": ["x"] * 20, "max_tokens": 2})
     assert len(answer.json["choices"]) == 20
     assert engine.most_live == 3
+
+
+def test_the_samples_of_many_prompts_count_against_that_bound(serve):
+    engine = FakeEngine(delay_s=0.002)
+    server = serve(engine, max_num_concurrent_choices=7)
+    answer = server.post(PATH, {"prompt": ["x"] * 8, "n": 3, "max_tokens": 2})
+    assert len(answer.json["choices"]) == 24
+    assert engine.most_live == 2
+
+
+def test_one_prompt_may_have_more_samples_than_that_bound(serve):
+    server = serve(FakeEngine(), max_num_concurrent_choices=2)
+    assert len(server.post(PATH, {"prompt": ["x"] * 2, "n": 3, "max_tokens": 1}).json["choices"]) == 6
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_more_prompts_than_the_queue_holds_wait_for_their_places(serve, stream):
+    engine = FakeEngine(delay_s=0.002)
+    engine.max_live_samples = 5
+    body = {"prompt": ["x"] * 12, "n": 2, "max_tokens": 2, "stream": stream}
+    answer = serve(engine).post(PATH, body)
+    assert answer.status == 200
+    choices = (
+        [choice for event in answer.events[:-1] for choice in event["choices"]] if stream else answer.json["choices"]
+    )
+    assert {choice["index"] for choice in choices if choice["finish_reason"] == "length"} == set(range(24))
+    assert engine.num_live_samples == 0
+
+
+def test_only_the_first_prompt_is_refused_by_a_full_queue(serve):
+    engine = FakeEngine()
+    server = serve(engine)
+    engine.max_live_samples = 1
+    assert server.post(PATH, {"prompt": ["x"] * 3, "n": 2}).status == 429
+    engine.refuse_with, engine.num_refusals, engine.num_tries = QueueFullError("full"), 1, 0
+    assert server.post(PATH, {"prompt": ["x"] * 3}).status == 429
+    assert engine.num_live == 0
+
+
+def test_a_client_that_goes_while_its_prompts_wait_for_places_leaves_nothing(serve):
+    engine = FakeEngine(delay_s=0.01)
+    engine.max_live_samples = 1
+    server = serve(engine)
+    connection = server.connect()
+    body = json.dumps({"prompt": ["x"] * 3, "max_tokens": 4000})
+    connection.request("POST", PATH, body, {"Content-Type": "application/json"})
+    wait_until(lambda: engine.num_tries > 5)
+    connection.close()
+    wait_until(lambda: engine.num_live == 0)
+    num_tries = engine.num_tries
+    time.sleep(0.6)
+    assert engine.num_tries == num_tries
 
 
 def test_special_tokens_are_added_to_text_unless_refused(server: RunningServer):

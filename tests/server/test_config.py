@@ -21,12 +21,16 @@ from loongjax_server.run import listen
         {"health_timeout_s": float("nan")},
         {"max_body_bytes": 0},
         {"num_tokenizer_threads": 0},
-        {"max_num_concurrent_prompts": 0},
+        {"max_num_concurrent_choices": 0},
         {"root_path": "llm"},
+        {"api_key": ""},
+        {"api_key": " key"},
+        {"metrics_timeout_s": -1.0},
     ],
 )
-def test_a_setting_that_cannot_work_is_refused_by_name(settings):
-    with pytest.raises(ConfigError, match=next(iter(settings))):
+def test_a_setting_that_cannot_work_is_refused_by_its_flag_and_with_a_remedy(settings):
+    flag = "--" + next(iter(settings)).replace("_", "-")
+    with pytest.raises(ConfigError, match=rf"{flag} .*: .+"):
         ServerConfig(**settings)
 
 
@@ -34,13 +38,19 @@ def test_the_configured_key_has_precedence_over_the_environment():
     environ = {"LOONGJAX_API_KEY": "env"}
     assert ServerConfig(api_key="own").resolve_api_key(environ) == "own"
     assert ServerConfig().resolve_api_key(environ) == "env"
-    assert ServerConfig().resolve_api_key({"LOONGJAX_API_KEY": ""}) is None
+    assert ServerConfig().resolve_api_key({}) is None
+
+
+def test_an_empty_variable_does_not_turn_authentication_off():
+    with pytest.raises(ConfigError, match=r"LOONGJAX_API_KEY is empty: give a key, or .* \(unset\)"):
+        ServerConfig().resolve_api_key({"LOONGJAX_API_KEY": ""})
+    assert ServerConfig(api_key="own").resolve_api_key({"LOONGJAX_API_KEY": ""}) == "own"
 
 
 def test_a_missing_or_unreadable_template_is_refused_at_start(tmp_path):
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     for path in (tmp_path / "missing", tmp_path / "binary", tmp_path):
-        with pytest.raises(ConfigError, match="chat_template"):
+        with pytest.raises(ConfigError, match=r"--chat-template .* UTF-8"):
             create_app(FakeEngine(), ByteTokenizer(), ServerConfig(chat_template=path))
 
 

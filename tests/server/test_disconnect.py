@@ -59,7 +59,7 @@ def test_a_client_that_leaves_before_the_first_token_aborts_its_request(serve, s
 @pytest.mark.parametrize("stream", [False, True])
 def test_all_prompts_and_samples_of_a_request_are_aborted(serve, stream):
     engine = FakeEngine(delay_s=0.01)
-    server = serve(engine, max_num_concurrent_prompts=4)
+    server = serve(engine, max_num_concurrent_choices=12)
     data = request_bytes(prompt=["x"] * 10, n=3, stream=stream, max_tokens=4000)
     connection = open_request(server, data)
     wait_until(lambda: engine.num_live == 4)
