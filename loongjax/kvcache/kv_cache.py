@@ -205,11 +205,7 @@ def _check_tiling(intervals: Sequence[TokenInterval], page_size: int) -> None:
 def _check_request(request_id: str, request: RequestKV, page_size: int) -> None:
     spans: list[tuple[int, int]] = []
     for local in request:
-        assert local.num_tokens > 0, f"{request_id}: an empty local sequence"
-        assert local.num_tokens == sum(end - begin for begin, end in local.intervals), request_id
-        pages = local.page_indices
-        assert len(pages) == -(-local.num_tokens // page_size), request_id
-        assert local.last_page == pages[-1], request_id
+        local.check_integrity(page_size)
         spans.extend((begin, end) for begin, end in local.intervals)
     position = 0
     for begin, end in sorted(spans):

@@ -59,6 +59,7 @@ class LocalSequence:
             self._grow(num_pages + 1)
         self._buffer[num_pages] = page
         self._num_pages = num_pages + 1
+        self._table = None
         self.last_page = page
 
     def add_pages(self, pages: np.ndarray) -> None:
@@ -69,6 +70,7 @@ class LocalSequence:
             self._grow(num_pages)
         self._buffer[self._num_pages : num_pages] = pages
         self._num_pages = num_pages
+        self._table = None
         self.last_page = int(pages[-1])
 
     def remove_last_pages(self, num_pages: int) -> np.ndarray:
@@ -81,6 +83,7 @@ class LocalSequence:
             buffer[:num_left] = kept
             self._set_buffer(buffer)
             self._num_pages = num_left
+            self._table = None
             self.last_page = int(buffer[num_left - 1]) if num_left else -1
         return removed
 
@@ -107,6 +110,18 @@ class LocalSequence:
                 self.intervals[-1][1] = cut
         removed.reverse()
         return removed
+
+    def check_integrity(self, page_size: int) -> None:
+        """Asserts that intervals, pages and the table that would be handed out say the same."""
+        assert self.num_tokens > 0, "an empty local sequence"
+        assert self.num_tokens == sum(end - begin for begin, end in self.intervals), self.intervals
+        pages = self.page_indices
+        assert len(pages) == -(-self.num_tokens // page_size), (pages, self.num_tokens)
+        assert self.last_page == pages[-1], (self.last_page, pages)
+        # Not through the property, which would renew a table that is behind by some tokens.
+        table = self._table
+        is_current = table is not None and table.num_tokens == self.num_tokens
+        assert table is None or not is_current or np.array_equal(table.page_indices, pages), "a stale table"
 
     def slots(self, begin: int, end: int, page_size: int) -> np.ndarray:
         """Slots of the local tokens [begin, end): int32 [end - begin]; slot = page * page_size + offset."""

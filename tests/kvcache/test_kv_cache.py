@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -150,6 +152,43 @@ def test_migrating_everything_frees_the_source():
     cache.append("a", 0)
     assert cache.local_lens("a") == ((0, 11),)
     cache.check_integrity()
+
+
+def test_tables_follow_tokens_that_left_and_came_back():
+    cache = make_cache()
+    cache.keep("a", [TokenInterval(0, 0, 8)])
+    cache.keep("b", [TokenInterval(1, 0, 4)])
+    cache.tables("a")
+    _, away = cache.migrate("a", 0, 1, 8)
+    cache.append("b", 0)
+    again, back = cache.migrate("a", 1, 0, 8)
+    assert again.tolist() == away.tolist()
+    (table,) = cache.tables("a")
+    assert back.tolist() == [int(table.page_indices[j // 4]) * 4 + j % 4 for j in range(8)]
+    cache.check_integrity()
+
+
+def test_tables_follow_a_page_that_was_exchanged():
+    cache = make_cache()
+    cache.keep("a", [TokenInterval(0, 0, 8), TokenInterval(1, 8, 10)])
+    cache.tables("a")
+    cache.migrate("a", 0, 1, 4)
+    cache.keep("b", [TokenInterval(0, 0, 4)])
+    cache.migrate("a", 1, 0, 4)
+    pages = {table.instance: set(table.page_indices.tolist()) for table in cache.tables("a")}
+    (other,) = cache.tables("b")
+    assert pages[0].isdisjoint(other.page_indices.tolist())
+    cache.check_integrity()
+
+
+def test_check_integrity_finds_a_stale_table():
+    cache = make_cache()
+    cache.keep("a", [TokenInterval(0, 0, 8)])
+    (table,) = cache.tables("a")
+    (local,) = cache._requests["a"]
+    local._table = dataclasses.replace(table, page_indices=table.page_indices[::-1])
+    with pytest.raises(AssertionError, match="stale table"):
+        cache.check_integrity()
 
 
 def test_migration_without_room_changes_nothing():

@@ -93,13 +93,19 @@ class KVCacheMachine(RuleBasedStateMachine):
             self.memory[instance, slot] = (request_id, token)
 
     @precondition(lambda self: any(self.model.values()) and self.shape.num_instances > 1)
-    @rule(data=st.data())
-    def migrate(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), comes_back=st.booleans())
+    def migrate(self, data: st.DataObject, comes_back: bool) -> None:
         request_id = data.draw(st.sampled_from(sorted(name for name, held in self.model.items() if held)))
         held = self.model[request_id]
         source = data.draw(st.sampled_from(sorted(held)))
         target = data.draw(st.sampled_from([i for i in self.shape.all_instances if i != source]))
         num_tokens = data.draw(st.integers(1, len(held[source])))
+        self.move(request_id, source, target, num_tokens)
+        if comes_back and len(held.get(target, [])) >= num_tokens:
+            self.move(request_id, target, source, num_tokens)
+
+    def move(self, request_id: str, source: int, target: int, num_tokens: int) -> None:
+        held = self.model[request_id]
         num_there = len(held.get(target, []))
         if self.pages(num_there + num_tokens) - self.pages(num_there) > self.free(target):
             with pytest.raises(OutOfPagesError):
