@@ -60,9 +60,14 @@ class DeviceKVPool:
         self._views[group] = view
 
     def renew(self, group: Group) -> None:
-        """After a failed program: empty shards for the group's instances, whatever became of the old ones."""
+        """After a failed program: empty shards for the group's instances, whatever became of the old ones.
+
+        The old ones go first: two pools do not fit on a device.
+        """
         with self._lock:
             self._dissolve_owners(group)
+            for instance in group.instances:
+                self._shards.pop(instance, None)
             for instance in group.instances:
                 self._shards[instance] = self._new_shards(instance)
 
@@ -72,15 +77,13 @@ class DeviceKVPool:
                 self._dissolve(self._owner[instance])
 
     def _dissolve(self, group: Group) -> None:
+        """Gives every instance its shards back; those that a failed program took are nowhere until `renew`."""
         view = self._views.pop(group)
-        lost = view.is_deleted()
-        shards = [] if lost else self._grid.shards_of(group, view)
+        tp = self._grid.tp
         for rank, instance in enumerate(group.instances):
             del self._owner[instance]
-            if lost:
-                self._shards[instance] = self._new_shards(instance)
-            else:
-                self._shards[instance] = shards[rank * self._grid.tp : (rank + 1) * self._grid.tp]
+            if not view.is_deleted():
+                self._shards[instance] = self._grid.shards_of(group, view)[rank * tp : (rank + 1) * tp]
 
     def _new_shards(self, instance: InstanceId) -> list[jax.Array]:
         return [jnp.zeros(self._shape, self._dtype, device=device) for device in self._grid.instances[instance]]

@@ -20,7 +20,7 @@ from typing import Any, assert_never
 import jax
 import numpy as np
 
-from loongjax.core.cluster import ClusterShape, Group
+from loongjax.core.cluster import ClusterShape, Group, InstanceId
 from loongjax.core.iteration import (
     Completion,
     DecodeIteration,
@@ -93,6 +93,8 @@ class LocalRuntime:
         self._limits = limits
         self._buckets = buckets
         self._decodes: dict[Group, _DecodeCache] = {}
+        self._broken: set[InstanceId] = set()
+        """Instances on which a dispatch has failed: until their pool is renewed nothing more is tried there."""
         self._recompiles = RecompileCounter()
         self._ended: queue.SimpleQueue[tuple[Group, Completion] | BaseException | None] = queue.SimpleQueue()
         self._dispatch_lanes = _one_thread_each("loongjax-dispatch", shape.num_instances)
@@ -150,9 +152,12 @@ class LocalRuntime:
     def _dispatch_in_lane(self, iteration: Iteration, started_s: float) -> None:
         group = iteration.group
         try:
+            if not self._broken.isdisjoint(group.instances):
+                raise jax.errors.JaxRuntimeError("an iteration before it failed on the same instances")
             with jax.set_mesh(self._grid.mesh(group)):
                 readback = self._dispatch(iteration)
         except jax.errors.JaxRuntimeError as error:
+            self._broken.update(group.instances)
             readback = _failed(error)
         except BaseException as error:
             self._ended.put(error)
@@ -296,6 +301,7 @@ class LocalRuntime:
     def _renew(self, group: Group) -> None:
         self._kv_pool.renew(group)
         self._forget_decodes(group)
+        self._broken.difference_update(group.instances)
 
     def _forget_decodes(self, group: Group) -> None:
         """Lets go of what devices hold of decodes that this group's instances took part in."""

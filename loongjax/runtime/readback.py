@@ -1,4 +1,4 @@
-"""Device results as host values. Runs in the readback lanes, never in the dispatching thread."""
+"""Device results as host values. Runs in the readback lanes, never where programs are dispatched."""
 
 from __future__ import annotations
 

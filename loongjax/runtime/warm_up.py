@@ -38,6 +38,8 @@ from loongjax.runtime.programs import (
     prompt_logprobs_step,
 )
 from loongjax.runtime.sampling import TIERS, SamplerInput, build_counts, build_rows, sample_step
+from loongjax.runtime.sampling.counts import HISTORY_CAPACITIES, empty_history
+from loongjax.runtime.sampling.program import count_step, zero_counts
 from loongjax.runtime.sampling.rows import EDITS_PER_ROW
 
 logger = logging.getLogger(__name__)
@@ -78,13 +80,13 @@ class WarmUp:
         started = time.monotonic()
         everyone = range(self._grid.num_instances)
         sizes = [Group.of(range(dop)) for dop in range(1, self._grid.num_instances + 1)]
-        self._compile([(group, call) for group in sizes for call in self._calls(group)])
+        self._compile([(group, self._described(group, call)) for group in sizes for call in self._calls(group)])
         groups = [Group.of(chosen) for dop in everyone for chosen in itertools.combinations(everyone, dop + 1)]
         num_calls = 0
         for group in tqdm(groups, desc="Warming up", unit="group", disable=None):
-            for call in self._calls(group):
-                self._execute(group, call)
-                num_calls += 1
+            results = [self._execute(group, call) for call in self._calls(group)]
+            jax.block_until_ready(results)
+            num_calls += len(results)
         logger.info("warmed up %d groups, %d calls, in %.1f s", len(groups), num_calls, time.monotonic() - started)
         return num_calls
 
@@ -98,17 +100,32 @@ class WarmUp:
             ):
                 future.result()
 
+    def _described(self, group: Group, call: Call) -> Call:
+        """The call with its arrays only described, so that those of all jobs need not exist at the same time."""
+
+        def describe(leaf: Any) -> Any:
+            if not isinstance(leaf, jax.Array):
+                return leaf
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+        program, arguments = call
+        return program, jax.tree.map(describe, self._with_pool(group, arguments))
+
     def _lower_and_compile(self, group: Group, call: Call) -> None:
         program, arguments = call
         with jax.set_mesh(self._grid.mesh(group)):
-            program.lower(*self._with_pool(group, arguments)).compile()  # type: ignore[attr-defined]
+            program.lower(*arguments).compile()  # type: ignore[attr-defined]
 
-    def _execute(self, group: Group, call: Call) -> None:
+    def _execute(self, group: Group, call: Call) -> Any:
+        """Runs a call, and returns what shows that it is over."""
         program, arguments = call
         with jax.set_mesh(self._grid.mesh(group)):
             result = program(*self._with_pool(group, arguments))
-        if _POOL in arguments:
-            self._kv_pool.replace(group, result[0])
+        if _POOL not in arguments:
+            return result
+        pool, *rest = result
+        self._kv_pool.replace(group, pool)
+        return rest
 
     def _with_pool(self, group: Group, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         return tuple(self._kv_pool.view(group) if argument is _POOL else argument for argument in arguments)
@@ -155,6 +172,10 @@ class WarmUp:
                     with jax.set_mesh(self._grid.mesh(group)):
                         counts = build_counts(padded, num_rows, vocab_size)
                 yield sample_step, (tier, logits, positions, self._put(group, rows), counts)
+        for capacity in HISTORY_CAPACITIES:
+            with jax.set_mesh(self._grid.mesh(group)):
+                counts = zero_counts(num_rows, vocab_size)
+            yield count_step, (counts, empty_history(group.dop, num_rows, capacity))
 
     def _put(self, group: Group, tree: Any) -> Any:
         return jax.device_put(tree, self._grid.sharding(group, BY_RANK))

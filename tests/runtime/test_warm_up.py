@@ -1,6 +1,8 @@
 """After a warm-up nothing is built or loaded any more, whatever the requests ask for and whoever runs them."""
 
 from loongjax.core.sampling import SamplingParams
+from loongjax.runtime import warm_up
+from loongjax.runtime.sampling import counts
 from tests.checkpoints import make_checkpoint
 from tests.runtime.driver import Driver, small_runtime
 
@@ -14,7 +16,9 @@ ASKED = {
 }
 
 
-def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path):
+def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
+    for module in (counts, warm_up):  # so that these short prompts need the larger one
+        monkeypatch.setattr(module, "HISTORY_CAPACITIES", (8, 64))
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "num_slots": 256}
     runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=2, warm_up=True, **limits)

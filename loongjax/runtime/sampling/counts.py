@@ -48,13 +48,23 @@ def token_histories(sub_batches: Sequence[Sequence[SamplerInput]], batch_size: i
     capacity = next((size for size in HISTORY_CAPACITIES if size >= longest), HISTORY_CAPACITIES[-1])
     histories = []
     for start in range(0, max(longest, 1), capacity):
-        padded = np.zeros((3, len(per_rank), capacity), np.int32)
-        padded[0] = batch_size
+        history = empty_history(len(per_rank), batch_size, capacity)
         for rank, flat in enumerate(per_rank):
             part = flat[:, start : start + capacity]
-            padded[:, rank, : part.shape[1]] = part
-        histories.append(TokenHistory(row=padded[0], token_id=padded[1], is_output=padded[2].astype(bool)))
+            for column, values in zip(history, part, strict=True):
+                column[rank, : part.shape[1]] = values
+        histories.append(history)
     return histories
+
+
+def empty_history(num_ranks: int, batch_size: int, capacity: int) -> TokenHistory:
+    """A history of nothing but padding."""
+    shape = (num_ranks, capacity)
+    return TokenHistory(
+        row=np.full(shape, batch_size, np.int32),
+        token_id=np.zeros(shape, np.int32),
+        is_output=np.zeros(shape, np.bool_),
+    )
 
 
 def _flat_history(inputs: Sequence[SamplerInput]) -> np.ndarray:

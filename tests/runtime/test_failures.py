@@ -1,0 +1,153 @@
+"""A program that fails costs its group the keys there, and nothing else: the same tokens come all the same."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+import loongjax.runtime.local as local
+from loongjax.core.request import FinishReason, Request
+from loongjax.engine.client import ModelInfo
+from loongjax.engine.core import EngineCore
+from loongjax.runtime.local import LocalRuntime
+from loongjax.scheduler.simple import SimplePolicy
+from tests.checkpoints import make_checkpoint
+from tests.runtime.driver import GREEDY, Golden, small_runtime
+
+NUM_TOKENS = 12
+
+
+@pytest.fixture(scope="module")
+def shared_runtime(tmp_path_factory) -> Iterator[LocalRuntime]:
+    folder = tmp_path_factory.mktemp("failures")
+    checkpoint = make_checkpoint(folder / "checkpoint", "gqa", with_tokenizer=False)
+    runtime = small_runtime(checkpoint, folder / "cache", num_instances=2, max_num_seqs=1, num_slots=64)
+    yield runtime
+    runtime.close()
+
+
+@pytest.fixture
+def core(shared_runtime) -> EngineCore:
+    info = ModelInfo(
+        checkpoint="gqa",
+        max_model_len=shared_runtime.limits.max_model_len,
+        vocab_size=shared_runtime.limits.vocab_size,
+        eos_token_ids=(),
+        default_sampling={},
+    )
+    return EngineCore(shared_runtime, SimplePolicy(), info=info, checks=True)
+
+
+class FailsOnce:
+    """Stands before a program, and fails on one of its calls as a device would."""
+
+    def __init__(self, program, at_call: int, *, takes_the_pool: bool) -> None:
+        self._program = program
+        self._left = at_call
+        self._takes_the_pool = takes_the_pool
+        self.has_failed = False
+
+    def __call__(self, spec, weights, kv_pool, *arguments):
+        self._left -= 1
+        if self._left == 0:
+            self.has_failed = True
+            if self._takes_the_pool:
+                kv_pool.delete()
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: injected")
+        return self._program(spec, weights, kv_pool, *arguments)
+
+
+def generate(core: EngineCore, prompts: list[int]) -> list[list[int]]:
+    golden = Golden("gqa")
+    names = [f"r{i}" for i in prompts]
+    for name, i in zip(names, prompts, strict=True):
+        core.add(
+            Request(
+                request_id=name,
+                prompt_token_ids=tuple(golden.prompt(i)),
+                sampling=GREEDY,
+                max_tokens=NUM_TOKENS,
+                seed=0,
+            )
+        )
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+    while not core.is_idle:
+        for event in core.step(30.0):
+            assert event.error is None, event.error
+            assert event.finish_reason in (None, FinishReason.LENGTH)
+            tokens[event.request_id] += event.token_ids
+    assert core.death is None
+    assert sum(core.stats().kv_slots_used) == 0
+    return [tokens[name] for name in names]
+
+
+def run(core: EngineCore) -> None:
+    while not core.is_idle:
+        core.step(30.0)
+
+
+@pytest.mark.parametrize("takes_the_pool", [False, True], ids=["pool kept", "pool taken"])
+@pytest.mark.parametrize("at_call", [1, 2, 5])
+def test_a_decode_that_fails_at_its_dispatch_is_recovered_from(core, monkeypatch, at_call, takes_the_pool):
+    expected = generate(core, [1, 2])
+    faulty = FailsOnce(local.decode_step, at_call, takes_the_pool=takes_the_pool)
+    monkeypatch.setattr(local, "decode_step", faulty)
+    assert generate(core, [1, 2]) == expected
+    assert faulty.has_failed
+
+
+@pytest.mark.parametrize("takes_the_pool", [False, True], ids=["pool kept", "pool taken"])
+def test_a_prefill_that_fails_at_its_dispatch_is_recovered_from(core, monkeypatch, takes_the_pool):
+    expected = generate(core, [1, 2])
+    faulty = FailsOnce(local.prefill_step, 2, takes_the_pool=takes_the_pool)
+    monkeypatch.setattr(local, "prefill_step", faulty)
+    assert generate(core, [1, 2]) == expected
+    assert faulty.has_failed
+
+
+def test_a_failure_behind_the_dispatch_is_recovered_from(core, monkeypatch):
+    expected = generate(core, [2])
+    reads = []
+
+    def read(pending):
+        reads.append(pending)
+        if len(reads) == 4:
+            raise jax.errors.JaxRuntimeError("INTERNAL: injected")
+        return original(pending)
+
+    original = local.PendingTokens.read
+    monkeypatch.setattr(local.PendingTokens, "read", read)
+    assert generate(core, [2]) == expected
+    assert len(reads) > 4
+
+
+def test_a_bug_in_a_lane_is_not_taken_for_a_device(core, monkeypatch):
+    def broken(*arguments):
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(local, "pack_prefill", broken)
+    golden = Golden("gqa")
+    prompt = tuple(golden.prompt(1))
+    core.add(Request(request_id="r", prompt_token_ids=prompt, sampling=GREEDY, max_tokens=2, seed=0))
+    with pytest.raises(TypeError, match="a bug"):
+        run(core)
+    assert core.death is not None
+
+
+def test_renewing_never_holds_two_pools(shared_runtime, monkeypatch):
+    pool = shared_runtime._kv_pool
+    group = local.Group((0, 1))
+    pool.view(group)
+    shape = pool._shape
+    alive = []
+
+    def new_shards(instance):
+        alive.append(sum(array.shape == shape for array in jax.live_arrays()))
+        return original(instance)
+
+    original = pool._new_shards
+    monkeypatch.setattr(pool, "_new_shards", new_shards)
+    elsewhere = sum(array.shape == shape for array in jax.live_arrays())
+    pool.renew(group)
+    assert alive[0] <= max(0, elsewhere - 1)
+    assert len(alive) == 2
