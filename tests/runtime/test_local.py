@@ -132,6 +132,23 @@ def test_pages_of_64_tokens_give_the_tokens_of_transformers(tmp_path, cache_dir)
     runtime.close()
 
 
+def test_four_instances_of_two_devices_give_the_tokens_of_transformers(tmp_path, cache_dir):
+    golden = Golden("gqa")
+    checkpoint = make_checkpoint(tmp_path, "gqa", with_tokenizer=False)
+    runtime = small_runtime(checkpoint, cache_dir, tp=2, page_size=1)
+    driver = Driver(runtime)
+    poison_pool(runtime)
+    driver.add("r", golden.prompt(3))
+    driver.add("q", golden.prompt(2))
+    driver.prefill((0, 1, 2, 3), {"r": [(0, 0, 33), (3, 33, 101), (2, 101, -1)]})
+    driver.prefill((0, 1, 3), {"q": [(1, 0, -1)]})
+    driver.decode((0, 1, 2, 3), {1: ["r"], 3: ["q"]}, steps=6)
+    driver.decode((0, 1, 2, 3), {0: ["q"], 2: ["r"]}, steps=6)
+    golden.check(driver, "r", 3)
+    golden.check(driver, "q", 2)
+    runtime.close()
+
+
 def test_one_instance_of_eight_devices_gives_the_tokens_of_transformers(tmp_path, cache_dir):
     golden = Golden("mha")
     runtime = small_runtime(make_checkpoint(tmp_path, "mha", with_tokenizer=False), cache_dir, tp=8)
