@@ -11,6 +11,9 @@ from loongjax.errors import LoongjaxError
 COMMANDS_GROUP = "loongjax.commands"
 """The entry points that are sub-commands: each names a function that takes the remaining arguments."""
 
+INTERRUPTED = 130
+"""The exit status that shells give to a process which SIGINT ended."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command.
@@ -19,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes the process's.
 
     Returns:
-        The exit status: 2 for a wrong command line, 1 for an error that loongjax explains.
+        The exit status: 2 for a wrong command line, 1 for an error that loongjax explains, 130 for Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     commands = {point.name: point for point in importlib.metadata.entry_points(group=COMMANDS_GROUP)}
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"loongjax: no command {name!r}\n\n{_usage(sorted(commands))}", file=sys.stderr)
         return 2
     try:
-        command = commands[name].load()
+        return commands[name].load()(rest) or 0
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("loongjax"):
             raise
@@ -42,11 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"loongjax {name} needs the package {error.name!r}: pip install 'loongjax[all]' brings it", file=sys.stderr
         )
         return 1
-    try:
-        return command(rest) or 0
     except LoongjaxError as error:
         print(f"loongjax {name}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"loongjax {name}: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _usage(commands: Sequence[str]) -> str:

@@ -78,6 +78,24 @@ def test_an_error_of_the_users_is_one_line(commands, capsys):
     assert capsys.readouterr().err == "loongjax serve: tp=3 does not divide\n"
 
 
+def test_an_interrupt_is_one_line_and_status_130(commands, capsys):
+    def interrupt(argv):
+        raise KeyboardInterrupt
+
+    commands.append(Point("serve", lambda: interrupt))
+    assert main(["serve"]) == 130
+    assert capsys.readouterr().err == "loongjax serve: interrupted\n"
+
+
+def test_a_missing_extra_that_only_the_command_itself_imports_is_named(commands, capsys):
+    def run(argv):
+        raise ModuleNotFoundError("No module named 'uvicorn'", name="uvicorn")
+
+    commands.append(Point("serve", lambda: run))
+    assert main(["serve"]) == 1
+    assert "'uvicorn'" in capsys.readouterr().err
+
+
 def test_help_loads_neither_jax_nor_transformers():
     script = "import sys; from loongjax.cli import main; main(['--help']); print([m for m in sys.modules if m in "
     script += "('jax', 'transformers', 'fastapi', 'tyro')])"

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import logging
-import socket
 from collections.abc import Sequence
 
 import tyro
 
 from loongjax.config import EngineConfig
-from loongjax.engine.async_engine import AsyncEngine
-from loongjax.engine.child import LOG_FORMAT, CoreFactory
-from loongjax.engine.process import EngineProcess
-from loongjax.models.shipped import resolve_checkpoint
-from loongjax.models.tokenizer import Tokenizer, load_tokenizer
-from loongjax.runtime.environment import device_environment
 from loongjax_server.config import ServerConfig
-from loongjax_server.run import listen, serve
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,18 +25,10 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError, CheckpointError: what cannot be served, and what would work.
         EngineDeadError: the engine could not be started.
+        SystemExit, KeyboardInterrupt: a signal came before it served; the status is 143 for SIGTERM.
     """
     command = tyro.cli(ServeCommand, prog="loongjax serve", args=argv)
-    logging.basicConfig(level=command.server.log_level.upper(), format=LOG_FORMAT)
-    with listen(command.server) as listener:
-        tokenizer = load_tokenizer(resolve_checkpoint(command.engine.checkpoint))
-        asyncio.run(_serve(command, tokenizer, listener))
+    from loongjax_server.launch import launch  # here: `--help` and a wrong flag need neither FastAPI nor an engine
+
+    launch(command.engine, command.server)
     return 0
-
-
-async def _serve(command: ServeCommand, tokenizer: Tokenizer, listener: socket.socket) -> None:
-    factory = CoreFactory(command.engine, command.server.log_level)
-    host = EngineProcess(factory, environment=device_environment(command.engine))
-    engine = AsyncEngine(host, tokenizer, seed=command.engine.seed)
-    await engine.start()
-    await serve(engine, tokenizer, command.server, listener)

@@ -75,6 +75,15 @@ class ServerConfig:
         if self.api_key is not None:
             _check_api_key("--api-key", self.api_key)
 
+    def check_outside(self) -> None:
+        """Reads what the settings refer to, so that it is told before a model is loaded.
+
+        Raises:
+            ConfigError: a chat template that cannot be read, or a variable that cannot be an API key.
+        """
+        self.read_chat_template()
+        self.resolve_api_key()
+
     def resolve_api_key(self, environ: Mapping[str, str] = os.environ) -> str | None:
         """The key that clients must send, or None if none is needed.
 

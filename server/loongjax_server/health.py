@@ -46,14 +46,22 @@ async def version() -> Response:
 @router.get("/metrics", response_class=Response)
 async def metrics(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """Metrics in Prometheus's text format."""
-    stats: EngineStats | None = None
-    try:
-        async with asyncio.timeout(context.config.health_timeout_s):
-            stats = await context.engine.stats()
-    except (EngineDeadError, TimeoutError) as error:
-        logger.warning("the engine gave no statistics: %s", error)
+    stats = await _ask_stats(context)
     page = context.metrics.render(stats, is_healthy=stats is not None)
     return Response(page, headers={"Content-Type": CONTENT_TYPE})
+
+
+async def _ask_stats(context: ServerContext) -> EngineStats | None:
+    """None, with a warning, from an engine that is dead or does not answer in time."""
+    timeout_s = context.config.metrics_timeout_s
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await context.engine.stats()
+    except TimeoutError:
+        logger.warning("the engine gave no statistics: no answer within %g s", timeout_s)
+    except EngineDeadError as error:
+        logger.warning("the engine gave no statistics: %s", error)
+    return None
 
 
 async def _ask_engine(context: ServerContext) -> None:

@@ -55,8 +55,8 @@ async def serve(
 ) -> None:
     """Serves a started engine, on its loop, until SIGTERM or SIGINT; then drains it, closes it and returns.
 
-    The first signal closes the listening socket; connections that are kept get a 503 for new requests, and live
-    requests have `drain_timeout_s` to finish. The second signal ends the process at once.
+    After the first signal new requests get a 503, on new connections too, and live ones have `drain_timeout_s` to
+    finish; then the listening socket closes. The second signal ends the process at once.
 
     Args:
         engine: closed at the end, whatever happens.
@@ -132,8 +132,6 @@ class DrainingServer(uvicorn.Server):
     async def _drain(self) -> None:
         try:
             if self.started:
-                for listener in self.servers:
-                    listener.close()
                 await self._context.drain(self._context.config.drain_timeout_s)
         finally:
             self.should_exit = True

@@ -54,9 +54,10 @@ def test_a_missing_or_unreadable_template_is_refused_at_start(tmp_path):
             create_app(FakeEngine(), ByteTokenizer(), ServerConfig(chat_template=path))
 
 
-def test_the_public_names_are_these():
-    public = {name for name in vars(loongjax_server) if not name.startswith("_")}
-    assert public >= {"ServerConfig", "create_app", "serve"}
+def test_the_public_names_load_on_first_use():
+    assert [getattr(loongjax_server, name).__name__ for name in loongjax_server.__all__] == loongjax_server.__all__
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = loongjax_server.no_such_name
 
 
 def test_a_port_in_use_is_refused_before_anything_is_loaded():

@@ -95,8 +95,12 @@ def test_live_requests_finish_new_ones_are_refused_and_the_exit_is_clean(launch)
     assert (refused.status, refused.error["code"]) == (503, "service_unavailable")
     assert refused.headers["connection"] == "close"
     kept.close()
-    with pytest.raises(ConnectionRefusedError):
-        socket.create_connection(("127.0.0.1", process.port), timeout=5).close()
+    late = process.start(max_tokens=1)
+    refused = read(late)
+    assert (refused.status, refused.error["code"]) == (503, "service_unavailable")
+    probe = process.connect()
+    assert exchange(probe, "GET", "/health", None, {}).status == 503
+    probe.close()
     assert read(whole).json["usage"]["completion_tokens"] == 20
     events = read(stream, head).events
     assert len(events) == 21
@@ -104,6 +108,8 @@ def test_live_requests_finish_new_ones_are_refused_and_the_exit_is_clean(launch)
     status, log = process.end()
     assert status == 0, log
     assert "closed, 0 aborted" in log
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.1", process.port), timeout=5).close()
 
 
 def test_an_idle_server_ends_at_once(launch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from server_client import RunningServer
@@ -126,11 +128,20 @@ def test_a_refused_request_is_not_measured(measured: RunningServer):
 
 @pytest.mark.parametrize("fault", ["is_dead", "is_wedged"])
 def test_what_a_silent_engine_did_not_tell_is_left_out(serve, fault):
-    server = serve(FakeEngine(), health_timeout_s=0.1)
+    server = serve(FakeEngine(), metrics_timeout_s=0.1)
     setattr(server.engine, fault, True)
     found = samples(server)
     assert found["vllm:engine_healthy", ()] == 0
     assert not any(name.startswith("loongjax_") for name, _ in found)
+
+
+def test_a_wedged_engine_does_not_hold_the_page_back_as_long_as_scrapers_wait(serve, caplog):
+    server = serve(FakeEngine())
+    server.engine.is_wedged = True
+    start_s = time.monotonic()
+    assert value(server, "vllm:engine_healthy") == 0
+    assert time.monotonic() - start_s < 5
+    assert "no answer within 2 s" in caplog.text
 
 
 def test_two_applications_measure_apart(serve):
