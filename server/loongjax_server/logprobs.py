@@ -14,7 +14,10 @@ MIN_LOGPROB = -9999.0
 
 
 class CompletionLogprobs:
-    """Writes the `logprobs` objects of one choice of a completion; text offsets run on from object to object."""
+    """Writes the `logprobs` objects of one choice of a completion; text offsets run on from object to object.
+
+    Tokens are spelled by their labels, which are unique: what `top_logprobs` says under a label is that token's.
+    """
 
     def __init__(self, token_texts: TokenTexts, *, skip_special_tokens: bool) -> None:
         self._token_texts = token_texts
@@ -37,14 +40,14 @@ class CompletionLogprobs:
         return {
             "text_offset": [self._advance(self._token_texts[token_id]) for token_id, _, _ in entries],
             "token_logprobs": [logprob for _, logprob, _ in entries],
-            "tokens": [self._token_texts[token_id].text for token_id, _, _ in entries],
+            "tokens": [self._token_texts.label(token_id) for token_id, _, _ in entries],
             "top_logprobs": [top for _, _, top in entries],
         }
 
     def _top(self, token: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
         for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
-            top.setdefault(self._token_texts[token_id].text, _finite(logprob))
+            top.setdefault(self._token_texts.label(token_id), _finite(logprob))
         return top
 
     def _advance(self, token: TokenText) -> int:

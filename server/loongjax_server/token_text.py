@@ -31,6 +31,15 @@ class TokenText:
     is_special: bool
     """Whether it leaves no text when special tokens are skipped."""
 
+    @property
+    def spelling(self) -> str:
+        """The text, or the bytes where they are only a part of a character; empty if there is neither."""
+        if self.utf8 is None:
+            return ""
+        if self.utf8 == self.text.encode():
+            return self.text
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.utf8)
+
 
 class TokenTexts:
     """Texts of tokens, each worked out once."""
@@ -38,6 +47,9 @@ class TokenTexts:
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self._tokenizer = tokenizer
         self._known: dict[int, TokenText] = {}
+        self._labels: dict[int, str] = {}
+        self._owners: dict[str, int] = {}
+        """By label, the token that has it."""
         # A token after another one keeps the space that decoders strip from the first.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text = tokenizer.decode(self._anchor, skip_special_tokens=False) if self._anchor else ""
@@ -47,6 +59,20 @@ class TokenTexts:
         if known is None:
             known = self._known[token_id] = self._work_out(token_id)
         return known
+
+    def label(self, token_id: int) -> str:
+        """A name that no other token has, for objects that are keyed by token.
+
+        It is the token's text. `bytes:\\xe2\\x80` names a part of a character, and `token_id:7` a token without text,
+        or with a text that another token was named by first.
+        """
+        label = self._labels.get(token_id)
+        if label is None:
+            label = self[token_id].spelling or f"token_id:{token_id}"
+            if self._owners.setdefault(label, token_id) != token_id:
+                label = f"token_id:{token_id}"
+            self._labels[token_id] = label
+        return label
 
     def _work_out(self, token_id: int) -> TokenText:
         text = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)

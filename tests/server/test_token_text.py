@@ -10,8 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from server_fakes import BOS, EOS, VOCAB_SIZE, ByteTokenizer, logprob_of
 
-from loongjax_server.logprobs import CompletionLogprobs, prompt_logprobs
+from loongjax.core.request import TokenLogprobs
+from loongjax.models.tokenizer import load_tokenizer
+from loongjax_server.logprobs import CompletionLogprobs, chat_logprobs, prompt_logprobs
 from loongjax_server.token_text import TokenTexts
+from tests.checkpoints import write_tokenizer
 
 
 class PieceTokenizer(ByteTokenizer):
@@ -87,6 +90,53 @@ def test_offsets_count_the_characters_that_are_complete(text, split):
     second = writer.write(tokens[split:])
     expected = [len(data[:end].decode(errors="ignore")) for end in range(len(data))]
     assert first["text_offset"] + second["text_offset"] == [0, *expected]
+
+
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=8, unique=True))
+def test_every_token_finds_its_own_logprob_under_its_own_name(token_ids):
+    writer = CompletionLogprobs(TokenTexts(ByteTokenizer()), skip_special_tokens=True)
+    top = tuple((token_id, -0.5 * rank) for rank, token_id in enumerate(token_ids))
+    tokens = [TokenLogprobs(token_id, logprob, 1, top) for token_id, logprob in top]
+    written = writer.write(tokens)
+    assert [len(entry) for entry in written["top_logprobs"]] == [len(token_ids)] * len(token_ids)
+    for name, logprob, entry in zip(written["tokens"], written["token_logprobs"], written["top_logprobs"], strict=True):
+        assert entry[name] == logprob
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "token_id", "label"),
+    [
+        (SENTENCEPIECE, 1, " hello"),
+        (SENTENCEPIECE, 3, r"bytes:\xe4"),
+        (BYTE_LEVEL, 2, r"bytes:\xe4\xb8"),
+        (ByteTokenizer(), 0x92, r"bytes:\x92"),
+        (ByteTokenizer(), ord("\n"), "\n"),
+        (ByteTokenizer(), BOS, "<s>"),
+        (ByteTokenizer(), VOCAB_SIZE - 1, f"token_id:{VOCAB_SIZE - 1}"),
+    ],
+)
+def test_a_label_is_the_text_where_there_is_a_whole_one(tokenizer, token_id, label):
+    assert TokenTexts(tokenizer).label(token_id) == label
+
+
+def test_tokens_of_the_same_text_have_different_labels_that_stay():
+    pieces = PieceTokenizer(["a", "<0x61>"], {"a": b"a", "<0x61>": b"a"})
+    texts = TokenTexts(pieces)
+    assert [texts.label(0), texts.label(1), texts.label(0)] == ["a", "token_id:1", "a"]
+
+
+def test_single_tokens_of_a_real_byte_level_vocabulary_tell_their_bytes(tmp_path):
+    write_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    texts = TokenTexts(tokenizer)
+    every_byte = bytes(range(256)).decode("latin-1") + "中😀é"
+    token_ids = tokenizer.encode(every_byte, add_special_tokens=False)
+    assert b"".join(texts[token_id].utf8 or b"" for token_id in token_ids) == every_byte.encode()
+    (part,) = (token_id for token_id in range(tokenizer.vocab_size) if texts[token_id].utf8 == b"\x92")
+    assert texts.label(part) == r"bytes:\x92"
+    (entry,) = chat_logprobs([TokenLogprobs(part, -1.0, 1)], texts)["content"]
+    assert (entry["token"], entry["bytes"]) == ("\ufffd", [0x92])
+    assert len({texts.label(token_id) for token_id in range(tokenizer.vocab_size + 5)}) == tokenizer.vocab_size + 5
 
 
 def test_prompt_logprobs_list_a_token_once_though_it_is_among_the_top():
