@@ -15,6 +15,7 @@ from starlette.responses import Response
 from loongjax.engine.client import EngineClient
 from loongjax.errors import LoongjaxError, RequestError
 from loongjax_server import chat, completions, health, models, tokenization
+from loongjax_server.activity_log import logged_activity
 from loongjax_server.config import ServerConfig
 from loongjax_server.context import ServerContext
 from loongjax_server.errors import handle_error
@@ -35,7 +36,8 @@ def create_app(engine: EngineClient, tokenizer: TextTokenizer, config: ServerCon
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         with context.threads():
-            yield
+            async with logged_activity(engine):
+                yield
 
     app = FastAPI(
         title="loongjax",
