@@ -17,6 +17,7 @@ uses them next runs on the same instance, and iterations that share an instance 
 
 from __future__ import annotations
 
+import collections
 import copy
 import logging
 
@@ -43,7 +44,12 @@ RETRY_AFTER_S = 1.0
 """When a client that met a full queue may try again, in seconds."""
 
 MAX_FAILURES = 2
-"""Failed iterations in a row that end a request."""
+"""Failed iterations that end a request which got no token in between. After the first it is prefilled alone, so that
+only its own failures are counted from then on."""
+
+MAX_FAILURES_IN_A_ROW = 3
+"""Failed iterations with no success in between, anywhere or on one instance, that end the engine. One less does already
+if the last of them ends no request: then it is no request's fault."""
 
 
 class EngineCore:
@@ -88,10 +94,10 @@ class EngineCore:
         self._live: dict[str, LiveRequest] = {}
         self._waiting = WaitingQueue()
         self._flights = Flights()
-        self._failed_instances: set[InstanceId] = set()
-        """Instances whose last iteration failed."""
-        self._has_failed_last = False
-        """Whether the last iteration that completed anywhere failed."""
+        self._num_failures_in_a_row = 0
+        """Iterations that failed since one succeeded anywhere."""
+        self._num_failures_on: collections.Counter[InstanceId] = collections.Counter()
+        """Iterations that failed on an instance since one succeeded there."""
         self._events: list[RequestEvent] = []
         self._must_plan = False
         self._num_accepted = 0
@@ -310,8 +316,9 @@ class EngineCore:
         if completion.error is not None:
             self._fail(flight, completion.error)
             return
-        self._has_failed_last = False
-        self._failed_instances.difference_update(flight.group.instances)
+        self._num_failures_in_a_row = 0
+        for instance in flight.group.instances:
+            self._num_failures_on[instance] = 0
         self._counters.record(flight)
         if isinstance(flight.plan, Migrate):
             return
@@ -356,27 +363,31 @@ class EngineCore:
         )
 
     def _fail(self, flight: Flight, error: str) -> None:
-        """The keys on the group's instances are gone: everything that had some there starts again."""
+        """The keys on the group's instances are gone: everything that had some there starts again.
+
+        A request that has failed too often ends alone, and a device that has failed too often ends the engine.
+        """
         instances = set(flight.group.instances)
         logger.warning("iteration %d on instances %s failed: %s", flight.iteration.iteration_id, flight.group, error)
-        if self._has_failed_last or instances & self._failed_instances:
-            self._die(f"two iterations in a row failed, the last one on instances {sorted(instances)}: {error}")
-            return
-        self._has_failed_last = True
-        self._failed_instances |= instances
         self._flights.void(flight.group)
-        lost = [
-            self._live[request_id]
-            for request_id in self._kv_cache.request_ids
-            if not instances.isdisjoint(self._kv_cache.holders(request_id))
-        ]
+        self._num_failures_in_a_row += 1
+        self._num_failures_on.update(instances)
         participants = [live for live in flight.requests if not live.has_ended]
-        for live in {live.request_id: live for live in (*lost, *participants)}.values():
-            self._requeue(live)
         for live in participants:
             live.num_failures += 1
-            if live.num_failures == MAX_FAILURES:
-                self._end(live, FinishReason.ERROR, f"{MAX_FAILURES} iterations in a row with it failed: {error}")
+        culprits = [live for live in participants if live.num_failures >= MAX_FAILURES]
+        num_in_a_row = max(self._num_failures_in_a_row, *(self._num_failures_on[instance] for instance in instances))
+        if num_in_a_row >= MAX_FAILURES_IN_A_ROW - (not culprits):
+            self._die(
+                f"{num_in_a_row} iterations in a row failed, the last one on instances {sorted(instances)}: {error}"
+            )
+            return
+        for live in culprits:
+            self._end(live, FinishReason.ERROR, f"{MAX_FAILURES} iterations in a row with it failed: {error}")
+        for request_id in self._kv_cache.request_ids:
+            live = self._live[request_id]
+            if live in participants or not instances.isdisjoint(self._kv_cache.holders(request_id)):
+                self._requeue(live)
 
     def _die(self, reason: str) -> None:
         logger.error("%s", reason)

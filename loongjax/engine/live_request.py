@@ -69,6 +69,7 @@ class LiveRequest:
             num_tokens=self.num_tokens,
             max_total_tokens=self.max_total_tokens,
             keeps_kv=self.request.max_tokens > 0,
+            is_suspect=self.num_failures > 0,
         )
 
 

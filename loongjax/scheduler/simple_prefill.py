@@ -23,6 +23,8 @@ class _Batch:
     requests: list[WaitingView] = dataclasses.field(default_factory=list)
     num_tokens: int = 0
     num_growth_pages: int = 0
+    is_closed: bool = False
+    """Whether nothing may join, because a suspect is in it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class _Need:
     """Instances without which its tokens exceed what one prefill can hold."""
     dop: int
     """Instances that its length deserves."""
+    is_alone: bool
+    """Whether it must be the only request of its prefill."""
 
 
 class PrefillPlanner:
@@ -112,6 +116,7 @@ class PrefillPlanner:
         batch.num_growth_pages += need.num_growth_pages
         batch.num_pages_left -= need.num_pages + need.num_growth_pages
         batch.num_seats_left -= 1
+        batch.is_closed = need.is_alone
         return True
 
     def _need(self, request: WaitingView, *, is_senior: bool) -> _Need:
@@ -125,7 +130,8 @@ class PrefillPlanner:
         min_dop = -(-request.num_tokens // self._view.max_num_batched_tokens)
         deserved = -(-request.num_tokens // self._config.prefill_tokens_per_instance)
         reachable = len(self._vacant) + len(self._occupied) + len(self._soon)
-        return _Need(request.num_tokens, num_pages, num_growth_pages, min_dop, max(min_dop, min(deserved, reachable)))
+        dop = max(min_dop, min(deserved, reachable))
+        return _Need(request.num_tokens, num_pages, num_growth_pages, min_dop, dop, request.is_suspect)
 
     def _open_vacant(self, need: _Need) -> _Batch | None:
         if len(self._vacant) < need.dop:
@@ -137,6 +143,8 @@ class PrefillPlanner:
 
     def _find_open(self, need: _Need) -> _Batch | None:
         """The least loaded of this answer's prefills that can take the request along."""
+        if need.is_alone:
+            return None
         best: _Batch | None = None
         tokens_per_instance = min(self._config.prefill_tokens_per_instance, self._view.max_num_batched_tokens)
         for batch in self._batches:
@@ -146,6 +154,7 @@ class PrefillPlanner:
                 and batch.num_pages_left >= need.num_pages + need.num_growth_pages
                 and batch.num_seats_left > 0
                 and len(batch.requests) < self._view.max_num_seqs
+                and not batch.is_closed
             )
             if fits and (best is None or batch.num_tokens < best.num_tokens):
                 best = batch

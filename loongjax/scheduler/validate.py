@@ -52,6 +52,7 @@ class _Checker:
         for request in plan.requests:
             waiting = self._take_waiting(request.request_id)
             num_tokens += waiting.num_tokens
+            assert not waiting.is_suspect or len(plan.requests) == 1, f"{request.request_id} has to be alone: {plan}"
             self._check_kept(plan.group, request, waiting)
         capacity = plan.group.dop * self._view.max_num_batched_tokens
         assert num_tokens <= capacity, f"{num_tokens} tokens in a prefill of at most {capacity}: {plan.group}"

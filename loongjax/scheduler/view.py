@@ -36,6 +36,8 @@ class WaitingView:
     """Prompt and longest possible output. The last output token never gets keys."""
     keeps_kv: bool
     """Whether it will decode after the prefill; False if `max_tokens` is 0."""
+    is_suspect: bool = False
+    """Whether the last iteration with it failed: it is prefilled alone, so that no other request shares the blame."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import pytest
 
@@ -271,7 +272,7 @@ def test_after_a_failed_iteration_everything_lost_is_recomputed(place: int) -> N
     assert_nothing_leaks(core)
 
 
-def test_a_second_failure_in_a_row_ends_every_request_and_the_engine() -> None:
+def test_failures_in_a_row_end_every_request_and_the_engine() -> None:
     runtime = CLUSTER.runtime(fails=FailsOn(*range(5, 100)))
     core = CLUSTER.core(runtime)
     requests = [CLUSTER.request(f"r{i}", 3 + i, 20) for i in range(5)]
@@ -299,13 +300,19 @@ def test_two_failures_with_successes_of_all_between_kill_nobody() -> None:
         journal.check(request)
 
 
-def test_a_request_that_always_fails_ends_alone_with_an_error() -> None:
+def prefill_of_fails(*names: str) -> Callable[[Iteration], bool]:
+    """Fails every prefill that one of these takes part in."""
+
     def fails(iteration: Iteration) -> bool:
         return isinstance(iteration, PrefillIteration) and any(
-            item.request.request_id == "poison/0" for item in iteration.inputs
+            item.request.request_id in names for item in iteration.inputs
         )
 
-    core = CLUSTER.core(CLUSTER.runtime(fails=fails))
+    return fails
+
+
+def test_a_request_that_always_fails_ends_alone_with_an_error() -> None:
+    core = CLUSTER.core(CLUSTER.runtime(fails=prefill_of_fails("poison/0")))
     healthy = [CLUSTER.request(f"r{i}", 4, 100) for i in range(2)]
     core.add(*healthy)
     journal = Journal()
@@ -313,10 +320,65 @@ def test_a_request_that_always_fails_ends_alone_with_an_error() -> None:
         journal.write(core.step(1.0))
     core.add(CLUSTER.request("poison", 60, 4))
     run(core, journal)
-    if core.death is None:
-        assert journal.last["poison/0"].finish_reason is FinishReason.ERROR
-        for request in healthy:
-            journal.check(request)
+    assert core.death is None
+    assert journal.last["poison/0"].finish_reason is FinishReason.ERROR
+    for request in healthy:
+        journal.check(request)
+        assert journal.last[request.request_id].finish_reason is FinishReason.LENGTH
+    assert_nothing_leaks(core)
+
+
+@pytest.mark.parametrize("num_instances", [1, 2, 4])
+@pytest.mark.parametrize("place", range(5))
+def test_batch_mates_are_not_blamed_for_a_request_that_always_fails(num_instances: int, place: int) -> None:
+    cluster = Cluster(num_instances=num_instances, prefill_tokens_per_instance=64, max_model_len=64)
+    core = cluster.core(cluster.runtime(fails=prefill_of_fails(f"r{place}/0")))
+    requests = [CLUSTER.request(f"r{i}", 4, 9) for i in range(5)]
+    core.add(*requests)
+    journal = run(core)
+    assert core.death is None
+    for i, request in enumerate(requests):
+        journal.check(request)
+        reason = FinishReason.ERROR if i == place else FinishReason.LENGTH
+        assert journal.last[request.request_id].finish_reason is reason
+    assert_nothing_leaks(core)
+
+
+def test_an_engine_outlives_a_request_that_always_fails_with_nothing_beside_it() -> None:
+    core = CLUSTER.core(CLUSTER.runtime(fails=prefill_of_fails("poison/0")))
+    core.add(CLUSTER.request("poison", 20))
+    last = run(core).last["poison/0"]
+    assert core.death is None
+    assert last.finish_reason is FinishReason.ERROR
+    assert last.error is not None
+    assert "injected failure" in last.error
+    healthy = CLUSTER.request("healthy", 20)
+    core.add(healthy)
+    journal = run(core)
+    journal.check(healthy)
+    assert journal.last["healthy/0"].finish_reason is FinishReason.LENGTH
+
+
+def test_devices_that_fail_whatever_runs_on_them_end_the_engine() -> None:
+    core = CLUSTER.core(CLUSTER.runtime(fails=lambda iteration: True))
+    core.add(CLUSTER.request("a", 20))
+    journal = run(core)
+    assert core.death is None, "so far it may be the request's fault"
+    core.add(CLUSTER.request("b", 20))
+    while core.death is None:
+        journal.write(core.step(1.0))
+    assert journal.last["b/0"].error == core.death
+    assert_nothing_leaks(core)
+
+
+def test_an_instance_that_fails_whatever_runs_on_it_ends_the_engine() -> None:
+    core = CLUSTER.core(CLUSTER.runtime(fails=lambda iteration: 2 in iteration.group.instances))
+    core.add(*[CLUSTER.request(f"r{i}", 8, 60) for i in range(12)])
+    journal = Journal()
+    while core.death is None:
+        journal.write(core.step(1.0))
+    assert journal.last.keys() == {f"r{i}/0" for i in range(12)}
+    assert_nothing_leaks(core)
 
 
 def test_a_policy_that_plans_nothing_is_found_out() -> None:

@@ -154,20 +154,6 @@ def test_migrating_everything_frees_the_source():
     cache.check_integrity()
 
 
-def test_tables_follow_tokens_that_left_and_came_back():
-    cache = make_cache()
-    cache.keep("a", [TokenInterval(0, 0, 8)])
-    cache.keep("b", [TokenInterval(1, 0, 4)])
-    cache.tables("a")
-    _, away = cache.migrate("a", 0, 1, 8)
-    cache.append("b", 0)
-    again, back = cache.migrate("a", 1, 0, 8)
-    assert again.tolist() == away.tolist()
-    (table,) = cache.tables("a")
-    assert back.tolist() == [int(table.page_indices[j // 4]) * 4 + j % 4 for j in range(8)]
-    cache.check_integrity()
-
-
 def test_tables_follow_a_page_that_was_exchanged():
     cache = make_cache()
     cache.keep("a", [TokenInterval(0, 0, 8), TokenInterval(1, 8, 10)])

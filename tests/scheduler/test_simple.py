@@ -39,6 +39,20 @@ def test_a_prompt_above_the_batch_limit_of_one_instance_gets_more():
     assert plan.group.dop == 3
 
 
+def test_a_suspect_is_prefilled_alone():
+    waits = [waiting("a", 0, 4), waiting("suspect", 1, 4, is_suspect=True), waiting("b", 2, 4), waiting("c", 3, 4)]
+    plans = ask(cluster(2, waits=waits))
+    batches = [[request.request_id for request in plan.requests] for plan in plans if isinstance(plan, Prefill)]
+    assert batches == [["a", "b", "c"], ["suspect"]]
+
+
+def test_suspects_take_turns_on_one_instance():
+    waits = [waiting(name, order, 4, is_suspect=True) for order, name in enumerate("abc")]
+    (plan,) = ask(cluster(1, waits=waits))
+    assert isinstance(plan, Prefill)
+    assert [request.request_id for request in plan.requests] == ["a"]
+
+
 def test_keys_stay_on_the_fewest_instances_and_the_emptiest():
     (plan,) = ask(cluster(waits=[waiting("a", 0, 128)], taken={0: 50, 1: 10, 2: 50, 3: 50}))
     assert isinstance(plan, Prefill)

@@ -98,3 +98,10 @@ def test_plans_that_can_be_executed_pass(plans: tuple[Plan, ...]):
 def test_plans_that_cannot_be_executed_are_named(plans: tuple[Plan, ...], reason: str):
     with pytest.raises(AssertionError, match=reason):
         check_plan(VIEW, plans)
+
+
+def test_a_suspect_with_company_is_found():
+    view = cluster(1, waits=[waiting("a", 0, 4), waiting("suspect", 1, 4, is_suspect=True)])
+    check_plan(view, (prefill(ZERO, suspect=((0, 0, 4),)),))
+    with pytest.raises(AssertionError, match="suspect has to be alone"):
+        check_plan(view, (prefill(ZERO, a=((0, 0, 4),), suspect=((0, 0, 4),)),))

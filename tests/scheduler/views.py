@@ -9,12 +9,23 @@ from loongjax.scheduler.view import ClusterView, InstanceView, RunningView, Wait
 
 
 def waiting(
-    request_id: str, order: int, num_tokens: int, *, max_total_tokens: int | None = None, keeps_kv: bool = True
+    request_id: str,
+    order: int,
+    num_tokens: int,
+    *,
+    max_total_tokens: int | None = None,
+    keeps_kv: bool = True,
+    is_suspect: bool = False,
 ) -> WaitingView:
     if max_total_tokens is None:
         max_total_tokens = num_tokens + 100
     return WaitingView(
-        request_id=request_id, order=order, num_tokens=num_tokens, max_total_tokens=max_total_tokens, keeps_kv=keeps_kv
+        request_id=request_id,
+        order=order,
+        num_tokens=num_tokens,
+        max_total_tokens=max_total_tokens,
+        keeps_kv=keeps_kv,
+        is_suspect=is_suspect,
     )
 
 
