@@ -185,8 +185,10 @@ class EngineCore:
         if self._must_plan and self.death is None:
             self._must_plan = False
             self._plan()
-            if self._checks or not (self._live or self._flights):
+            if self._checks:
                 self.check_integrity()
+            elif not (self._live or self._flights):
+                self._check_idle()
         events, self._events = self._events, []
         return events
 
@@ -236,6 +238,20 @@ class EngineCore:
         for request_id, live in self._live.items():
             assert live.num_in_flight == num_in_flight[request_id], request_id
             assert request_id not in waiting or live.num_in_flight == 0, request_id
+
+    def _check_idle(self) -> None:
+        """What `check_integrity` says of an idle engine, without a look at every page.
+
+        Whatever is lost is told and not raised: those who were served keep their answers, and what is left still works.
+        """
+        num_used = {i: self._kv_cache.used_pages(i) for i in self._runtime.shape.all_instances}
+        if any(num_used.values()) or len(self._kv_cache) or len(self._waiting):
+            logger.error(
+                "no request lives, but %d hold keys, %d wait, and these pages are used, by instance: %s",
+                len(self._kv_cache),
+                len(self._waiting),
+                num_used,
+            )
 
     def _require_alive(self) -> None:
         if self.death is not None:

@@ -36,6 +36,7 @@ class Cluster:
     run_ahead: bool = True
     prefill_tokens_per_instance: int = 16
     step_s: float = 0.0
+    checks: bool = True
 
     @property
     def shape(self) -> ClusterShape:
@@ -78,7 +79,7 @@ class Cluster:
             max_queue_len=self.max_queue_len,
             kv_bytes_per_token=100,
             run_ahead=self.run_ahead,
-            checks=True,
+            checks=self.checks,
         )
 
     def request(self, name: str, num_prompt_tokens: int, max_tokens: int = 8, **sampling: object) -> Request:

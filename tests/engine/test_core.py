@@ -10,6 +10,7 @@ import pytest
 from loongjax.core.iteration import DecodeIteration, Iteration, PrefillIteration
 from loongjax.core.request import FinishReason
 from loongjax.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from loongjax.kvcache.kv_cache import KVCache
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
 from tests.engine.fake_runtime import FakeRuntime, expected_tokens
 
@@ -379,6 +380,28 @@ def test_an_instance_that_fails_whatever_runs_on_it_ends_the_engine() -> None:
         journal.write(core.step(1.0))
     assert journal.last.keys() == {f"r{i}/0" for i in range(12)}
     assert_nothing_leaks(core)
+
+
+def test_a_lost_page_is_told_when_idle_and_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
+    core = dataclasses.replace(CLUSTER, checks=False).core()
+    core._kv_cache._pools[1].allocate(3)
+    request = CLUSTER.request("a", 20)
+    core.add(request)
+    run(core).check(request)
+    assert core.death is None
+    (record,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert "{0: 0, 1: 3, 2: 0, 3: 0}" in record.getMessage()
+
+
+def test_an_engine_in_service_never_looks_at_every_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    def looks(cache: KVCache) -> None:
+        raise AssertionError("every page was looked at")
+
+    monkeypatch.setattr(KVCache, "check_integrity", looks)
+    core = dataclasses.replace(CLUSTER, checks=False).core()
+    request = CLUSTER.request("a", 20)
+    core.add(request)
+    run(core).check(request)
 
 
 def test_a_policy_that_plans_nothing_is_found_out() -> None:
