@@ -42,6 +42,9 @@ class EngineCollector(Collector):
         yield self._counter("vllm:num_preemptions", "Preempted requests.", stats.num_preemptions)
         yield self._counter("vllm:prompt_tokens", "Prompt tokens computed.", stats.num_prompt_tokens)
         yield self._counter("vllm:generation_tokens", "Tokens generated.", stats.num_generation_tokens)
+        for name in ("prefix_cache", "external_prefix_cache"):
+            yield self._counter(f"vllm:{name}_queries", "Prompt tokens looked up: there is no such cache.", 0)
+            yield self._counter(f"vllm:{name}_hits", "Prompt tokens found: there is no such cache.", 0)
         yield self._counter("loongjax_iterations", "Iterations of all groups.", stats.num_iterations)
 
     def _pool_metrics(self, stats: EngineStats) -> Iterator[Metric]:

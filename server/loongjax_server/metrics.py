@@ -43,6 +43,12 @@ class Metrics:
         self.output_tokens = self._histogram(
             "request_generation_tokens", "Generated tokens of a request.", _TOKEN_BUCKETS
         )
+        self.max_output_tokens = self._histogram(
+            "request_max_num_generation_tokens", "Generated tokens of a request's longest sample.", _TOKEN_BUCKETS
+        )
+        self.computed_prompt_tokens = self._histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens of a request that were computed.", _TOKEN_BUCKETS
+        )
         self.params_n = self._histogram("request_params_n", "n of a request.", _N_BUCKETS)
         self.params_max_tokens = self._histogram(
             "request_params_max_tokens", "max_tokens of a request that sets it.", _TOKEN_BUCKETS
@@ -53,6 +59,8 @@ class Metrics:
             [*self._labels, "finished_reason"],
             registry=self._registry,
         )
+        for reason in FinishReason:
+            self._success.labels(**self._labels, finished_reason=reason.value)
         self._cached_tokens = Counter(
             "vllm:prompt_tokens_cached",
             "Prompt tokens whose keys were in the pool already.",
@@ -92,6 +100,8 @@ class RequestRecorder:
         self._arrival_s = arrival_s
         self._first_token_s: dict[int, float] = {}
         self._last_token_s: dict[int, float] = {}
+        self._num_output_tokens: list[int] = []
+        """Of each sample that ended as it should."""
         self._is_accepted = False
 
     def observe(self, delta: OutputDelta) -> None:
@@ -113,6 +123,7 @@ class RequestRecorder:
     def _accept(self, delta: OutputDelta) -> None:
         self._is_accepted = True
         self._metrics.prompt_tokens.observe(self._num_prompt_tokens)
+        self._metrics.computed_prompt_tokens.observe(self._num_prompt_tokens - delta.num_cached_tokens)
         self._metrics.count_cached_tokens(delta.num_cached_tokens)
         self._metrics.params_n.observe(self._sampling.n)
         if self._sampling.max_tokens is not None:
@@ -124,6 +135,9 @@ class RequestRecorder:
         if reason not in (FinishReason.STOP, FinishReason.LENGTH):
             return
         self._metrics.output_tokens.observe(delta.num_output_tokens)
+        self._num_output_tokens.append(delta.num_output_tokens)
+        if len(self._num_output_tokens) == self._sampling.n:
+            self._metrics.max_output_tokens.observe(max(self._num_output_tokens))
         last_s = self._last_token_s.get(delta.index)
         if last_s is not None:
             self._metrics.e2e_s.observe(last_s - self._arrival_s)

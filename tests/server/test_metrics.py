@@ -9,6 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from server_client import RunningServer
 from server_fakes import FakeEngine
 
+from loongjax.core.request import FinishReason
 from loongjax.engine.client import EngineStats
 
 STATS = EngineStats(
@@ -29,6 +30,45 @@ STATS = EngineStats(
     num_generation_tokens=50,
     num_iterations=14,
 )
+KNOWN_NAMES = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "cache_config_info",
+    "engine_healthy",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "num_preemptions_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "prompt_tokens_cached_total",
+    "external_prefix_cache_queries_total",
+    "external_prefix_cache_hits_total",
+    "time_to_first_token_seconds",
+    "inter_token_latency_seconds",
+    "request_time_per_output_token_seconds",
+    "e2e_request_latency_seconds",
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_inference_time_seconds",
+    "request_prompt_tokens",
+    "request_generation_tokens",
+    "request_max_num_generation_tokens",
+    "request_params_n",
+    "request_params_max_tokens",
+    "iteration_tokens_total",
+    "request_prefill_kv_computed_tokens",
+]
+"""What dashboards and benchmark tools ask for, each with `vllm:` before it."""
+OMITTED = {
+    "iteration_tokens_total",  # the engine counts the tokens of all iterations, not of each
+    "request_queue_time_seconds",
+    "request_prefill_time_seconds",
+    "request_decode_time_seconds",
+    "request_inference_time_seconds",
+}
 LABELS = {"model_name": "tiny-llama", "engine": "0"}
 
 
@@ -78,6 +118,23 @@ def test_the_engines_numbers_are_told_under_known_names(measured: RunningServer)
     assert found["vllm:cache_config_info", (("block_size", "16"), ("num_gpu_blocks", "30"))] == 1
 
 
+def test_every_known_name_is_there_but_for_the_omissions(measured: RunningServer):
+    names = {name.removesuffix("_count") for name, _ in samples(measured)}
+    assert {name for name in KNOWN_NAMES if f"vllm:{name}" not in names} == OMITTED
+
+
+def test_the_caches_that_do_not_exist_are_asked_and_hit_never(measured: RunningServer):
+    measured.post("/v1/completions", {"prompt": "abc"})
+    found = samples(measured)
+    for cache in ("prefix_cache", "external_prefix_cache"):
+        assert found[f"vllm:{cache}_queries_total", ()] == found[f"vllm:{cache}_hits_total", ()] == 0
+
+
+def test_every_way_to_end_has_a_series_from_the_beginning(measured: RunningServer):
+    for reason in FinishReason:
+        assert value(measured, "vllm:request_success_total", finished_reason=reason.value) == 0
+
+
 def test_the_pool_is_told_by_instance(measured: RunningServer):
     assert [value(measured, "loongjax_kv_slots_used", instance=str(i)) for i in range(3)] == [64, 0, 16]
     assert [value(measured, "loongjax_kv_slots", instance=str(i)) for i in range(3)] == [160] * 3
@@ -104,6 +161,9 @@ def test_every_sample_is_measured_once(measured: RunningServer):
     assert found["vllm:request_prompt_tokens_sum", ()] == 4 + 3
     assert found["vllm:request_params_n_sum", ()] == 4
     assert found["vllm:request_params_max_tokens_sum", ()] == 10
+    assert found["vllm:request_max_num_generation_tokens_count", ()] == 2
+    assert found["vllm:request_max_num_generation_tokens_sum", ()] == 10
+    assert found["vllm:request_prefill_kv_computed_tokens_sum", ()] == 4 + 3
     assert found["vllm:request_success_total", (("finished_reason", "length"),)] == 4
 
 
@@ -123,7 +183,7 @@ def test_a_refused_request_is_not_measured(measured: RunningServer):
     measured.post("/v1/completions", {"prompt": "", "add_special_tokens": False})
     found = samples(measured)
     assert found["vllm:request_prompt_tokens_count", ()] == 0
-    assert ("vllm:request_success_total", (("finished_reason", "abort"),)) not in found
+    assert found["vllm:request_success_total", (("finished_reason", "abort"),)] == 0
 
 
 @pytest.mark.parametrize("fault", ["is_dead", "is_wedged"])
