@@ -71,6 +71,22 @@ class Phase:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Timings:
+    """Where the time of a request went, on the engine's clock, in seconds. Preemptions count as what they interrupt."""
+
+    queue_s: float
+    """From its acceptance to the submission of its first prefill, or to its end if that came first."""
+    prefill_s: float = 0.0
+    """From there to its first token."""
+    decode_s: float = 0.0
+    """From its first token to its last."""
+
+    @property
+    def inference_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestEvent:
     """What happened to one request since its last event. `finish_reason` is set on the last one, and only there."""
 
@@ -88,5 +104,7 @@ class RequestEvent:
     """What went wrong, with FinishReason.ERROR."""
     history: tuple[Phase, ...] = ()
     """The request's elastic history, on the last event."""
+    timings: Timings | None = None
+    """On the last event."""
     num_cached_tokens: int = 0
     """Prompt tokens that were not computed because their keys were in the pool."""

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from loongjax.core.request import FinishReason, Phase, TokenLogprobs
+from loongjax.core.request import FinishReason, Phase, Timings, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 
 
@@ -30,6 +30,8 @@ class OutputDelta:
     num_cached_tokens: int = 0
     history: tuple[Phase, ...] = ()
     """The elastic history, on the last delta."""
+    timings: Timings | None = None
+    """On the last delta."""
     error: str | None = None
 
 

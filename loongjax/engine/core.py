@@ -18,7 +18,6 @@ uses them next runs on the same instance, and iterations that share an instance 
 from __future__ import annotations
 
 import collections
-import copy
 import logging
 
 from loongjax.core.cluster import InstanceId
@@ -70,7 +69,7 @@ class EngineCore:
 
         Args:
             runtime: executes iterations; closed by `close`.
-            policy: decides; can be deep-copied.
+            policy: decides.
             info: what front ends are told of the model.
             max_queue_len: requests that may wait.
             kv_bytes_per_token: keys and values of one token in all layers, for the statistics.
@@ -142,8 +141,9 @@ class EngineCore:
                 raise ContextLengthError(
                     f"the maximum context length is {self.info.max_model_len} tokens, got {num_tokens}", "max_tokens"
                 )
+        now_s = self._runtime.now_s()
         for request in requests:
-            live = LiveRequest(request, self._num_accepted)
+            live = LiveRequest(request, self._num_accepted, now_s)
             self._num_accepted += 1
             self._live[request.request_id] = live
             self._waiting.add(live)
@@ -307,6 +307,7 @@ class EngineCore:
             live.num_in_flight += 1
             if isinstance(plan, Prefill):
                 self._waiting.remove(live)
+                live.note_prefill(self._runtime.now_s())
         self._flights.depart(flight)
         logger.debug("iteration %d: %s", flight.iteration.iteration_id, plan)
         self._runtime.submit(flight.iteration)
@@ -318,7 +319,7 @@ class EngineCore:
         if any(live.has_ended or live.num_tokens_left <= 0 for live in flight.requests):
             return
         # What a policy remembers of an answer that nobody follows would be wrong: a copy is asked.
-        rehearsing = copy.deepcopy(self._policy)
+        rehearsing = self._policy.copy()
         if self._ask(rehearsing, as_if_over=flight) == (flight.plan,):
             self._policy = rehearsing
             self._submit(flight.plan)
@@ -346,6 +347,8 @@ class EngineCore:
     def _take(self, live: LiveRequest, sampled: SampledToken, is_prefill: bool) -> None:
         """Adds a token to a request, says so, and ends the request if this was its last."""
         live.num_failures = 0
+        now_s = self._runtime.now_s()
+        live.note_token(now_s)
         request = live.request
         prompt_logprobs = None
         if is_prefill and live.wants_prompt_logprobs:
@@ -375,6 +378,7 @@ class EngineCore:
                 finish_reason=finish_reason,
                 stop_token_id=sampled.token_id if is_stop else None,
                 history=live.history if finish_reason is not None else (),
+                timings=live.timings(now_s) if finish_reason is not None else None,
             )
         )
 
@@ -420,7 +424,13 @@ class EngineCore:
     def _end(self, live: LiveRequest, reason: FinishReason, error: str | None = None) -> None:
         self._forget(live)
         self._events.append(
-            RequestEvent(request_id=live.request_id, finish_reason=reason, error=error, history=live.history)
+            RequestEvent(
+                request_id=live.request_id,
+                finish_reason=reason,
+                error=error,
+                history=live.history,
+                timings=live.timings(self._runtime.now_s()),
+            )
         )
 
     def _forget(self, live: LiveRequest) -> None:

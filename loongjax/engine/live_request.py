@@ -7,14 +7,15 @@ import dataclasses
 from collections.abc import Iterator
 
 from loongjax.core.cluster import InstanceId
-from loongjax.core.request import Phase, Request
+from loongjax.core.request import Phase, Request, Timings
 from loongjax.scheduler.view import WaitingView
 
 
 class LiveRequest:
     """A request that waits (in the `WaitingQueue`), or runs (it has an entry in the `KVCache`)."""
 
-    def __init__(self, request: Request, order: int) -> None:
+    def __init__(self, request: Request, order: int, accepted_s: float) -> None:
+        """A request that has just been accepted, at that time on the engine's clock."""
         self.request = request
         self.order = order
         """Its place in the order of arrival."""
@@ -30,6 +31,11 @@ class LiveRequest:
         self.instances: tuple[InstanceId, ...] = ()
         """Its last decode group; before the first decode, the instances that the prefill kept keys on."""
         self._history: list[Phase] = []
+        self._accepted_s = accepted_s
+        self._prefill_s: float | None = None
+        """When its first prefill was submitted."""
+        self._first_token_s: float | None = None
+        self._last_token_s: float | None = None
 
     @property
     def request_id(self) -> str:
@@ -61,6 +67,30 @@ class LiveRequest:
                 self._history[-1] = dataclasses.replace(last, num_tokens=last.num_tokens + phase.num_tokens)
                 return
         self._history.append(phase)
+
+    def note_prefill(self, now_s: float) -> None:
+        """A prefill of it is submitted."""
+        if self._prefill_s is None:
+            self._prefill_s = now_s
+
+    def note_token(self, now_s: float) -> None:
+        """It got a token, or its prompt was computed and that was all it asked for."""
+        if self._first_token_s is None:
+            self._first_token_s = now_s
+        self._last_token_s = now_s
+
+    def timings(self, now_s: float) -> Timings:
+        """As if it ended now."""
+        if self._prefill_s is None:
+            return Timings(queue_s=now_s - self._accepted_s)
+        queue_s = self._prefill_s - self._accepted_s
+        if self._first_token_s is None or self._last_token_s is None:
+            return Timings(queue_s=queue_s, prefill_s=now_s - self._prefill_s)
+        return Timings(
+            queue_s=queue_s,
+            prefill_s=self._first_token_s - self._prefill_s,
+            decode_s=self._last_token_s - self._first_token_s,
+        )
 
     def waiting_view(self) -> WaitingView:
         return WaitingView(

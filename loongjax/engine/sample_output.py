@@ -80,6 +80,7 @@ class SampleOutput:
             num_output_tokens=self._num_output_tokens,
             num_cached_tokens=event.num_cached_tokens,
             history=event.history,
+            timings=event.timings,
             error=event.error,
         )
 

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
-from loongjax.core.request import FinishReason
+from loongjax.core.request import FinishReason, Timings
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats, OutputDelta
 from loongjax_server.engine_collector import EngineCollector
@@ -39,6 +39,10 @@ class Metrics:
             "request_time_per_output_token_seconds", "Mean gap between the tokens of a request.", _ITL_BUCKETS_S
         )
         self.e2e_s = self._histogram("e2e_request_latency_seconds", "Arrival to last token.", _E2E_BUCKETS_S)
+        self.queue_s = self._histogram("request_queue_time_seconds", "Acceptance to prefill.", _E2E_BUCKETS_S)
+        self.prefill_s = self._histogram("request_prefill_time_seconds", "Prefill to first token.", _E2E_BUCKETS_S)
+        self.decode_s = self._histogram("request_decode_time_seconds", "First to last token.", _E2E_BUCKETS_S)
+        self.inference_s = self._histogram("request_inference_time_seconds", "Prefill to last token.", _E2E_BUCKETS_S)
         self.prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKEN_BUCKETS)
         self.output_tokens = self._histogram(
             "request_generation_tokens", "Generated tokens of a request.", _TOKEN_BUCKETS
@@ -67,6 +71,13 @@ class Metrics:
             list(self._labels),
             registry=self._registry,
         ).labels(**self._labels)
+
+    def observe_timings(self, timings: Timings) -> None:
+        """Takes in where the time of a sample went, as the engine measured it."""
+        self.queue_s.observe(timings.queue_s)
+        self.prefill_s.observe(timings.prefill_s)
+        self.decode_s.observe(timings.decode_s)
+        self.inference_s.observe(timings.inference_s)
 
     def count_finished(self, reason: FinishReason) -> None:
         """One more sample ended."""
@@ -138,6 +149,8 @@ class RequestRecorder:
         self._num_output_tokens.append(delta.num_output_tokens)
         if len(self._num_output_tokens) == self._sampling.n:
             self._metrics.max_output_tokens.observe(max(self._num_output_tokens))
+        if delta.timings is not None:
+            self._metrics.observe_timings(delta.timings)
         last_s = self._last_token_s.get(delta.index)
         if last_s is not None:
             self._metrics.e2e_s.observe(last_s - self._arrival_s)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from loongjax.core.request import FinishReason, Phase, RequestEvent, TokenLogprobs
+from loongjax.core.request import FinishReason, Phase, RequestEvent, Timings, TokenLogprobs
 from loongjax.engine.client import OutputDelta
 from loongjax.engine.sample_output import SampleOutput
 from tests.engine.cluster import Cluster
@@ -12,6 +12,7 @@ from tests.engine.fake_runtime import EOS
 from tests.engine.hosted import LetterTokenizer
 
 TOKENIZER = LetterTokenizer()
+TIMINGS = Timings(queue_s=1.0, prefill_s=2.0, decode_s=3.0)
 HISTORY = (Phase("prefill", (0,), (0,), 3),)
 
 
@@ -51,8 +52,9 @@ def test_a_stop_string_ends_the_text_and_waits_for_the_engine() -> None:
     assert push(output, event("DE")).text == ""
     assert output.is_stopped
     assert output.push(event("F")) is None
-    last = push(output, event(finish_reason=FinishReason.ABORT, history=HISTORY))
-    assert (last.finish_reason, last.stop_reason, last.history) == (FinishReason.STOP, "CD", HISTORY)
+    last = push(output, event(finish_reason=FinishReason.ABORT, history=HISTORY, timings=TIMINGS))
+    assert (last.finish_reason, last.stop_reason) == (FinishReason.STOP, "CD")
+    assert (last.history, last.timings) == (HISTORY, TIMINGS)
     assert last.num_output_tokens == 4, "tokens behind the stop string do not count"
 
 

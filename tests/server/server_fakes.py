@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from loongjax.core.request import FinishReason, Phase, TokenLogprobs
+from loongjax.core.request import FinishReason, Phase, Timings, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats, ModelInfo, OutputDelta
 from loongjax.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
@@ -214,6 +214,7 @@ class FakeEngine:
                 num_output_tokens=step + 1,
                 num_cached_tokens=0,
                 history=history if reason else (),
+                timings=Timings(queue_s=1.0, prefill_s=2.0, decode_s=4.0) if reason else None,
                 error="device lost" if reason is FinishReason.ERROR else None,
             )
             if reason is not None:

@@ -62,13 +62,8 @@ KNOWN_NAMES = [
     "request_prefill_kv_computed_tokens",
 ]
 """What dashboards and benchmark tools ask for, each with `vllm:` before it."""
-OMITTED = {
-    "iteration_tokens_total",  # the engine counts the tokens of all iterations, not of each
-    "request_queue_time_seconds",
-    "request_prefill_time_seconds",
-    "request_decode_time_seconds",
-    "request_inference_time_seconds",
-}
+OMITTED = {"iteration_tokens_total"}
+"""The engine counts the tokens of all iterations, not of each."""
 LABELS = {"model_name": "tiny-llama", "engine": "0"}
 
 
@@ -177,6 +172,15 @@ def test_latencies_are_no_less_than_the_engines_and_add_up(serve):
     assert itl_s >= 2 * 0.02
     assert found["vllm:e2e_request_latency_seconds_sum", ()] == pytest.approx(ttft_s + itl_s)
     assert found["vllm:request_time_per_output_token_seconds_sum", ()] == pytest.approx(itl_s / 2)
+
+
+def test_the_engines_timings_are_observed_once_a_sample(measured: RunningServer):
+    measured.post("/v1/completions", {"prompt": "abc", "n": 2, "max_tokens": 3})
+    found = samples(measured)
+    sums = {"queue": 1.0, "prefill": 2.0, "decode": 4.0, "inference": 6.0}
+    for name, seconds in sums.items():
+        assert found[f"vllm:request_{name}_time_seconds_count", ()] == 2
+        assert found[f"vllm:request_{name}_time_seconds_sum", ()] == 2 * seconds
 
 
 def test_a_refused_request_is_not_measured(measured: RunningServer):
