@@ -51,6 +51,8 @@ class EngineConfig:
     """Requests that may wait; one more is refused for now (HTTP 429)."""
     prefill_tokens_per_instance: int = 2048
     """The simple scheduler gives a prefill one instance for so many tokens, rounded up."""
+    max_requests_per_master: int | None = None
+    """Requests that one master decodes before idle instances join as masters; None: half of max_num_seqs."""
     run_ahead: bool = True
     """Submit a decode's next step before the tokens of the last one are read."""
     warm_up: bool | None = None
@@ -72,6 +74,7 @@ class EngineConfig:
             "max_num_batched_tokens",
             "max_queue_len",
             "prefill_tokens_per_instance",
+            "max_requests_per_master",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

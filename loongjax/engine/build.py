@@ -37,12 +37,22 @@ def build_core(config: EngineConfig) -> EngineCore:
         eos_token_ids=generation.eos_token_ids,
         default_sampling=generation.default_sampling,
     )
-    policy = SimplePolicy(SimplePolicyConfig(prefill_tokens_per_instance=config.prefill_tokens_per_instance))
     return EngineCore(
         runtime,
-        policy,
+        build_policy(config),
         info=info,
         max_queue_len=config.max_queue_len,
         kv_bytes_per_token=runtime.num_kv_bytes_per_token,
         run_ahead=config.run_ahead,
+    )
+
+
+def build_policy(config: EngineConfig) -> SimplePolicy:
+    """The policy of a configuration, which needs neither checkpoint nor devices."""
+    max_requests_per_master = config.max_requests_per_master or max(1, config.max_num_seqs // 2)
+    return SimplePolicy(
+        SimplePolicyConfig(
+            prefill_tokens_per_instance=config.prefill_tokens_per_instance,
+            max_requests_per_master=max_requests_per_master,
+        )
     )

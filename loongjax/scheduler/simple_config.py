@@ -15,10 +15,10 @@ class SimplePolicyConfig:
         ConfigError: a value below its least one.
     """
 
-    prefill_tokens_per_instance: int = 4096
+    prefill_tokens_per_instance: int = 2048
     """A prefill gets one instance for so many tokens, rounded up; batches are filled up to it."""
-    max_requests_per_master: int = 128
-    """Requests that one master decodes before decoding becomes compute-bound and others join."""
+    max_requests_per_master: int = 32
+    """Requests that one master decodes before others join. Below `max_num_seqs`, or they never do."""
     growth_tokens: int = 64
     """Tokens of room that admission leaves for every running request, so that it is not preempted at once."""
     max_prefills_before_decode: int = 4

@@ -30,6 +30,7 @@ def test_pages_of_any_power_of_two_work(page_size: int) -> None:
         ({"num_instances": -1}, "--num-instances must be at least 1, got -1"),
         ({"max_queue_len": 0}, "--max-queue-len must be at least 1"),
         ({"page_size": 24}, "--page-size must be a power of two, got 24: 16 and 32 are the nearest"),
+        ({"max_requests_per_master": 0}, "--max-requests-per-master must be at least 1, got 0"),
         ({"num_slots": 100}, r"--num-slots must be a multiple of --page-size \(16\), got 100: try 96"),
         ({"num_slots": 5}, "try 16"),
         ({"memory_fraction": 1.5}, "--memory-fraction must be above 0 and at most 1, got 1.5"),
