@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.view import RunningView, WaitingView
 
-_PRUNE_ABOVE = 4096
+_PRUNE_SLACK = 64
+"""Requests that are remembered beyond twice those that live before the dead are looked for."""
 
 
 class Fairness:
@@ -25,6 +27,15 @@ class Fairness:
         self._num_overtakes: dict[str, int] = {}
         self._starved: set[str] = set()
         self._migrated_at: dict[str, int] = {}
+
+    def copy(self) -> Fairness:
+        """Another one with the same memories, which goes its own way from now on."""
+        other = copy.copy(self)
+        other._num_prefills_passed = self._num_prefills_passed.copy()
+        other._num_overtakes = self._num_overtakes.copy()
+        other._starved = self._starved.copy()
+        other._migrated_at = self._migrated_at.copy()
+        return other
 
     def is_overdue(self, request: RunningView) -> bool:
         """Whether a running request has let enough prefills pass."""
@@ -53,6 +64,12 @@ class Fairness:
     def note_overtaken(self, request: WaitingView) -> None:
         self._num_overtakes[request.request_id] = self._num_overtakes.get(request.request_id, 0) + 1
 
+    def note_prefilled(self, requests: Iterable[WaitingView]) -> None:
+        """Notes that these requests wait no longer."""
+        if self._num_overtakes:
+            for request in requests:
+                self._num_overtakes.pop(request.request_id, None)
+
     def note_passed(self, requests: Iterable[RunningView]) -> None:
         """Notes that prefills started while these running requests stood back for them."""
         counts = self._num_prefills_passed
@@ -76,10 +93,11 @@ class Fairness:
     def note_migrated(self, request: RunningView) -> None:
         self._migrated_at[request.request_id] = request.num_tokens
 
-    def prune(self, running: Iterable[RunningView], waiting: Iterable[WaitingView]) -> None:
+    def prune(self, running: Sequence[RunningView], waiting: Sequence[WaitingView]) -> None:
         """Forgets requests that are gone, once enough has been gathered to make it worth while."""
         memories = (self._num_prefills_passed, self._num_overtakes, self._migrated_at)
-        if sum(map(len, memories)) + len(self._starved) <= _PRUNE_ABOVE:
+        most = max(len(self._starved), *map(len, memories))
+        if most <= 2 * (len(running) + len(waiting)) + _PRUNE_SLACK:
             return
         live = {request.request_id for request in running} | {request.request_id for request in waiting}
         for memory in memories:

@@ -25,3 +25,7 @@ class Policy(Protocol):
         contract. If no instance is busy and any request lives, there is at least one iteration among them.
         """
         ...
+
+    def copy(self) -> Policy:
+        """A policy that remembers the same and can be asked instead of this one, or for nothing. Asked for often."""
+        ...

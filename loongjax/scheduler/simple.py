@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from loongjax.core.plan import Plan
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
@@ -27,6 +29,12 @@ class SimplePolicy:
             max_prefills_before_decode=self._config.max_prefills_before_decode,
             max_overtakes=self._config.max_overtakes,
         )
+
+    def copy(self) -> SimplePolicy:
+        """See `Policy.copy`."""
+        other = copy.copy(self)
+        other._fairness = self._fairness.copy()
+        return other
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """Plans for the instances that are not busy. See `Policy.plan`."""

@@ -266,4 +266,5 @@ class PrefillPlanner:
         )
         draft.prefill(Group.of(batch.instances), requests)
         passed = {request.request_id: request for instance in batch.instances for request in draft.residents[instance]}
+        self._fairness.note_prefilled(batch.requests)
         self._fairness.note_passed(passed.values())

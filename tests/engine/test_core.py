@@ -406,6 +406,9 @@ def test_an_engine_in_service_never_looks_at_every_page(monkeypatch: pytest.Monk
 
 def test_a_policy_that_plans_nothing_is_found_out() -> None:
     class Idle:
+        def copy(self) -> Idle:
+            return self
+
         def plan(self, view: object) -> tuple[()]:
             return ()
 
