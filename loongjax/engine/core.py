@@ -18,7 +18,6 @@ uses them next runs on the same instance, and iterations that share an instance 
 from __future__ import annotations
 
 import collections
-import copy
 import logging
 
 from loongjax.core.cluster import InstanceId
@@ -70,7 +69,7 @@ class EngineCore:
 
         Args:
             runtime: executes iterations; closed by `close`.
-            policy: decides; can be deep-copied.
+            policy: decides.
             info: what front ends are told of the model.
             max_queue_len: requests that may wait.
             kv_bytes_per_token: keys and values of one token in all layers, for the statistics.
@@ -320,7 +319,7 @@ class EngineCore:
         if any(live.has_ended or live.num_tokens_left <= 0 for live in flight.requests):
             return
         # What a policy remembers of an answer that nobody follows would be wrong: a copy is asked.
-        rehearsing = copy.deepcopy(self._policy)
+        rehearsing = self._policy.copy()
         if self._ask(rehearsing, as_if_over=flight) == (flight.plan,):
             self._policy = rehearsing
             self._submit(flight.plan)
