@@ -276,7 +276,7 @@ class EngineCore:
             limits=self._runtime.limits,
             kv_cache=self._kv_cache,
             waiting=self._waiting,
-            running=[self._live[request_id] for request_id in self._kv_cache.request_ids],
+            live=self._live,
             flights=self._flights,
             as_if_over=as_if_over,
         )

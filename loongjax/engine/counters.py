@@ -55,11 +55,11 @@ class Counters:
     def _record_decode(self, flight: Flight, plan: Decode) -> None:
         group = plan.group
         self.decode_dop[group.dop] += 1
-        masters = tuple(sorted(plan.masters))
+        phase = Phase("decode", group.instances, tuple(sorted(plan.masters)), 1)
         for live in flight.requests:
             if live.has_ended:
                 continue
-            live.record(Phase("decode", group.instances, masters, 1))
+            live.record(phase)
             self._note_scaling(live, group.instances)
 
     def _note_scaling(self, live: LiveRequest, instances: tuple[InstanceId, ...]) -> None:

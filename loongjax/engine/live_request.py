@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.request import Phase, Request, Timings
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.view import RunningView, WaitingView
 
 
 class LiveRequest:
@@ -31,6 +31,9 @@ class LiveRequest:
         self.instances: tuple[InstanceId, ...] = ()
         """Its last decode group; before the first decode, the instances that the prefill kept keys on."""
         self._history: list[Phase] = []
+        self._num_more_tokens = 0
+        """Tokens of the last phase beyond those that it was recorded with."""
+        self._running_view: RunningView | None = None
         self._accepted_s = accepted_s
         self._prefill_s: float | None = None
         """When its first prefill was submitted."""
@@ -57,16 +60,20 @@ class LiveRequest:
 
     @property
     def history(self) -> tuple[Phase, ...]:
-        return tuple(self._history)
+        if not self._num_more_tokens:
+            return tuple(self._history)
+        *before, last = self._history
+        return (*before, dataclasses.replace(last, num_tokens=last.num_tokens + self._num_more_tokens))
 
     def record(self, phase: Phase) -> None:
-        """Adds to the elastic history, merging what continues the last phase."""
-        if self._history:
+        """Adds to the elastic history, merging a decode that continues the last phase."""
+        if phase.kind == "decode" and self._history:
             last = self._history[-1]
-            if phase.kind == "decode" and dataclasses.replace(last, num_tokens=phase.num_tokens) == phase:
-                self._history[-1] = dataclasses.replace(last, num_tokens=last.num_tokens + phase.num_tokens)
+            if last.kind == "decode" and last.instances == phase.instances and last.masters == phase.masters:
+                self._num_more_tokens += phase.num_tokens
                 return
-        self._history.append(phase)
+        self._history = [*self.history, phase]
+        self._num_more_tokens = 0
 
     def note_prefill(self, now_s: float) -> None:
         """A prefill of it is submitted."""
@@ -101,6 +108,25 @@ class LiveRequest:
             keeps_kv=self.request.max_tokens > 0,
             is_suspect=self.num_failures > 0,
         )
+
+    def running_view(self, kv: tuple[tuple[InstanceId, int], ...], is_in_flight: bool) -> RunningView:
+        """Made anew only if something changed, for a policy sees every running request whenever it is asked.
+
+        Args:
+            kv: where its keys are, as `KVCache.local_lens` gives it.
+            is_in_flight: whether an iteration computes it.
+        """
+        view = self._running_view
+        if view is None or view.kv is not kv or view.is_in_flight != is_in_flight:
+            view = self._running_view = RunningView(
+                request_id=self.request_id,
+                order=self.order,
+                num_tokens=sum([num_held for _, num_held in kv]),
+                max_total_tokens=self.max_total_tokens,
+                kv=kv,
+                is_in_flight=is_in_flight,
+            )
+        return view
 
 
 class WaitingQueue:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from loongjax.core.cluster import ClusterShape
 from loongjax.core.plan import Prefill
@@ -10,7 +10,7 @@ from loongjax.engine.binding import Flight
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import RuntimeLimits
-from loongjax.scheduler.view import ClusterView, InstanceView, RunningView
+from loongjax.scheduler.view import ClusterView, InstanceView
 
 
 def take_snapshot(
@@ -19,7 +19,7 @@ def take_snapshot(
     limits: RuntimeLimits,
     kv_cache: KVCache,
     waiting: WaitingQueue,
-    running: Iterable[LiveRequest],
+    live: Mapping[str, LiveRequest],
     flights: Iterable[Flight],
     as_if_over: Flight | None = None,
 ) -> ClusterView:
@@ -28,7 +28,7 @@ def take_snapshot(
     Pages and tokens need no foresight: they are accounted for when an iteration is submitted.
     """
     busy = {instance: flight for flight in flights if flight is not as_if_over for instance in flight.group.instances}
-    landed = {id(live) for live in as_if_over.requests} if as_if_over is not None else set()
+    landed = {request.request_id for request in as_if_over.requests} if as_if_over is not None else set()
     return ClusterView(
         shape=shape,
         instances=tuple(
@@ -45,15 +45,8 @@ def take_snapshot(
         waiting=waiting.views(),
         running=tuple(
             [
-                RunningView(
-                    request_id=live.request_id,
-                    order=live.order,
-                    num_tokens=kv_cache.num_tokens(live.request_id),
-                    max_total_tokens=live.max_total_tokens,
-                    kv=kv_cache.local_lens(live.request_id),
-                    is_in_flight=live.num_in_flight > (id(live) in landed),
-                )
-                for live in running
+                live[request_id].running_view(kv, live[request_id].num_in_flight > (request_id in landed))
+                for request_id, kv in kv_cache.all_local_lens()
             ]
         ),
         max_num_batched_tokens=limits.max_num_batched_tokens,

@@ -50,8 +50,15 @@ class KVCache:
         return self._requests[request_id].instances
 
     def local_lens(self, request_id: str) -> tuple[tuple[InstanceId, int], ...]:
-        """(instance, tokens it holds) for each holder; the one that holds the newest token comes last."""
-        return tuple([(local.instance, local.num_tokens) for local in self._requests[request_id]])
+        """(instance, tokens it holds) for each holder; the one that holds the newest token comes last.
+
+        The same tuple until it changes, so that `is` tells whether it did.
+        """
+        return self._requests[request_id].local_lens
+
+    def all_local_lens(self) -> list[tuple[str, tuple[tuple[InstanceId, int], ...]]]:
+        """(request id, its `local_lens`) for every request."""
+        return [(request_id, request.local_lens) for request_id, request in self._requests.items()]
 
     def intervals(self, request_id: str) -> tuple[TokenInterval, ...]:
         """Which token lies where: in local order on each instance."""
@@ -106,7 +113,7 @@ class KVCache:
             request.set_newest(local)
             slots = local.slots(first, local.num_tokens, self._page_size)
             kept.append(KeptTokens(interval.instance, interval.begin, interval.end, slots))
-        request.num_tokens = intervals[-1].end if intervals else 0
+        request.grow_to(intervals[-1].end if intervals else 0)
         return tuple(kept)
 
     def can_append(self, request_id: str, instance: InstanceId) -> bool:
@@ -130,7 +137,7 @@ class KVCache:
             local.add_page(self._pools[instance].allocate_one())
         position = request.num_tokens
         local.add_interval(position, position + 1)
-        request.num_tokens = position + 1
+        request.grow_to(position + 1)
         return local.last_page * self._page_size + offset
 
     def _newest_on(self, request: RequestKV, instance: InstanceId) -> LocalSequence:
@@ -211,6 +218,8 @@ def _check_request(request_id: str, request: RequestKV, page_size: int) -> None:
     for begin, end in sorted(spans):
         assert begin == position < end, f"{request_id}: {sorted(spans)} does not tile [0, {request.num_tokens})"
         position = end
+    lens = tuple((local.instance, local.num_tokens) for local in request)
+    assert request.local_lens == lens, f"{request_id}: {request.local_lens} are stale, {lens} are right"
     assert position == request.num_tokens, f"{request_id}: {position} tokens are placed of {request.num_tokens}"
     if request.num_tokens:
         *_, newest = request

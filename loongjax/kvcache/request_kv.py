@@ -147,13 +147,14 @@ class LocalSequence:
 class RequestKV:
     """The local sequences of one request, the one with the newest token last."""
 
-    __slots__ = ("_locals", "newest", "num_tokens")
+    __slots__ = ("_local_lens", "_locals", "newest", "num_tokens")
 
     def __init__(self) -> None:
         self.num_tokens = 0
         self.newest: LocalSequence | None = None
         """The local sequence that holds token num_tokens - 1."""
         self._locals: dict[InstanceId, LocalSequence] = {}
+        self._local_lens: tuple[tuple[InstanceId, int], ...] | None = None
 
     def __iter__(self) -> Iterator[LocalSequence]:
         return iter(self._locals.values())
@@ -161,6 +162,19 @@ class RequestKV:
     @property
     def instances(self) -> tuple[InstanceId, ...]:
         return tuple(self._locals)
+
+    @property
+    def local_lens(self) -> tuple[tuple[InstanceId, int], ...]:
+        """(instance, tokens it holds) for each local sequence; the same tuple until one of them changes."""
+        lens = self._local_lens
+        if lens is None:
+            lens = self._local_lens = tuple([(local.instance, local.num_tokens) for local in self._locals.values()])
+        return lens
+
+    def grow_to(self, num_tokens: int) -> None:
+        """Notes that the local sequences now hold so many tokens."""
+        self.num_tokens = num_tokens
+        self._local_lens = None
 
     def find(self, instance: InstanceId) -> LocalSequence | None:
         return self._locals.get(instance)
@@ -185,3 +199,4 @@ class RequestKV:
         )
         self._locals = {instance: self._locals[instance] for _, instance in by_newest_token}
         self.newest = self._locals[by_newest_token[-1][1]] if by_newest_token else None
+        self._local_lens = None

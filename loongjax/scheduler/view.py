@@ -1,7 +1,6 @@
 """The frozen picture of the cluster that a policy decides on.
 
-The engine builds one each time it asks. A `WaitingView` does not change while its request waits, so one is made when
-the request is queued and used again in every snapshot; only the views of running requests are made anew.
+The engine builds one each time it asks, of views of requests that it makes anew only when something about them changed.
 """
 
 from __future__ import annotations

@@ -129,6 +129,20 @@ def test_tables_cannot_be_written_to():
         table.page_indices[0] = 1
 
 
+def test_local_lens_are_the_same_tuple_until_they_change():
+    cache = make_cache()
+    cache.keep("a", [TokenInterval(0, 0, 8), TokenInterval(1, 8, 10)])
+    cache.keep("b", [TokenInterval(2, 0, 3)])
+    before = cache.local_lens("b")
+    changes = [cache.local_lens("a")]
+    for change in (lambda: cache.append("a", 1), lambda: cache.migrate("a", 0, 1, 2), lambda: cache.append("a", 0)):
+        change()
+        assert cache.local_lens("a") != changes[-1]
+        changes.append(cache.local_lens("a"))
+    assert cache.local_lens("b") is before
+    assert cache.all_local_lens() == [("a", changes[-1]), ("b", before)]
+
+
 def test_migration_moves_the_last_local_tokens_to_the_end_of_the_target():
     cache = make_cache()
     cache.keep("a", [TokenInterval(0, 0, 8), TokenInterval(1, 8, 10)])

@@ -1,0 +1,73 @@
+"""What the engine keeps of a request: its history merges what continues, its view is made anew when it has to be."""
+
+from __future__ import annotations
+
+from loongjax.core.request import Phase
+from loongjax.engine.live_request import LiveRequest
+from tests.engine.cluster import Cluster
+
+PREFILL = Phase("prefill", (0, 1), (0,), 8)
+DECODE = Phase("decode", (0,), (0,), 1)
+
+
+def live() -> LiveRequest:
+    return LiveRequest(Cluster().request("a", 8, 20), 3, 0.0)
+
+
+def test_steps_of_one_decode_are_one_phase() -> None:
+    request = live()
+    for phase in (PREFILL, DECODE, DECODE, DECODE):
+        request.record(phase)
+    assert request.history == (PREFILL, Phase("decode", (0,), (0,), 3))
+
+
+def test_reading_the_history_changes_nothing() -> None:
+    request = live()
+    for num_tokens in (1, 2, 3):
+        request.record(DECODE)
+        assert request.history == request.history == (Phase("decode", (0,), (0,), num_tokens),)
+
+
+def test_another_group_or_other_masters_begin_a_phase() -> None:
+    phases = [
+        DECODE,
+        Phase("decode", (0, 1), (0,), 1),
+        Phase("decode", (0, 1), (0, 1), 1),
+        Phase("migrate", (0, 1), (0,), 5),
+        Phase("migrate", (0, 1), (0,), 5),
+        Phase("prefill", (0, 1), (0, 1), 5),
+        Phase("decode", (0, 1), (0, 1), 1),
+    ]
+    request = live()
+    for phase in phases:
+        request.record(phase)
+        if phase.kind == "decode":
+            request.record(phase)
+    assert [(phase.kind, phase.num_tokens) for phase in request.history] == [
+        ("decode", 2),
+        ("decode", 2),
+        ("decode", 2),
+        ("migrate", 5),
+        ("migrate", 5),
+        ("prefill", 5),
+        ("decode", 2),
+    ]
+
+
+def test_a_recorded_phase_is_not_changed_by_what_continues_it() -> None:
+    first, second = live(), live()
+    for request in (first, second, first):
+        request.record(DECODE)
+    assert [phase.num_tokens for phase in first.history] == [2]
+    assert [phase.num_tokens for phase in second.history] == [1]
+
+
+def test_a_view_is_used_again_until_the_keys_or_the_flight_change() -> None:
+    request = live()
+    kv = ((1, 8), (0, 2))
+    view = request.running_view(kv, False)
+    assert (view.request_id, view.order, view.num_tokens, view.max_total_tokens) == ("a/0", 3, 10, 28)
+    assert (view.kv, view.is_in_flight) == (kv, False)
+    assert request.running_view(kv, False) is view
+    assert request.running_view(kv, True).is_in_flight
+    assert request.running_view(((1, 8), (0, 3)), True).num_tokens == 11
