@@ -17,10 +17,8 @@ uses them next runs on the same instance, and iterations that share an instance 
 
 from __future__ import annotations
 
-import collections
 import logging
 
-from loongjax.core.cluster import InstanceId
 from loongjax.core.iteration import Completion, PrefillIteration, SampledToken
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import FinishReason, Request, RequestEvent
@@ -28,6 +26,7 @@ from loongjax.engine.admission import check_capacity
 from loongjax.engine.binding import Flight, bind
 from loongjax.engine.client import EngineStats, ModelInfo
 from loongjax.engine.counters import Counters
+from loongjax.engine.failures import MAX_FAILURES, Failures
 from loongjax.engine.flights import Flights
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from loongjax.engine.snapshot import take_snapshot
@@ -41,14 +40,6 @@ logger = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 1.0
 """When a client that met a full queue may try again, in seconds."""
-
-MAX_FAILURES = 2
-"""Failed iterations that end a request which got no token in between. After the first it is prefilled alone, so that
-only its own failures are counted from then on."""
-
-MAX_FAILURES_IN_A_ROW = 3
-"""Failed iterations with no success in between, anywhere or on one instance, that end the engine. One less does already
-if the last of them ends no request: then it is no request's fault."""
 
 
 class EngineCore:
@@ -93,10 +84,7 @@ class EngineCore:
         self._live: dict[str, LiveRequest] = {}
         self._waiting = WaitingQueue()
         self._flights = Flights()
-        self._num_failures_in_a_row = 0
-        """Iterations that failed since one succeeded anywhere."""
-        self._num_failures_on: collections.Counter[InstanceId] = collections.Counter()
-        """Iterations that failed on an instance since one succeeded there."""
+        self._failures = Failures()
         self._events: list[RequestEvent] = []
         self._must_plan = False
         self._num_accepted = 0
@@ -333,9 +321,7 @@ class EngineCore:
         if completion.error is not None:
             self._fail(flight, completion.error)
             return
-        self._num_failures_in_a_row = 0
-        for instance in flight.group.instances:
-            self._num_failures_on[instance] = 0
+        self._failures.note_success(flight.group)
         self._counters.record(flight)
         if isinstance(flight.plan, Migrate):
             return
@@ -387,26 +373,19 @@ class EngineCore:
 
         A request that has failed too often ends alone, and a device that has failed too often ends the engine.
         """
-        instances = set(flight.group.instances)
-        logger.warning("iteration %d on instances %s failed: %s", flight.iteration.iteration_id, flight.group, error)
-        self._flights.void(flight.group)
-        self._num_failures_in_a_row += 1
-        self._num_failures_on.update(instances)
+        group = flight.group
+        logger.warning("iteration %d on instances %s failed: %s", flight.iteration.iteration_id, group.instances, error)
+        self._flights.void(group)
         participants = [live for live in flight.requests if not live.has_ended]
-        for live in participants:
-            live.num_failures += 1
-        culprits = [live for live in participants if live.num_failures >= MAX_FAILURES]
-        num_in_a_row = max(self._num_failures_in_a_row, *(self._num_failures_on[instance] for instance in instances))
-        if num_in_a_row >= MAX_FAILURES_IN_A_ROW - (not culprits):
-            self._die(
-                f"{num_in_a_row} iterations in a row failed, the last one on instances {sorted(instances)}: {error}"
-            )
+        culprits = self._failures.note_failure(group, participants)
+        if culprits is None:
+            self._die(f"several iterations in a row failed, the last one on instances {group.instances}: {error}")
             return
         for live in culprits:
             self._end(live, FinishReason.ERROR, f"{MAX_FAILURES} iterations in a row with it failed: {error}")
         for request_id in self._kv_cache.request_ids:
             live = self._live[request_id]
-            if live in participants or not instances.isdisjoint(self._kv_cache.holders(request_id)):
+            if live in participants or any(i in group for i in self._kv_cache.holders(request_id)):
                 self._requeue(live)
 
     def _die(self, reason: str) -> None:

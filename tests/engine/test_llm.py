@@ -127,8 +127,8 @@ def test_ctrl_c_leaves_an_engine_that_still_works() -> None:
 
 def test_a_dead_engine_raises() -> None:
     core = CLUSTER.core(CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id >= 3))
-    with pytest.raises(EngineDeadError, match="two iterations in a row failed"):
-        llm(core).generate("AB", GREEDY, use_tqdm=False)
+    with pytest.raises(EngineDeadError, match="several iterations in a row failed"):
+        llm(core).generate(["AB", "CD", "EF"], GREEDY, use_tqdm=False)
 
 
 def test_a_list_of_ids_is_one_prompt() -> None:
