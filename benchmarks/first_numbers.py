@@ -23,6 +23,7 @@ import numpy as np
 from loongjax.config import EngineConfig
 from loongjax.core.request import Request, RequestEvent
 from loongjax.core.sampling import SamplingParams
+from loongjax.engine.build import build_policy
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
 from loongjax.models.checkpoint import random_weights
@@ -30,8 +31,6 @@ from loongjax.models.config import ModelConfig
 from loongjax.parallel.mesh import DeviceGrid
 from loongjax.runtime.build import assemble_runtime
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.scheduler.simple import SimplePolicy
-from loongjax.scheduler.simple_config import SimplePolicyConfig
 
 SHAPES = {
     "llama2-7b": ModelConfig(
@@ -86,8 +85,7 @@ def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, f
         eos_token_ids=(),
         default_sampling={},
     )
-    policy = SimplePolicy(SimplePolicyConfig(prefill_tokens_per_instance=config.prefill_tokens_per_instance))
-    core = EngineCore(runtime, policy, info=info, kv_bytes_per_token=runtime.num_kv_bytes_per_token)
+    core = EngineCore(runtime, build_policy(config), info=info, kv_bytes_per_token=runtime.num_kv_bytes_per_token)
     return core, {"weights_s": weights_s, "ready_s": time.monotonic() - started}
 
 
