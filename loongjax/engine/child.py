@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import sys
 from typing import TYPE_CHECKING
 
 from loongjax.config import EngineConfig
 
 if TYPE_CHECKING:
     from loongjax.engine.core import EngineCore
+
+SWITCH_INTERVAL_S = 0.0005
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -24,6 +27,8 @@ class CoreFactory:
     def __call__(self) -> EngineCore:
         logging.basicConfig(level=self.log_level.upper(), format=LOG_FORMAT)
         logging.getLogger("jax").setLevel(logging.WARNING)  # it tells at INFO which back ends are not there
+        # Readback lanes turn large results into Python values: they must not hold up the step loop for long at a time.
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         from loongjax.engine.build import build_core  # here: the parent never needs JAX
 
         return build_core(self.config)
