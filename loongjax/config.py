@@ -98,7 +98,7 @@ class EngineConfig:
         if self.checkpoint is not None and not pathlib.Path(self.checkpoint).is_dir():
             raise ConfigError(
                 f"the checkpoint must be a folder, got {self.checkpoint!r}, which is none: give the path of a folder "
-                "with config.json, or leave it out to serve the model that ships with loongjax"
+                "with config.json and safetensors"
             )
 
 
