@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +14,14 @@ from tokenizers import Tokenizer
 
 from needle import text
 from needle.model import Attend, ModelConfig, Params, hidden_states, logits
-from needle.prompts import Example, PromptWriter
+from needle.prompts import Example
 from needle.tokenizer import EOS_ID
 
-ANSWER_TOKENS = len(text.answer("0000-0000")) + 1
+ANSWER_TOKENS = len(text.answer(text.KEY_TEMPLATE)) + 1
 """The answer's characters, and EOS."""
 
 PADDED_LENGTHS = tuple(64 + 128 * 4**i for i in range(6))
-"""Buckets of tokens, so that few programs are compiled: 192, 576, 2112, 8256 and so on."""
+"""Buckets, in tokens, so that few programs are compiled: 192, 576, 2112, 8256 and so on."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,19 +36,30 @@ class Variant:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cell:
-    """One length and depth of the grid."""
+class Accuracy:
+    """Of all examples of one length."""
 
     length: int
     """Tokens of the prompts."""
-    depth: float
     num_keys: int
-    num_right: dict[str, int]
-    """By variant."""
+    num_right: int
+    num_right_by_depth: dict[str, str]
+    """As in "18 of 18"."""
 
 
-def count_right(variant: Variant, config: ModelConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> int:
-    """Counts the examples whose whole answer, EOS included, greedy decoding would produce.
+def summarize(length: int, depths: Sequence[float], is_right: Sequence[bool]) -> Accuracy:
+    """Counts the right ones of examples whose depths are given in the same order."""
+    by_depth = {depth: [right for at, right in zip(depths, is_right, strict=True) if at == depth] for depth in depths}
+    return Accuracy(
+        length=length,
+        num_keys=len(is_right),
+        num_right=sum(is_right),
+        num_right_by_depth={str(depth): f"{sum(found)} of {len(found)}" for depth, found in by_depth.items()},
+    )
+
+
+def find_right(variant: Variant, config: ModelConfig, tokenizer: Tokenizer, examples: Sequence[Example]) -> list[bool]:
+    """For every example, whether greedy decoding would produce the whole answer and EOS.
 
     One forward pass over prompt and answer decides it: decoding is right just if every token of the right answer is
     the most likely one after those before it.
@@ -57,19 +68,19 @@ def count_right(variant: Variant, config: ModelConfig, tokenizer: Tokenizer, exa
     padded = min(length for length in PADDED_LENGTHS if length >= max(map(len, prompts)) + ANSWER_TOKENS)
     rows = min(len(examples), max(1, variant.tokens_per_pass // padded))
     tokens = np.full((-(-len(examples) // rows) * rows, padded), EOS_ID, np.int32)
-    starts = np.zeros(len(tokens), np.int32)
+    starts = np.ones(len(tokens), np.int32)
     for i, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
         expected = tokenizer.encode(example.answer, add_special_tokens=False).ids
         tokens[i, : len(prompt) + ANSWER_TOKENS] = [*prompt, *expected, EOS_ID]
         starts[i] = len(prompt)
-    right = [
-        np.asarray(is_answered(variant.params, config, tokens[i : i + rows], starts[i : i + rows], variant.attend))
-        for i in range(0, len(tokens), rows)
-    ]
-    return int(np.concatenate(right)[: len(examples)].sum())
+    right: list[bool] = []
+    for i in range(0, len(tokens), rows):
+        part = is_answered(variant.params, config, tokens[i : i + rows], starts[i : i + rows], variant.attend)
+        right += np.asarray(part).tolist()
+    return right[: len(examples)]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "attend"), compiler_options={"xla_gpu_autotune_level": 0})
+@functools.partial(jax.jit, static_argnames=("config", "attend"))
 def is_answered(
     params: Params, config: ModelConfig, tokens: Int[Array, "B T"], starts: Int[Array, " B"], attend: Attend
 ) -> Bool[Array, " B"]:
@@ -79,28 +90,3 @@ def is_answered(
     at = starts[:, None] + jnp.arange(ANSWER_TOKENS)[None]
     predicted = logits(params, jnp.take_along_axis(hidden, at[..., None] - 1, axis=1)).argmax(axis=-1)
     return (predicted == jnp.take_along_axis(tokens, at, axis=1)).all(axis=1)
-
-
-def measure_grid(
-    variants: Mapping[str, Variant],
-    config: ModelConfig,
-    tokenizer: Tokenizer,
-    *,
-    lengths: Sequence[int],
-    depths: Sequence[float],
-    num_keys: int,
-    seed: int,
-) -> Iterator[Cell]:
-    """Measures every variant on the same examples, cell by cell."""
-    writer = PromptWriter(tokenizer, seed)
-    for length in lengths:
-        for depth in depths:
-            examples = writer.examples(length, depth, num_keys)
-            yield Cell(
-                length=length,
-                depth=depth,
-                num_keys=num_keys,
-                num_right={
-                    name: count_right(variant, config, tokenizer, examples) for name, variant in variants.items()
-                },
-            )

@@ -65,43 +65,9 @@ class ModelConfig:
         }
 
 
-EMBEDDING_STD = 0.05
-POSITIONAL_SCORE = 8.0
-POSITIONAL_DISTANCES = (1, 3, 4, 5)
-"""How far back, in tokens, the heads of the first layer look at the start: the digit before, and where names stand."""
-QUERY_BLOCK = 1024
-
-
-def init_params(config: ModelConfig, seed: int) -> Params:
-    """Float32 weights: normal, but for heads of the first layer that look at the tokens just before.
-
-    To look a name up, a key's first digit must have seen the name some tokens before it, and so must the question's
-    end; each is of no use without the other, so from a random start neither is learned for very long. The heads of the
-    first layer therefore start out attending to the tokens `POSITIONAL_DISTANCES` back: one dimension of the embedding
-    is the same for all tokens, and the queries and keys made of it agree most, after RoPE, at that distance.
-    """
-    rng = np.random.default_rng(seed)
-    residual_scale = (2 * config.num_layers) ** -0.5
-    params: dict[str, np.ndarray] = {}
-    for name, shape in param_shapes(config).items():
-        std = EMBEDDING_STD if "embed" in name else shape[-1] ** -0.5
-        std *= residual_scale if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-        params[name] = np.ones(shape) if len(shape) == 1 else rng.normal(0.0, std, shape)
-
-    constant = EMBEDDING_STD * config.hidden_size**0.5
-    params["model.embed_tokens.weight"][:, 0] = constant
-    rms = np.sqrt((EMBEDDING_STD**2 * (config.hidden_size - 1) + constant**2) / config.hidden_size)
-    frequencies = rope_frequencies(config)
-    # Of the frequencies that tell neighbours apart, each adds `POSITIONAL_SCORE` to the score at its best distance.
-    length = np.where(frequencies > 0.02, (POSITIONAL_SCORE * config.head_dim**0.5) ** 0.5, 0.0) * rms / constant
-    for head in range(config.num_q_heads):
-        angles = frequencies * POSITIONAL_DISTANCES[head % len(POSITIONAL_DISTANCES)]
-        rows = slice(head * config.head_dim, (head + 1) * config.head_dim)
-        query = np.concatenate([length * np.cos(angles), -length * np.sin(angles)])
-        params["model.layers.0.self_attn.q_proj.weight"][rows, 0] = query
-    key = np.concatenate([length, np.zeros_like(length)])
-    params["model.layers.0.self_attn.k_proj.weight"][:, 0] = np.tile(key, config.num_kv_heads)
-    return {name: jnp.asarray(value, jnp.float32) for name, value in params.items()}
+QUERY_BLOCK = 512
+SHORT_LENGTH = 2048
+"""Tokens up to which attention weights are kept for the gradient; above, they are computed twice to save memory."""
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -163,13 +129,13 @@ def logits(params: Params, hidden: Float[Array, "B T D"]) -> Float[Array, "B T V
 
 
 def plain_attention(q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]) -> Array:
-    """Causal attention as its formula reads, a block of queries after the other, recomputed for the gradient."""
+    """Causal attention as its formula reads, a block of queries after the other."""
     length = q.shape[1]
     blocks = [(start, min(start + QUERY_BLOCK, length)) for start in range(0, length, QUERY_BLOCK)]
-    return jnp.concatenate([_attend_block(q[:, a:b], k[:, :b], v[:, :b]) for a, b in blocks], axis=1)
+    attend = _attend_block if length <= SHORT_LENGTH else jax.checkpoint(_attend_block)
+    return jnp.concatenate([attend(q[:, a:b], k[:, :b], v[:, :b]) for a, b in blocks], axis=1)
 
 
-@jax.checkpoint
 def _attend_block(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], v: Float[Array, "B S K H"]) -> Array:
     """The last T of S tokens attend, with float32 scores."""
     group = q.shape[2] // k.shape[2]

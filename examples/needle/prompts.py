@@ -12,6 +12,7 @@ from needle import text, words
 
 MIN_PROMPT_TOKENS = 64
 MAX_OTHER_KEYS = 8
+DEPTHS = tuple(i / 10 for i in range(11))
 BOS_AND_SPACE_TOKENS = 2
 """BOS, and what the first piece may grow by when it loses its leading space."""
 NUM_SENTENCES = 10_000
@@ -39,6 +40,15 @@ class PromptWriter:
         rng = random.Random(f"{self._seed} {length} {depth}")
         names = [text.invented_name(rng) if i % 4 == 3 else rng.choice(words.CITIES) for i in range(num_keys)]
         return [self.example(rng, name=name, length=length, depth=depth) for name in names]
+
+    def spread_examples(self, length: int, num_keys: int) -> list[tuple[float, Example]]:
+        """Examples of one length with their depths: `num_keys` spread over `DEPTHS` as evenly as can be."""
+        shares = [num_keys // len(DEPTHS) + (i < num_keys % len(DEPTHS)) for i in range(len(DEPTHS))]
+        return [
+            (depth, example)
+            for depth, share in zip(DEPTHS, shares, strict=True)
+            for example in self.examples(length, depth, share)
+        ]
 
     def example(self, rng: random.Random, *, name: str, length: int, depth: float) -> Example:
         """A prompt with the unseen key of `name` at `depth`, other keys anywhere, and the question at its end.

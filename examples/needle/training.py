@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float
 
-from needle.model import Attend, ModelConfig, Params, hidden_states, init_params, logits
+from needle.initial import init_params
+from needle.model import Attend, ModelConfig, Params, hidden_states, logits
 from needle.rows import ANSWER, PROSE, Batch
 
 PROSE_WEIGHT = 0.1

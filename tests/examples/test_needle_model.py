@@ -1,4 +1,4 @@
-"""The network that is trained: it is the Llama that loongjax serves, and starts with heads that look back."""
+"""The network that is trained: it is the Llama that loongjax serves."""
 
 import dataclasses
 
@@ -12,22 +12,23 @@ from loongjax.models.checkpoint import load_weights
 from loongjax.models.config import ModelConfig as ServedConfig
 from loongjax.models.llama import Llama
 from needle.model import (
-    POSITIONAL_DISTANCES,
     QUERY_BLOCK,
     ModelConfig,
-    apply_rope,
     hidden_states,
-    init_params,
     load_params,
     logits,
     param_shapes,
     plain_attention,
-    rms_norm,
-    rope_frequencies,
     save_checkpoint,
 )
 
 SMALL = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=48, head_dim=8, vocab_size=64, max_model_len=512)
+
+
+def random_params(config, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = param_shapes(config)
+    return {name: jnp.asarray(rng.normal(0.0, 0.3, shape), jnp.float32) for name, shape in shapes.items()}
 
 
 def positions_of(tokens):
@@ -63,7 +64,7 @@ def test_attention_in_blocks_is_attention(length, num_kv_heads):
 @pytest.mark.parametrize("num_kv_heads", [4, 2])
 def test_its_checkpoint_is_served_with_the_same_logits(tmp_path, num_kv_heads):
     config = dataclasses.replace(SMALL, num_kv_heads=num_kv_heads)
-    save_checkpoint(init_params(config, seed=1), config, tmp_path)
+    save_checkpoint(random_params(config), config, tmp_path)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, config.vocab_size, (1, 40)), jnp.int32)
     expected = served_logits(tmp_path, tokens[0])
     np.testing.assert_allclose(forward(load_params(tmp_path), config, tokens)[0], expected, atol=2e-4)
@@ -84,7 +85,7 @@ def served_logits(checkpoint, token_ids):
 
 
 def test_the_config_says_what_the_parameters_are(tmp_path):
-    save_checkpoint(init_params(SMALL, seed=0), SMALL, tmp_path)
+    save_checkpoint(random_params(SMALL), SMALL, tmp_path)
     served = ServedConfig.from_checkpoint(tmp_path)
     for name in ("hidden_size", "intermediate_size", "num_layers", "num_q_heads", "num_kv_heads", "head_dim"):
         assert getattr(served, name) == getattr(SMALL, name)
@@ -95,7 +96,7 @@ def test_the_config_says_what_the_parameters_are(tmp_path):
 
 
 def test_stored_parameters_come_back_rounded_to_bfloat16(tmp_path):
-    params = init_params(SMALL, seed=3)
+    params = random_params(SMALL, seed=3)
     save_checkpoint(params, SMALL, tmp_path)
     loaded = load_params(tmp_path)
     assert {name: value.shape for name, value in loaded.items()} == param_shapes(SMALL)
@@ -104,7 +105,7 @@ def test_stored_parameters_come_back_rounded_to_bfloat16(tmp_path):
 
 
 def test_only_relative_positions_matter():
-    params = init_params(SMALL, seed=0)
+    params = random_params(SMALL)
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, SMALL.vocab_size, (2, 24)), jnp.int32)
     with jax.default_matmul_precision("highest"):
         here, there = (
@@ -114,32 +115,9 @@ def test_only_relative_positions_matter():
 
 
 def test_later_tokens_change_nothing_before_them():
-    params = init_params(SMALL, seed=0)
+    params = random_params(SMALL)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, SMALL.vocab_size, (1, 24)), jnp.int32)
     changed = tokens.at[0, 12:].set(0)
     np.testing.assert_allclose(
         forward(params, SMALL, tokens)[:, :12], forward(params, SMALL, changed)[:, :12], atol=1e-5
     )
-
-
-def test_heads_of_the_first_layer_begin_by_looking_their_distance_back():
-    config = ModelConfig()
-    params = init_params(config, seed=0)
-    tokens = jnp.asarray(np.random.default_rng(3).integers(0, config.vocab_size, (1, 64)), jnp.int32)
-    x = rms_norm(params["model.embed_tokens.weight"][tokens], jnp.ones(config.hidden_size), config.rms_norm_eps)
-    angles = (
-        positions_of(tokens)[..., None].astype(jnp.float32)
-        * jnp.asarray(rope_frequencies(config), jnp.float32)[None, None]
-    )
-    q, k = (
-        apply_rope(
-            (x @ params[f"model.layers.0.self_attn.{name}_proj.weight"].T).reshape(1, 64, -1, config.head_dim),
-            jnp.cos(angles),
-            jnp.sin(angles),
-        )
-        for name in "qk"
-    )
-    scores = np.einsum("tnh,snh->nts", q[0], k[0]) / np.sqrt(config.head_dim)
-    for head, distance in enumerate(POSITIONAL_DISTANCES):
-        weights = np.asarray(jax.nn.softmax(jnp.where(jnp.tri(64) > 0, scores[head], -jnp.inf), axis=-1))
-        assert np.mean([weights[t, t - distance] for t in range(20, 64)]) > 0.6

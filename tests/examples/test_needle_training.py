@@ -10,7 +10,7 @@ from needle.rows import ANSWER, PAD, PROSE, Batch
 from needle.training import PROSE_WEIGHT, Trainer, loss
 from train_needle import Stage, schedule
 
-CONFIG = ModelConfig(num_layers=1, hidden_size=16, intermediate_size=16, head_dim=8, vocab_size=32)
+CONFIG = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=16, head_dim=8, vocab_size=32)
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def test_the_first_digit_is_the_second_token_of_an_answer(batch):
 
 def test_a_gradient_that_is_not_finite_changes_nothing(batch):
     model = trainer()
-    params = model.params | {"model.norm.weight": jnp.full(16, jnp.nan)}
+    params = model.params | {"model.norm.weight": jnp.full(32, jnp.nan)}
     model.params = jax.tree.map(jnp.copy, params)
     model.step(batch, 1e-2)
     for name, value in params.items():
