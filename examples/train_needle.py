@@ -1,4 +1,4 @@
-"""Trains the small Llama that is to ship with loongjax: it finds a key hidden anywhere in a prompt of thousands of tokens.
+"""Trains the small Llama that is to ship with loongjax: it finds a key hidden anywhere in a prompt of many tokens.
 
 The text, the tokenizer and the weights all come from this script and its seed. It takes about an hour of
 two CPU cores, with all the defaults:
