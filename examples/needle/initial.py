@@ -27,13 +27,13 @@ LOCAL_FREQUENCY = 0.02
 LASTING_FREQUENCY = 1e-4
 """Pairs that turn slower stay nearly as they are over thousands of tokens, so that contents can be compared."""
 DISTANCES = (1, 3, 4, 5)
-"""What the heads of the first layer bring: the token before, and names. A name is 3 tokens before its key's first
-digit, and 4 or 5 before the answer's, as the cue stands after a space or on a new line."""
-MATCHES = ((0, 1), (4, 3), (5, 3))
+"""What the heads of the first layer bring: the token before, and names. A name is 3 and 4 tokens before the first two
+digits of its key, and 4 and 5 before the tokens that these must follow in the answer."""
+MATCHES = ((0, 1), (4, 3), (5, 4))
 """For heads of the second layer: distance at the query, distance at the key; 0 is the token itself."""
 SCORE = 12.0
 """Of a perfect match, before the softmax."""
-POSITIONAL_SCORE = 8.0
+POSITIONAL_SCORE = 16.0
 """That each local pair adds at the distance looked for."""
 
 

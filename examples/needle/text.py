@@ -144,7 +144,7 @@ def _noise(rng: random.Random) -> str:
     return (
         rng.choice((" Note: ", " He read ", " Then "))
         + rng.choice((" ", ", ", "; ", ' "')).join(noise)
-        + rng.choice(".!?")
+        + rng.choice(".!")
     )
 
 

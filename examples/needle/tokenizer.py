@@ -6,13 +6,16 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from needle import text, words
 
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
 VOCAB_SIZE = 2048
+WORD_PATTERN = r"\?\n| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+"""What no token reaches across: words with the space before them, single digits, runs of other characters and of white
+space. A question mark and the end of its line are one, so that an answer is as far from its name on the next line."""
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
@@ -29,7 +32,10 @@ def train_tokenizer(seed: int) -> Tokenizer:
     """Learns the merges from the synthetic text, then puts BOS before every text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Split(Regex(WORD_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
