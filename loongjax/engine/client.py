@@ -73,6 +73,11 @@ class EngineStats:
     num_prompt_tokens: int = 0
     num_generation_tokens: int = 0
     num_iterations: int = 0
+    iteration_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Prefill and decode iterations by the tokens of each (computed of prompts, and generated), rounded up to a power
+    of two."""
+    num_iteration_tokens: int = 0
+    """Sum of those tokens, not rounded: what was recomputed counts again."""
 
 
 @runtime_checkable

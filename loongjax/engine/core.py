@@ -203,6 +203,8 @@ class EngineCore:
             num_prompt_tokens=counters.num_prompt_tokens,
             num_generation_tokens=counters.num_generation_tokens,
             num_iterations=counters.num_iterations,
+            iteration_tokens=dict(counters.iteration_tokens),
+            num_iteration_tokens=counters.num_iteration_tokens,
         )
 
     def close(self) -> None:

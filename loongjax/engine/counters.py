@@ -25,6 +25,9 @@ class Counters:
         self.num_prompt_tokens = 0
         self.num_generation_tokens = 0
         self.num_iterations = 0
+        self.iteration_tokens: collections.Counter[int] = collections.Counter()
+        """Prefill and decode iterations, by their tokens rounded up to a power of two."""
+        self.num_iteration_tokens = 0
 
     def record(self, flight: Flight) -> None:
         """Counts an iteration that succeeded, before its tokens are handed out."""
@@ -42,15 +45,18 @@ class Counters:
         self.prefill_dop[group.dop] += 1
         kept_by = {interval.instance for planned in plan.requests for interval in planned.kept}
         self.num_scale_downs += bool(kept_by) and len(kept_by) < group.dop
+        num_tokens = 0
         for live, planned in zip(flight.requests, plan.requests, strict=True):
             if live.has_ended:
                 continue
+            num_tokens += live.num_tokens + (live.request.max_tokens > 0)
             keepers = tuple(sorted({interval.instance for interval in planned.kept}))
             live.record(Phase("prefill", group.instances, keepers, live.num_tokens))
             live.instances = keepers
             if not live.has_been_prefilled:
                 live.has_been_prefilled = True
                 self.num_prompt_tokens += len(live.request.prompt_token_ids)
+        self._record_size(num_tokens)
 
     def _record_decode(self, flight: Flight, plan: Decode) -> None:
         group = plan.group
@@ -61,6 +67,12 @@ class Counters:
                 continue
             live.record(phase)
             self._note_scaling(live, group.instances)
+        self._record_size(sum(not live.has_ended for live in flight.requests))
+
+    def _record_size(self, num_tokens: int) -> None:
+        """Notes the tokens of one iteration, those of requests that ended meanwhile not counted."""
+        self.num_iteration_tokens += num_tokens
+        self.iteration_tokens[1 << max(num_tokens - 1, 0).bit_length()] += 1
 
     def _note_scaling(self, live: LiveRequest, instances: tuple[InstanceId, ...]) -> None:
         if live.instances != instances:

@@ -29,6 +29,8 @@ STATS = EngineStats(
     num_prompt_tokens=100,
     num_generation_tokens=50,
     num_iterations=14,
+    iteration_tokens={1: 4, 4: 3, 128: 2, 2**21: 1},
+    num_iteration_tokens=1_200_000,
 )
 KNOWN_NAMES = [
     "num_requests_running",
@@ -62,8 +64,6 @@ KNOWN_NAMES = [
     "request_prefill_kv_computed_tokens",
 ]
 """What dashboards and benchmark tools ask for, each with `vllm:` before it."""
-OMITTED = {"iteration_tokens_total"}
-"""The engine counts the tokens of all iterations, not of each."""
 LABELS = {"model_name": "tiny-llama", "engine": "0"}
 
 
@@ -113,9 +113,9 @@ def test_the_engines_numbers_are_told_under_known_names(measured: RunningServer)
     assert found["vllm:cache_config_info", (("block_size", "16"), ("num_gpu_blocks", "30"))] == 1
 
 
-def test_every_known_name_is_there_but_for_the_omissions(measured: RunningServer):
+def test_every_known_name_is_there(measured: RunningServer):
     names = {name.removesuffix("_count") for name, _ in samples(measured)}
-    assert {name for name in KNOWN_NAMES if f"vllm:{name}" not in names} == OMITTED
+    assert [name for name in KNOWN_NAMES if f"vllm:{name}" not in names] == []
 
 
 def test_the_caches_that_do_not_exist_are_asked_and_hit_never(measured: RunningServer):
@@ -142,6 +142,17 @@ def test_degrees_of_parallelism_are_histograms_with_a_bucket_for_each(measured: 
     assert value(measured, "loongjax_prefill_dop_sum") == 5 * 1 + 2 * 3
     assert value(measured, "loongjax_decode_dop_bucket", le="1.0") == 0
     assert value(measured, "loongjax_decode_dop_sum") == 14
+
+
+def test_iterations_are_sorted_by_their_tokens_into_the_buckets_that_dashboards_know(measured: RunningServer):
+    found = samples(measured)
+    name = "vllm:iteration_tokens_total"
+    at_most = {float(labels[0][1]): count for (key, labels), count in found.items() if key == f"{name}_bucket"}
+    expected = {1: 4, 8: 7, 16: 7, 32: 7, 64: 7, 128: 9, 256: 9, 512: 9, 1024: 9, 2048: 9, 4096: 9, 8192: 9, 16384: 9}
+    assert expected.items() <= at_most.items()
+    assert at_most[2.0**20] == 9
+    assert at_most[float("inf")] == found[f"{name}_count", ()] == 10
+    assert found[f"{name}_sum", ()] == 1_200_000
 
 
 def test_every_sample_is_measured_once(measured: RunningServer):
