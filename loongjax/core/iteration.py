@@ -108,7 +108,19 @@ class MigrateIteration:
         return Group.of((self.source, self.target))
 
 
-Iteration = PrefillIteration | DecodeIteration | MigrateIteration
+@dataclasses.dataclass(frozen=True)
+class RecoverIteration:
+    """Follows every failure on its group: empties the instances' part of the pool, and has them compute something tiny.
+
+    It needs no request, so its outcome says whether the devices work. Until it has completed nothing else is submitted
+    to its instances.
+    """
+
+    iteration_id: int
+    group: Group
+
+
+Iteration = PrefillIteration | DecodeIteration | MigrateIteration | RecoverIteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,4 +144,4 @@ class Completion:
     elapsed_s: float = 0.0
     """From submission to the result on the host, in seconds."""
     error: str | None = None
-    """Why it failed. The keys that its group held are then lost."""
+    """Why it failed. The keys that its group held are then lost, and its instances do nothing until they recover."""

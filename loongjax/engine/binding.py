@@ -27,11 +27,14 @@ class Flight:
     """An iteration that was submitted and has not completed."""
 
     iteration: Iteration
-    plan: Prefill | Decode | Migrate
+    plan: Prefill | Decode | Migrate | None
+    """None for a recovery, which no policy plans."""
     requests: tuple[LiveRequest, ...]
     """In the iteration's order."""
     is_void: bool = False
     """Its result no longer counts: an iteration before it, on the same instances, failed."""
+    submitted_s: float = 0.0
+    """On the engine's clock, in seconds."""
 
     @property
     def group(self) -> Group:

@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import logging
 
-from loongjax.core.iteration import Completion, PrefillIteration, SampledToken
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import Completion, PrefillIteration, RecoverIteration, SampledToken
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import FinishReason, Request, RequestEvent
 from loongjax.engine.admission import check_capacity
 from loongjax.engine.binding import Flight, bind
 from loongjax.engine.client import EngineStats, ModelInfo
 from loongjax.engine.counters import Counters
-from loongjax.engine.failures import MAX_FAILURES, Failures
+from loongjax.engine.failures import MAX_FAILURES, RECOVERY_TIMEOUT_S, blame, recovery_failed, recovery_overdue
 from loongjax.engine.flights import Flights
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from loongjax.engine.snapshot import take_snapshot
@@ -84,7 +85,6 @@ class EngineCore:
         self._live: dict[str, LiveRequest] = {}
         self._waiting = WaitingQueue()
         self._flights = Flights()
-        self._failures = Failures()
         self._events: list[RequestEvent] = []
         self._must_plan = False
         self._num_accepted = 0
@@ -170,6 +170,7 @@ class EngineCore:
             if self.death is not None:
                 break
             self._must_plan = True
+        self._check_recoveries()
         if self._must_plan and self.death is None:
             self._must_plan = False
             self._plan()
@@ -298,7 +299,7 @@ class EngineCore:
             if isinstance(plan, Prefill):
                 self._waiting.remove(live)
                 live.note_prefill(self._runtime.now_s())
-        self._flights.depart(flight)
+        self._flights.depart(flight, self._runtime.now_s())
         logger.debug("iteration %d: %s", flight.iteration.iteration_id, plan)
         self._runtime.submit(flight.iteration)
 
@@ -316,6 +317,10 @@ class EngineCore:
 
     def _complete(self, completion: Completion) -> None:
         flight = self._flights.land(completion.iteration_id)
+        if isinstance(flight.iteration, RecoverIteration):
+            if completion.error is not None:
+                self._die(recovery_failed(flight.group, completion.error))
+            return
         if flight.is_void:
             return
         for live in flight.requests:
@@ -323,7 +328,6 @@ class EngineCore:
         if completion.error is not None:
             self._fail(flight, completion.error)
             return
-        self._failures.note_success(flight.group)
         self._counters.record(flight)
         if isinstance(flight.plan, Migrate):
             return
@@ -373,22 +377,30 @@ class EngineCore:
     def _fail(self, flight: Flight, error: str) -> None:
         """The keys on the group's instances are gone: everything that had some there starts again.
 
-        A request that has failed too often ends alone, and a device that has failed too often ends the engine.
+        A request that has failed too often ends alone, and devices that do not recover end the engine.
         """
         group = flight.group
         logger.warning("iteration %d on instances %s failed: %s", flight.iteration.iteration_id, group.instances, error)
         self._flights.void(group)
         participants = [live for live in flight.requests if not live.has_ended]
-        culprits = self._failures.note_failure(group, participants)
-        if culprits is None:
-            self._die(f"several iterations in a row failed, the last one on instances {group.instances}: {error}")
-            return
-        for live in culprits:
+        for live in blame(participants):
             self._end(live, FinishReason.ERROR, f"{MAX_FAILURES} iterations in a row with it failed: {error}")
         for request_id in self._kv_cache.request_ids:
             live = self._live[request_id]
             if live in participants or any(i in group for i in self._kv_cache.holders(request_id)):
                 self._requeue(live)
+        self._recover(group)
+
+    def _recover(self, group: Group) -> None:
+        iteration = RecoverIteration(self._num_submitted, group)
+        self._num_submitted += 1
+        self._flights.depart(Flight(iteration, None, ()), self._runtime.now_s())
+        self._runtime.submit(iteration)
+
+    def _check_recoveries(self) -> None:
+        for flight in self._flights.overdue(self._runtime.now_s(), RECOVERY_TIMEOUT_S):
+            if isinstance(flight.iteration, RecoverIteration) and self.death is None:
+                self._die(recovery_overdue(flight.group))
 
     def _die(self, reason: str) -> None:
         logger.error("%s", reason)

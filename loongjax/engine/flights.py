@@ -5,12 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loongjax.core.cluster import Group, InstanceId
+from loongjax.core.iteration import RecoverIteration
 from loongjax.core.plan import Decode
 from loongjax.engine.binding import Flight
 
 
 class Flights:
-    """Iterations that were submitted and have not completed: at most two on an instance, and then of one group."""
+    """Iterations that were submitted and have not completed: at most two on an instance, and then of one group.
+
+    Where there are two, the second is the decode that the first is, one token later, or recovers from a failure before
+    both.
+    """
 
     def __init__(self) -> None:
         self._flights: dict[int, Flight] = {}
@@ -24,8 +29,9 @@ class Flights:
     def __iter__(self) -> Iterator[Flight]:
         return iter(self._flights.values())
 
-    def depart(self, flight: Flight) -> None:
+    def depart(self, flight: Flight, now_s: float) -> None:
         """Notes a submission."""
+        flight.submitted_s = now_s
         self._flights[flight.iteration.iteration_id] = flight
         for instance in flight.group.instances:
             self._latest[instance] = flight
@@ -46,6 +52,10 @@ class Flights:
         """Those with nothing behind or before them on their instances."""
         by_instance = self.by_instance()
         return [flight for flight in self._flights.values() if len(by_instance[flight.group.instances[0]]) == 1]
+
+    def overdue(self, now_s: float, timeout_s: float) -> list[Flight]:
+        """Those submitted longer ago than that, in order of submission."""
+        return [flight for flight in self._flights.values() if now_s - flight.submitted_s > timeout_s]
 
     def continues(self, plan: Decode) -> bool:
         """Whether the last iteration of every instance of the group was this decode, one token earlier.
@@ -73,4 +83,8 @@ class Flights:
         for instance, flights in self.by_instance().items():
             assert len(flights) <= 2, f"instance {instance}: {flights}"
             assert len({flight.group for flight in flights}) == 1, f"instance {instance}: {flights}"
-            assert len(flights) == 1 or all(isinstance(flight.plan, Decode) for flight in flights), flights
+            first, *behind = flights
+            assert not behind or isinstance(first.plan, Decode), flights
+            for flight in behind:
+                is_recovery = isinstance(flight.iteration, RecoverIteration)
+                assert first.is_void if is_recovery else isinstance(flight.plan, Decode), flights

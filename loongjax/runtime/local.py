@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any, assert_never
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from loongjax.core.cluster import ClusterShape, Group, InstanceId
@@ -28,6 +29,7 @@ from loongjax.core.iteration import (
     MigrateIteration,
     PrefillInput,
     PrefillIteration,
+    RecoverIteration,
     SampledToken,
 )
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
@@ -35,7 +37,7 @@ from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.group_sampler import GroupSampler
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.packing import pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
+from loongjax.runtime.packing import empty_prefill, pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
 from loongjax.runtime.programs import (
     BY_RANK,
     MIGRATION_BUCKET,
@@ -94,9 +96,9 @@ class LocalRuntime:
         self._buckets = buckets
         self._decodes: dict[Group, _DecodeCache] = {}
         self._broken: set[InstanceId] = set()
-        """Instances on which a dispatch has failed: until their pool is renewed nothing more is tried there."""
+        """Instances on which a dispatch has failed: until they recover nothing more is tried there."""
         self._recompiles = RecompileCounter()
-        self._ended: queue.SimpleQueue[tuple[Group, Completion] | BaseException | None] = queue.SimpleQueue()
+        self._ended: queue.SimpleQueue[Completion | None] = queue.SimpleQueue()
         self._dispatch_lanes = _one_thread_each("loongjax-dispatch", shape.num_instances)
         self._readback_lanes = _one_thread_each("loongjax-readback", shape.num_instances)
 
@@ -131,10 +133,8 @@ class LocalRuntime:
         try:
             item = self._ended.get(timeout=timeout_s) if timeout_s != 0 else self._ended.get_nowait()
             while True:
-                if isinstance(item, BaseException):
-                    raise item
                 if item is not None:
-                    ended.append(self._settle(*item))
+                    ended.append(item)
                 item = self._ended.get_nowait()
         except queue.Empty:
             return ended
@@ -152,16 +152,15 @@ class LocalRuntime:
     def _dispatch_in_lane(self, iteration: Iteration, started_s: float) -> None:
         group = iteration.group
         try:
-            if not self._broken.isdisjoint(group.instances):
+            if isinstance(iteration, RecoverIteration):
+                self._broken.difference_update(group.instances)
+            elif not self._broken.isdisjoint(group.instances):
                 raise jax.errors.JaxRuntimeError("an iteration before it failed on the same instances")
             with jax.set_mesh(self._grid.mesh(group)):
                 readback = self._dispatch(iteration)
-        except jax.errors.JaxRuntimeError as error:
+        except Exception as error:
             self._broken.update(group.instances)
             readback = _failed(error)
-        except BaseException as error:
-            self._ended.put(error)
-            raise
         self._readback_lanes[group.instances[0]].submit(self._collect, iteration, readback, started_s)
 
     def _dispatch(self, iteration: Iteration) -> Readback:
@@ -172,6 +171,8 @@ class LocalRuntime:
                 return self._decode(iteration)
             case MigrateIteration():
                 return self._migrate(iteration)
+            case RecoverIteration():
+                return self._recover(iteration)
             case _:
                 assert_never(iteration)
 
@@ -266,6 +267,31 @@ class LocalRuntime:
 
         return readback
 
+    def _recover(self, iteration: RecoverIteration) -> Readback:
+        """A prefill of nothing but padding takes every part that others take: weights, pool, collectives, kernels."""
+        group = iteration.group
+        self._check_devices(group)
+        self._forget_decodes(group)
+        self._kv_pool.renew(group)
+        batch = self._put(group, empty_prefill(group.dop, self._buckets.num_tokens[0], self._buckets))
+        pool, hidden, _ = prefill_step(self._spec, self._weights.view(group), self._kv_pool.view(group), batch)
+        self._kv_pool.replace(group, pool)
+
+        def readback() -> tuple[SampledToken, ...]:
+            jax.block_until_ready(hidden)
+            return ()
+
+        return readback
+
+    def _check_devices(self, group: Group) -> None:
+        """Makes each device compute by itself, so that one that fails is named."""
+        for instance in group.instances:
+            for device in self._grid.instances[instance]:
+                try:
+                    jax.block_until_ready(jnp.zeros(1, device=device))
+                except jax.errors.JaxRuntimeError as error:
+                    raise jax.errors.JaxRuntimeError(f"{device} of instance {instance} fails: {error}") from error
+
     def _sampler(self, group: Group, sub_batches: list[list[SamplerInput]], num_rows: int) -> GroupSampler:
         return GroupSampler(
             sub_batches,
@@ -281,27 +307,23 @@ class LocalRuntime:
     def _collect(self, iteration: Iteration, readback: Readback, started_s: float) -> None:
         """Runs in a readback lane: waits for the devices."""
         try:
-            tokens = readback()
-            completion = Completion(iteration.iteration_id, tokens, self.now_s() - started_s)
-        except jax.errors.JaxRuntimeError as error:
-            completion = Completion(iteration.iteration_id, (), self.now_s() - started_s, f"{error}")
-        except BaseException as error:
-            self._ended.put(error)
-            raise
-        self._ended.put((iteration.group, completion))
-
-    def _settle(self, group: Group, completion: Completion) -> Completion:
-        """What a failure leaves to be done before anything else may run on the group's instances."""
-        if completion.error is not None:
-            logger.error("iteration %d on %s failed: %s", completion.iteration_id, group, completion.error)
-            # In the lane, and waited for: an iteration behind the failed one may still be being dispatched.
-            self._dispatch_lane(group).submit(self._renew, group).result()
-        return completion
-
-    def _renew(self, group: Group) -> None:
-        self._kv_pool.renew(group)
-        self._forget_decodes(group)
-        self._broken.difference_update(group.instances)
+            tokens, failure = readback(), None
+        except Exception as error:
+            tokens, failure = (), error
+        elapsed_s = self.now_s() - started_s
+        if failure is None:
+            self._ended.put(Completion(iteration.iteration_id, tokens, elapsed_s))
+            return
+        is_device_error = isinstance(failure, jax.errors.JaxRuntimeError)
+        reason = f"{failure}" if is_device_error else f"{type(failure).__name__}: {failure}"
+        logger.error(
+            "iteration %d on %s failed: %s",
+            iteration.iteration_id,
+            iteration.group,
+            reason,
+            exc_info=None if is_device_error else failure,
+        )
+        self._ended.put(Completion(iteration.iteration_id, (), elapsed_s, reason))
 
     def _forget_decodes(self, group: Group) -> None:
         """Lets go of what devices hold of decodes that this group's instances took part in."""

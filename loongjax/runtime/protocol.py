@@ -26,6 +26,9 @@ class RuntimeLimits:
 class Runtime(Protocol):
     """Executes iterations. Iterations on disjoint groups overlap; those that share an instance run in submission order.
 
+    Whatever goes wrong in an iteration, on the devices or on the host, is its completion's error. What was submitted
+    behind it fails as well, or computes nothing that counts, until a `RecoverIteration` on the same group.
+
     All methods but `wake` belong to one thread.
     """
 

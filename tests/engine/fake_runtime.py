@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import threading
 from collections.abc import Callable
 
@@ -26,6 +27,7 @@ from loongjax.core.iteration import (
     MigrateIteration,
     PrefillInput,
     PrefillIteration,
+    RecoverIteration,
     SampledToken,
 )
 from loongjax.core.request import Request, TokenLogprobs
@@ -77,7 +79,7 @@ class FakeRuntime:
     Args:
         shape: the cluster.
         limits: of iterations.
-        duration_s: an iteration's virtual duration, in seconds.
+        duration_s: an iteration's virtual duration, in seconds; inf for one that never ends.
         fails: whether an iteration fails.
         step_s: real seconds that pass before a completion is handed out, to slow real threads down.
     """
@@ -102,8 +104,10 @@ class FakeRuntime:
         self._clock_s = 0.0
         self._memory: dict[InstanceId, Slots] = {instance: {} for instance in shape.all_instances}
         self._busy_until_s: dict[InstanceId, float] = dict.fromkeys(shape.all_instances, 0.0)
-        self._unreported_failures: dict[InstanceId, int] = {}
-        """Instances that lost their memory -> the iteration the engine has not been told of yet."""
+        self._failures: dict[InstanceId, int] = {}
+        """Instances that lost their memory and have not recovered -> the iteration that failed."""
+        self._reported: set[int] = set()
+        """Failed iterations that the engine has been told of."""
         self._decodes: dict[Group, tuple[DecodeIteration, dict[str, tuple[int, ...]]]] = {}
         """The last decode of each group, and each request's tokens after it, the sampled one included."""
         self._results: list[_Result] = []
@@ -141,18 +145,25 @@ class FakeRuntime:
         end_s = begin_s + self.duration_s(iteration)
         for instance in instances:
             self._busy_until_s[instance] = end_s
-        if any(instance in self._unreported_failures for instance in instances):
-            completion = Completion(iteration.iteration_id, error="its input was lost")
-        elif self.fails(iteration):
+        self._results.append(_Result(end_s, self._outcome(iteration, end_s - begin_s)))
+        self.max_in_flight = max(self.max_in_flight, len(self._results))
+
+    def _outcome(self, iteration: Iteration, elapsed_s: float) -> Completion:
+        instances = iteration.group.instances
+        failed_ids = {self._failures[instance] for instance in instances if instance in self._failures}
+        if isinstance(iteration, RecoverIteration):
+            assert failed_ids <= self._reported
+            assert failed_ids, "nothing is to be recovered from"
+        elif failed_ids:
+            assert failed_ids.isdisjoint(self._reported), "the devices have not recovered"
+            return Completion(iteration.iteration_id, error="its input was lost")
+        if self.fails(iteration):
             for instance in instances:
                 self._memory[instance].clear()
-                self._unreported_failures[instance] = iteration.iteration_id
+                self._failures[instance] = iteration.iteration_id
             self._decodes.pop(iteration.group, None)
-            completion = Completion(iteration.iteration_id, error="injected failure")
-        else:
-            completion = Completion(iteration.iteration_id, self._execute(iteration), end_s - begin_s)
-        self._results.append(_Result(end_s, completion))
-        self.max_in_flight = max(self.max_in_flight, len(self._results))
+            return Completion(iteration.iteration_id, error="injected failure")
+        return Completion(iteration.iteration_id, self._execute(iteration), elapsed_s)
 
     def completions(self, timeout_s: float | None) -> list[Completion]:
         with self._condition:
@@ -162,18 +173,16 @@ class FakeRuntime:
             if self._results and timeout_s != 0 and not woken:
                 if self.step_s:
                     self._condition.wait_for(lambda: self._is_woken, self.step_s)
-                self._clock_s = max(self._clock_s, min(result.end_s for result in self._results))
+                end_s = min(result.end_s for result in self._results)
+                if end_s == math.inf:
+                    end_s = self._clock_s + (timeout_s or 0.0)
+                self._clock_s = max(self._clock_s, end_s)
         done = sorted((result for result in self._results if result.end_s <= self._clock_s), key=lambda r: r.end_s)
         self._results = [result for result in self._results if result.end_s > self._clock_s]
         for result in done:
             if result.completion.error is not None:
-                self._report_failure(result.completion.iteration_id)
+                self._reported.add(result.completion.iteration_id)
         return [result.completion for result in done]
-
-    def _report_failure(self, iteration_id: int) -> None:
-        reported = [i for i, failed_id in self._unreported_failures.items() if failed_id == iteration_id]
-        for instance in reported:
-            del self._unreported_failures[instance]
 
     def _execute(self, iteration: Iteration) -> tuple[SampledToken, ...]:
         match iteration:
@@ -186,6 +195,10 @@ class FakeRuntime:
                 return self._decode(iteration)
             case MigrateIteration():
                 return self._migrate(iteration)
+            case RecoverIteration():
+                for instance in iteration.group.instances:
+                    del self._failures[instance]
+                return ()
 
     def _prefill(self, item: PrefillInput, group: Group) -> SampledToken:
         request = item.request

@@ -360,28 +360,6 @@ def test_an_engine_outlives_a_request_that_always_fails_with_nothing_beside_it()
     assert journal.last["healthy/0"].finish_reason is FinishReason.LENGTH
 
 
-def test_devices_that_fail_whatever_runs_on_them_end_the_engine() -> None:
-    core = CLUSTER.core(CLUSTER.runtime(fails=lambda iteration: True))
-    core.add(CLUSTER.request("a", 20))
-    journal = run(core)
-    assert core.death is None, "so far it may be the request's fault"
-    core.add(CLUSTER.request("b", 20))
-    while core.death is None:
-        journal.write(core.step(1.0))
-    assert journal.last["b/0"].error == core.death
-    assert_nothing_leaks(core)
-
-
-def test_an_instance_that_fails_whatever_runs_on_it_ends_the_engine() -> None:
-    core = CLUSTER.core(CLUSTER.runtime(fails=lambda iteration: 2 in iteration.group.instances))
-    core.add(*[CLUSTER.request(f"r{i}", 8, 60) for i in range(12)])
-    journal = Journal()
-    while core.death is None:
-        journal.write(core.step(1.0))
-    assert journal.last.keys() == {f"r{i}/0" for i in range(12)}
-    assert_nothing_leaks(core)
-
-
 def test_a_lost_page_is_told_when_idle_and_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
     core = dataclasses.replace(CLUSTER, checks=False).core()
     core._kv_cache._pools[1].allocate(3)

@@ -6,7 +6,8 @@ import jax
 import pytest
 
 import loongjax.runtime.local as local
-from loongjax.core.request import FinishReason, Request
+from loongjax.core.iteration import Completion, RecoverIteration
+from loongjax.core.request import FinishReason, Request, RequestEvent
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
 from loongjax.runtime.local import LocalRuntime
@@ -57,7 +58,7 @@ class FailsOnce:
         return self._program(spec, weights, kv_pool, *arguments)
 
 
-def generate(core: EngineCore, prompts: list[int]) -> list[list[int]]:
+def add_golden(core: EngineCore, prompts: list[int]) -> list[str]:
     golden = Golden("gqa")
     names = [f"r{i}" for i in prompts]
     for name, i in zip(names, prompts, strict=True):
@@ -70,6 +71,11 @@ def generate(core: EngineCore, prompts: list[int]) -> list[list[int]]:
                 seed=0,
             )
         )
+    return names
+
+
+def generate(core: EngineCore, prompts: list[int]) -> list[list[int]]:
+    names = add_golden(core, prompts)
     tokens: dict[str, list[int]] = {name: [] for name in names}
     while not core.is_idle:
         for event in core.step(30.0):
@@ -81,9 +87,20 @@ def generate(core: EngineCore, prompts: list[int]) -> list[list[int]]:
     return [tokens[name] for name in names]
 
 
-def run(core: EngineCore) -> None:
-    while not core.is_idle:
-        core.step(30.0)
+def run(core: EngineCore) -> list[RequestEvent]:
+    """Until it is idle or dead."""
+    events = []
+    while core.death is None and not core.is_idle:
+        events += core.step(30.0)
+    return events
+
+
+def recover(runtime: LocalRuntime) -> list[Completion]:
+    """Takes what a dead engine left behind, and makes the runtime as good as new for the next test."""
+    while runtime.completions(1.0):
+        pass
+    runtime.submit(RecoverIteration(0, local.Group((0, 1))))
+    return runtime.completions(30.0)
 
 
 @pytest.mark.parametrize("takes_the_pool", [False, True], ids=["pool kept", "pool taken"])
@@ -121,17 +138,65 @@ def test_a_failure_behind_the_dispatch_is_recovered_from(core, monkeypatch):
     assert len(reads) > 4
 
 
-def test_a_bug_in_a_lane_is_not_taken_for_a_device(core, monkeypatch):
-    def broken(*arguments):
-        raise TypeError("a bug")
+class FailsFor:
+    """Stands before a function of an iteration, and fails as a bug would on those with a prompt of this length."""
 
-    monkeypatch.setattr(local, "pack_prefill", broken)
-    golden = Golden("gqa")
-    prompt = tuple(golden.prompt(1))
-    core.add(Request(request_id="r", prompt_token_ids=prompt, sampling=GREEDY, max_tokens=2, seed=0))
-    with pytest.raises(TypeError, match="a bug"):
-        run(core)
+    def __init__(self, function, prompt_len: int) -> None:
+        self._function = function
+        self._prompt_len = prompt_len
+
+    def __call__(self, iteration, *arguments):
+        if any(len(item.request.prompt_token_ids) == self._prompt_len for item in iteration.inputs):
+            raise TypeError("a bug")
+        return self._function(iteration, *arguments)
+
+
+def test_requests_that_meet_a_bug_end_alone_and_as_many_as_there_are(core, monkeypatch):
+    expected = generate(core, [1, 2])
+    poison_len = len(Golden("gqa").prompt(1)) + 3
+    monkeypatch.setattr(local, "pack_prefill", FailsFor(local.pack_prefill, poison_len))
+    for i in range(4):
+        core.add(
+            Request(
+                request_id=f"poison{i}",
+                prompt_token_ids=(1,) * poison_len,
+                sampling=GREEDY,
+                max_tokens=2,
+                seed=0,
+            )
+        )
+    errors = [event.error for event in run(core)]
+    assert errors == ["2 iterations in a row with it failed: TypeError: a bug"] * 4
+    assert generate(core, [1, 2]) == expected
+
+
+def test_devices_that_fail_without_a_request_too_end_the_engine(shared_runtime, core, monkeypatch):
+    def broken(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: injected")
+
+    monkeypatch.setattr(local, "prefill_step", broken)
+    add_golden(core, [1])
+    (event,) = run(core)
     assert core.death is not None
+    assert "fail even without a request: INTERNAL: injected" in core.death
+    assert event.finish_reason is FinishReason.ERROR
+    monkeypatch.undo()
+    assert recover(shared_runtime)[0].error is None
+
+
+def test_a_device_that_fails_by_itself_is_named(shared_runtime, monkeypatch):
+    def broken(shape, *, device):
+        if device == jax.devices()[1]:
+            raise jax.errors.JaxRuntimeError("INTERNAL: injected")
+        return original(shape, device=device)
+
+    original = local.jnp.zeros
+    monkeypatch.setattr(local.jnp, "zeros", broken)
+    (failed,) = recover(shared_runtime)
+    assert failed.error == f"{jax.devices()[1]} of instance 1 fails: INTERNAL: injected"
+    monkeypatch.undo()
+    (recovered,) = recover(shared_runtime)
+    assert recovered.error is None
 
 
 def test_renewing_never_holds_two_pools(shared_runtime, monkeypatch):
