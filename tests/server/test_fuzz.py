@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import json
 from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import schemathesis
-from hypothesis import strategies as st
 from server_client import RunningServer, exchange
 from server_fakes import ByteTokenizer, FakeEngine
 
 from loongjax_server.app import create_app
 from loongjax_server.config import ServerConfig
-from loongjax_server.schemas import ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from tests.server.fuzz_requests import nearly_right_requests
 
 SETTINGS = hypothesis.settings(
     max_examples=25,
@@ -39,48 +37,6 @@ def test_no_request_of_the_schema_or_beside_it_gives_a_server_error(case):
         assert set(response.json()["error"]) == {"message", "type", "param", "code"}
 
 
-BODIES = {
-    "/v1/completions": CompletionBody,
-    "/v1/chat/completions": ChatBody,
-    "/tokenize": TokenizeBody,
-    "/detokenize": DetokenizeBody,
-}
-VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.sampled_from([-1, 2**31, 2**63, -(2**63) - 1, 10**100, 1e308, 5e-324, float("nan"), float("inf"), -0.0])
-    | st.floats()
-    | st.text()
-    | st.sampled_from(["\ud800", "\x00", "text", "user", "none", "auto", "</s>", "\U0010ffff"]),
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.text(max_size=4) | st.sampled_from(["type", "text", "role", "content"]), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-
-
-@st.composite
-def requests(draw) -> tuple[str, bytes]:
-    """A path, and a body that is right but for a few fields."""
-    path = draw(st.sampled_from(sorted(BODIES)))
-    body: dict[str, object] = {"max_tokens": 2}
-    if path == "/detokenize":
-        body["tokens"] = [1]
-    elif path == "/v1/chat/completions":
-        body["messages"] = [{"role": "user", "content": "a"}]
-    else:
-        body["prompt"] = "a"
-    fields = st.sampled_from(sorted(BODIES[path].model_fields)) | st.text(max_size=8)
-    body.update(draw(st.dictionaries(fields, VALUES, max_size=3)))
-    data = json.dumps(body).encode()
-    if draw(st.integers(0, 9)) == 0:
-        at = draw(st.integers(0, len(data)))
-        data = data[:at] + draw(st.binary(max_size=4)) + data[at + draw(st.integers(0, 3)) :]
-    return path, data
-
-
 @pytest.fixture(scope="module")
 def connection(shared_server: RunningServer) -> Iterator[http.client.HTTPConnection]:
     """One connection for all examples."""
@@ -90,7 +46,7 @@ def connection(shared_server: RunningServer) -> Iterator[http.client.HTTPConnect
 
 
 @hypothesis.settings(SETTINGS, max_examples=200)
-@hypothesis.given(requests())
+@hypothesis.given(nearly_right_requests())
 def test_no_body_gives_a_server_error_or_breaks_the_connection(connection: http.client.HTTPConnection, request_):
     path, data = request_
     answer = exchange(connection, "POST", path, data, {"Content-Type": "application/json"})
