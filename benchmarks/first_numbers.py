@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
+import shutil
 import statistics
 import subprocess
 import sys
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--commit", default=_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
 
     core, built = build(args.shape, args)
@@ -155,7 +157,7 @@ def main() -> None:
         "command": "python -m benchmarks.first_numbers " + " ".join(sys.argv[1:]),
         "hardware": f"{len(jax.devices())} x {device.device_kind}",
         "jax": jax.__version__,
-        "commit": _commit(),
+        "commit": args.commit,
         "built": built,
         "cases": cases,
         "prefill_dop": core.stats().prefill_dop,
@@ -169,7 +171,11 @@ def main() -> None:
 
 
 def _commit() -> str | None:
-    found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    """What is checked out, marked if files differ from it; None outside a repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
     return found.stdout.strip() if found.returncode == 0 else None
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import logging
+import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,8 @@ def main() -> None:
         rows.append(dataclasses.asdict(summarize(length, depths, is_right)))
         logger.info("%s in %.1f s", rows[-1], time.perf_counter() - started_s)
         if args.out is not None:
-            args.out.write_text(json.dumps({"seed": args.seed, "accuracy": rows}, indent=1) + "\n")
+            result = {"command": " ".join(sys.argv), "seed": args.seed, "accuracy": rows}
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def parse_args() -> argparse.Namespace:

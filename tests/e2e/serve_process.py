@@ -46,11 +46,11 @@ def wait_until(condition: Callable[[], bool], timeout_s: float, what: str) -> No
 class ServeProcess:
     """A running server. It is ready when the constructor returns."""
 
-    def __init__(self, checkpoint: Path, log_path: Path, **settings: Any) -> None:
+    def __init__(self, checkpoint: Path | None, log_path: Path, **settings: Any) -> None:
         self._log_path = log_path
         with log_path.open("wb") as log:
             self._popen = subprocess.Popen(
-                [LOONGJAX, "serve", checkpoint, "--port", "0", *flags(settings)],
+                [LOONGJAX, "serve", *([checkpoint] if checkpoint else []), "--port", "0", *flags(settings)],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=user_environment(),
