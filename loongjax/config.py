@@ -57,6 +57,9 @@ class EngineConfig:
     """Submit a decode's next step before the tokens of the last one are read."""
     warm_up: bool | None = None
     """Compile everything the scheduler may use before the engine is ready; None: on GPU only."""
+    iteration_timeout_s: float = 600.0
+    """GET /health fails while an iteration is in flight for longer than this, in seconds: choose more than the longest
+    prefill takes, and on CPU its compilation; inf: never."""
     seed: int | None = None
     """Makes the seeds of requests that name none reproducible; None: fresh ones at every start."""
     compilation_cache_dir: str | None = None
@@ -92,6 +95,10 @@ class EngineConfig:
         if not 0.0 < self.memory_fraction <= 1.0:
             raise ConfigError(
                 f"--memory-fraction must be above 0 and at most 1, got {self.memory_fraction}: 0.9 leaves a tenth free"
+            )
+        if not self.iteration_timeout_s > 0.0:
+            raise ConfigError(
+                f"--iteration-timeout-s must be above 0, got {self.iteration_timeout_s}: raise it, or leave it out"
             )
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError(f"--dtype must be auto, bfloat16, float16 or float32, got {self.dtype!r}: auto fits most")

@@ -15,7 +15,17 @@ from loongjax.engine.admission import admit
 from loongjax.engine.client import EngineStats, ModelInfo, OutputDelta
 from loongjax.engine.detokenizer import Decoder
 from loongjax.engine.loop import EngineHost
-from loongjax.engine.messages import AbortRequests, AddRequests, Died, Events, FromEngine, GetStats, Ready, Reply
+from loongjax.engine.messages import (
+    AbortRequests,
+    AddRequests,
+    CheckHealth,
+    Died,
+    Events,
+    FromEngine,
+    GetStats,
+    Ready,
+    Reply,
+)
 from loongjax.engine.sample_output import SampleOutput
 from loongjax.errors import EngineDeadError, LoongjaxError
 
@@ -133,7 +143,7 @@ class AsyncEngine:
         """See `EngineClient.check_health`."""
         try:
             async with asyncio.timeout(timeout_s):
-                await self.stats()
+                await self._call(CheckHealth)
         except TimeoutError as error:
             raise EngineDeadError(f"the step loop did not answer within {timeout_s:g} s") from error
 
@@ -157,7 +167,7 @@ class AsyncEngine:
         await asyncio.to_thread(self._host.stop, STOP_TIMEOUT_S)
         self._die(EngineDeadError("the engine was closed"))
 
-    async def _call(self, message: Callable[[int], AddRequests | GetStats]) -> EngineStats | None:
+    async def _call(self, message: Callable[[int], AddRequests | GetStats | CheckHealth]) -> EngineStats | None:
         """Sends a message and waits for its `Reply`."""
         self._require_alive()
         call_id = next(self._numbers)

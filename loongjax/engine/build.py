@@ -44,6 +44,7 @@ def build_core(config: EngineConfig) -> EngineCore:
         max_queue_len=config.max_queue_len,
         kv_bytes_per_token=runtime.num_kv_bytes_per_token,
         run_ahead=config.run_ahead,
+        iteration_timeout_s=config.iteration_timeout_s,
     )
 
 

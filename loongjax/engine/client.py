@@ -107,7 +107,12 @@ class EngineClient(Protocol):
         ...
 
     async def check_health(self, timeout_s: float = 10.0) -> None:
-        """Makes sure that the step loop answers. Raises EngineDeadError if it is dead or wedged."""
+        """Makes sure that the step loop answers, and that no iteration is overdue (`EngineConfig.iteration_timeout_s`).
+
+        Raises EngineDeadError if it is dead or wedged, or if devices have not answered for too long; the message then
+        names their instances and the time. Devices may come back, and other groups go on meanwhile, so nothing ends by
+        itself: an orchestrator should send no new requests here, and start the process anew if this goes on failing.
+        """
         ...
 
     async def drain(self, timeout_s: float) -> None:

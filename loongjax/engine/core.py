@@ -18,6 +18,7 @@ uses them next runs on the same instance, and iterations that share an instance 
 from __future__ import annotations
 
 import logging
+import math
 
 from loongjax.core.cluster import Group
 from loongjax.core.iteration import Completion, PrefillIteration, RecoverIteration, SampledToken
@@ -29,8 +30,10 @@ from loongjax.engine.client import EngineStats, ModelInfo
 from loongjax.engine.counters import Counters
 from loongjax.engine.failures import MAX_FAILURES, RECOVERY_TIMEOUT_S, blame, recovery_failed, recovery_overdue
 from loongjax.engine.flights import Flights
+from loongjax.engine.integrity import check_state, lost_when_idle
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from loongjax.engine.snapshot import take_snapshot
+from loongjax.engine.watch import Watch
 from loongjax.errors import ContextLengthError, EngineDeadError, EngineError, QueueFullError, RequestError
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import Runtime
@@ -55,6 +58,7 @@ class EngineCore:
         max_queue_len: int = 1024,
         kv_bytes_per_token: int = 0,
         run_ahead: bool = True,
+        iteration_timeout_s: float = math.inf,
         checks: bool = False,
     ) -> None:
         """An engine without requests.
@@ -66,6 +70,7 @@ class EngineCore:
             max_queue_len: requests that may wait.
             kv_bytes_per_token: keys and values of one token in all layers, for the statistics.
             run_ahead: submit a decode's next iteration before the tokens of the last one are read.
+            iteration_timeout_s: how long an iteration may be in flight before `check_health` complains, in seconds.
             checks: check every plan, and the integrity of all state after every step. For tests.
 
         Raises:
@@ -85,6 +90,7 @@ class EngineCore:
         self._live: dict[str, LiveRequest] = {}
         self._waiting = WaitingQueue()
         self._flights = Flights()
+        self._watch = Watch(self._flights, iteration_timeout_s)
         self._events: list[RequestEvent] = []
         self._must_plan = False
         self._num_accepted = 0
@@ -170,7 +176,7 @@ class EngineCore:
             if self.death is not None:
                 break
             self._must_plan = True
-        self._check_recoveries()
+        self._look_for_overdue()
         if self._must_plan and self.death is None:
             self._must_plan = False
             self._plan()
@@ -208,6 +214,17 @@ class EngineCore:
             num_iteration_tokens=counters.num_iteration_tokens,
         )
 
+    def check_health(self) -> None:
+        """Raises EngineDeadError if it is dead, or an iteration is in flight for longer than `iteration_timeout_s`.
+
+        The latter does not end the engine: the iteration may be slow, and other groups go on. But a collective that
+        hangs never comes back by itself.
+        """
+        self._require_alive()
+        complaint = self._watch.look(self._runtime.now_s())
+        if complaint is not None:
+            raise EngineDeadError(complaint)
+
     def close(self) -> None:
         """Waits for what is in flight and gives the devices back. Nothing may follow."""
         if self.death is None:
@@ -216,33 +233,13 @@ class EngineCore:
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the state between steps."""
-        self._kv_cache.check_integrity()
-        waiting = {live.request_id for live in self._waiting}
-        assert waiting.isdisjoint(self._kv_cache.request_ids), "a request both waits and runs"
-        assert waiting | set(self._kv_cache.request_ids) == set(self._live), "a request is lost, or a dead one lingers"
-        self._flights.check_integrity()
-        num_in_flight = dict.fromkeys(self._live, 0)
-        for flight in self._flights:
-            for live in flight.requests:
-                if not live.has_ended and not flight.is_void:
-                    num_in_flight[live.request_id] += 1
-        for request_id, live in self._live.items():
-            assert live.num_in_flight == num_in_flight[request_id], request_id
-            assert request_id not in waiting or live.num_in_flight == 0, request_id
+        check_state(kv_cache=self._kv_cache, waiting=self._waiting, live=self._live, flights=self._flights)
 
     def _check_idle(self) -> None:
-        """What `check_integrity` says of an idle engine, without a look at every page.
-
-        Whatever is lost is told and not raised: those who were served keep their answers, and what is left still works.
-        """
-        num_used = {i: self._kv_cache.used_pages(i) for i in self._runtime.shape.all_instances}
-        if any(num_used.values()) or len(self._kv_cache) or len(self._waiting):
-            logger.error(
-                "no request lives, but %d hold keys, %d wait, and these pages are used, by instance: %s",
-                len(self._kv_cache),
-                len(self._waiting),
-                num_used,
-            )
+        """Tells what is lost and does not raise: those who were served keep their answers, and what is left works."""
+        lost = lost_when_idle(self._runtime.shape, self._kv_cache, self._waiting)
+        if lost is not None:
+            logger.error("%s", lost)
 
     def _require_alive(self) -> None:
         if self.death is not None:
@@ -317,6 +314,7 @@ class EngineCore:
 
     def _complete(self, completion: Completion) -> None:
         flight = self._flights.land(completion.iteration_id)
+        self._watch.note_landing(flight, self._runtime.now_s())
         if isinstance(flight.iteration, RecoverIteration):
             if completion.error is not None:
                 self._die(recovery_failed(flight.group, completion.error))
@@ -397,8 +395,10 @@ class EngineCore:
         self._flights.depart(Flight(iteration, None, ()), self._runtime.now_s())
         self._runtime.submit(iteration)
 
-    def _check_recoveries(self) -> None:
-        for flight in self._flights.overdue(self._runtime.now_s(), RECOVERY_TIMEOUT_S):
+    def _look_for_overdue(self) -> None:
+        now_s = self._runtime.now_s()
+        self._watch.look(now_s)
+        for flight in self._flights.overdue(now_s, RECOVERY_TIMEOUT_S):
             if isinstance(flight.iteration, RecoverIteration) and self.death is None:
                 self._die(recovery_overdue(flight.group))
 

@@ -12,6 +12,7 @@ from loongjax.engine.core import EngineCore
 from loongjax.engine.messages import (
     AbortRequests,
     AddRequests,
+    CheckHealth,
     Died,
     Events,
     FromEngine,
@@ -129,20 +130,25 @@ def _run(core: EngineCore, inbox: Inbox, send: Callable[[FromEngine], None]) -> 
 
 
 def _handle(
-    core: EngineCore, message: AddRequests | AbortRequests | GetStats, send: Callable[[FromEngine], None]
+    core: EngineCore, message: AddRequests | AbortRequests | GetStats | CheckHealth, send: Callable[[FromEngine], None]
 ) -> None:
     match message:
         case AddRequests(call_id, requests):
-            try:
-                core.add(*requests)
-            except LoongjaxError as error:
-                send(Reply(call_id, error=error))
-            else:
-                send(Reply(call_id))
+            send(Reply(call_id, error=_error_of(lambda: core.add(*requests))))
         case AbortRequests(request_ids):
             for request_id in request_ids:
                 core.abort(request_id)
         case GetStats(call_id):
             send(Reply(call_id, stats=core.stats()))
+        case CheckHealth(call_id):
+            send(Reply(call_id, error=_error_of(core.check_health)))
         case _:
             assert_never(message)
+
+
+def _error_of(call: Callable[[], None]) -> LoongjaxError | None:
+    try:
+        call()
+    except LoongjaxError as error:
+        return error
+    return None

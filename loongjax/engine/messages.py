@@ -32,11 +32,18 @@ class GetStats:
 
 
 @dataclasses.dataclass(frozen=True)
+class CheckHealth:
+    """Answered by a `Reply` from between two steps, with an error if an iteration is overdue."""
+
+    call_id: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Stop:
     """End the loop at once, whatever is in flight. `Died` follows."""
 
 
-ToEngine = AddRequests | AbortRequests | GetStats | Stop
+ToEngine = AddRequests | AbortRequests | GetStats | CheckHealth | Stop
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,12 @@ router = APIRouter()
 
 @router.get("/health", response_class=Response)
 async def health(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
-    """200 if the engine's step loop answers and the server takes requests, 503 otherwise."""
+    """200 if the engine works and the server takes requests, 503 with the reason otherwise.
+
+    503 means: the step loop is dead or does not answer; or devices have not answered for longer than
+    `--iteration-timeout-s`, which may pass; or the server is shutting down. Take the server out of rotation at the
+    first, and start it anew if it goes on: the default timeout is far above what a sound device needs.
+    """
     if context.is_draining:
         raise EngineDeadError("the server is shutting down")
     await _ask_engine(context)
@@ -47,7 +52,8 @@ async def version() -> Response:
 async def metrics(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """Metrics in Prometheus's text format."""
     stats = await _ask_stats(context)
-    page = context.metrics.render(stats, is_healthy=stats is not None)
+    is_healthy = stats is not None and await _is_healthy(context)
+    page = context.metrics.render(stats, is_healthy=is_healthy)
     return Response(page, headers={"Content-Type": CONTENT_TYPE})
 
 
@@ -64,8 +70,18 @@ async def _ask_stats(context: ServerContext) -> EngineStats | None:
     return None
 
 
+async def _is_healthy(context: ServerContext) -> bool:
+    timeout_s = context.config.metrics_timeout_s
+    try:
+        async with asyncio.timeout(timeout_s):
+            await context.engine.check_health(timeout_s)
+    except (TimeoutError, EngineDeadError):
+        return False
+    return True
+
+
 async def _ask_engine(context: ServerContext) -> None:
-    """Raises EngineDeadError if the engine is dead, or does not answer in time."""
+    """Raises EngineDeadError if the engine is dead, does not answer in time, or says that its devices do not."""
     timeout_s = context.config.health_timeout_s
     try:
         # The engine keeps its own time; this is for one that does not even do that.

@@ -35,6 +35,7 @@ class Cluster:
     max_queue_len: int = 1000
     run_ahead: bool = True
     prefill_tokens_per_instance: int = 16
+    iteration_timeout_s: float = 600.0
     step_s: float = 0.0
     checks: bool = True
 
@@ -79,6 +80,7 @@ class Cluster:
             max_queue_len=self.max_queue_len,
             kv_bytes_per_token=100,
             run_ahead=self.run_ahead,
+            iteration_timeout_s=self.iteration_timeout_s,
             checks=self.checks,
         )
 

@@ -173,10 +173,9 @@ class FakeRuntime:
             if self._results and timeout_s != 0 and not woken:
                 if self.step_s:
                     self._condition.wait_for(lambda: self._is_woken, self.step_s)
+                wait_until_s = math.inf if timeout_s is None else self._clock_s + timeout_s
                 end_s = min(result.end_s for result in self._results)
-                if end_s == math.inf:
-                    end_s = self._clock_s + (timeout_s or 0.0)
-                self._clock_s = max(self._clock_s, end_s)
+                self._clock_s = max(self._clock_s, min(end_s, wait_until_s))
         done = sorted((result for result in self._results if result.end_s <= self._clock_s), key=lambda r: r.end_s)
         self._results = [result for result in self._results if result.end_s > self._clock_s]
         for result in done:

@@ -214,7 +214,7 @@ def test_health_is_asked_of_the_step_loop() -> None:
     class Wedged(Cluster):
         def core(self, *args: Any, **kwargs: Any) -> Any:
             core = super().core(*args, **kwargs)
-            vars(core)["stats"] = lambda: time.sleep(1.0)
+            vars(core)["check_health"] = lambda: time.sleep(1.0)
             return core
 
     async def main() -> None:

@@ -34,6 +34,8 @@ def test_pages_of_any_power_of_two_work(page_size: int) -> None:
         ({"num_slots": 100}, r"--num-slots must be a multiple of --page-size \(16\), got 100: try 96"),
         ({"num_slots": 5}, "try 16"),
         ({"memory_fraction": 1.5}, "--memory-fraction must be above 0 and at most 1, got 1.5"),
+        ({"iteration_timeout_s": 0.0}, "--iteration-timeout-s must be above 0, got 0.0"),
+        ({"iteration_timeout_s": float("nan")}, "--iteration-timeout-s must be above 0, got nan"),
         ({"checkpoint": "no/such/folder"}, "the checkpoint must be a folder, got 'no/such/folder'"),
     ],
 )
