@@ -6,6 +6,7 @@ Host index arrays are int32 numpy arrays; whoever receives one must not write to
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -131,7 +132,7 @@ class SampledToken:
     token_id: int
     """-1 where nothing was to be sampled."""
     logprobs: TokenLogprobs | None = None
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
     """One for every prompt token but the first."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.sampling import SamplingParams
@@ -95,7 +96,7 @@ class RequestEvent:
     """Newly generated tokens, the stop token included."""
     logprobs: tuple[TokenLogprobs, ...] = ()
     """One for each of `token_ids` if the request asked for them."""
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: Sequence[TokenLogprobs] | None = None
     """One for every prompt token but the first, on the first event of a request that asked for them."""
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None

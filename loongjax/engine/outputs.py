@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 from loongjax.core.request import FinishReason, Phase, Request, RequestEvent, TokenLogprobs
 from loongjax.engine.client import OutputDelta
@@ -36,7 +37,7 @@ class RequestOutput:
     prompt: str | None
     """The text, if the prompt was given as text."""
     prompt_token_ids: tuple[int, ...]
-    prompt_logprobs: tuple[TokenLogprobs, ...] | None
+    prompt_logprobs: Sequence[TokenLogprobs] | None
     """One for every prompt token but the first, if they were asked for."""
     outputs: tuple[SampleResult, ...]
     """By sample index."""
@@ -78,7 +79,7 @@ class SampleCollector:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._last: OutputDelta | None = None
-        self.prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+        self.prompt_logprobs: Sequence[TokenLogprobs] | None = None
 
     @property
     def request_id(self) -> str:

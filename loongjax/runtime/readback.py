@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from loongjax.core.iteration import PrefillIteration, SampledToken
-from loongjax.core.request import Request, TokenLogprobs
+from loongjax.core.prompt_logprobs import PromptLogprobs
+from loongjax.core.request import Request
 from loongjax.parallel.striped import unstripe
 from loongjax.runtime.packing import PackedPrefill
 from loongjax.runtime.sampling import LogprobArrays, SamplerInput
@@ -61,16 +62,14 @@ class PendingPromptLogprobs:
         self._packed = packed
         self._result = result
 
-    def read(self) -> dict[str, tuple[TokenLogprobs, ...]]:
-        """Waits for the devices; by request id, one for each prompt token but the first."""
+    def read(self) -> dict[str, PromptLogprobs]:
+        """Waits for the devices; by request id."""
         num_tokens = sum(len(item.token_ids) for item in self._iteration.inputs)
         scores = LogprobArrays(*(unstripe(np.asarray(array), num_tokens) for array in self._result))
         found = {}
         for item, start in zip(self._iteration.inputs, self._packed.starts, strict=True):
             num_top = item.request.sampling.prompt_logprobs
             if item.wants_prompt_logprobs and num_top is not None:
-                following = item.request.prompt_token_ids[1:]
-                found[item.request.request_id] = tuple(
-                    scores.at((start + i,), token_id, num_top) for i, token_id in enumerate(following)
-                )
+                following = item.token_ids[1 : len(item.request.prompt_token_ids)]
+                found[item.request.request_id] = scores.from_row(start, following, num_top)
         return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Annotated, Any
 
@@ -77,7 +78,9 @@ class CompletionChoice:
         logprobs: dict[str, Any] | None = None
         if self._body.logprobs is not None and echoes:
             prompt_tokens = self._generation.prompt_logprobs_of(self._index)
-            logprobs = self._logprobs.write((*prompt_tokens, *delta.logprobs), first_token_id=prompt.token_ids[0])
+            logprobs = self._logprobs.write(
+                itertools.chain(prompt_tokens, delta.logprobs), first_token_id=prompt.token_ids[0]
+            )
         elif self._body.logprobs is not None:
             logprobs = self._logprobs.write(delta.logprobs)
         choice: dict[str, Any] = {

@@ -46,7 +46,7 @@ class Generation:
         self.usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
         self._context = context
         self._arrival_s = arrival_s
-        self._prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
+        self._prompt_logprobs: dict[int, Sequence[TokenLogprobs]] = {}
 
     @property
     def num_choices(self) -> int:
@@ -56,7 +56,7 @@ class Generation:
         """The prompt that a choice continues."""
         return self.prompts[choice_idx // self.sampling.n]
 
-    def prompt_logprobs_of(self, choice_idx: int) -> tuple[TokenLogprobs, ...]:
+    def prompt_logprobs_of(self, choice_idx: int) -> Sequence[TokenLogprobs]:
         """Of every token but the first of the prompt that a choice continues, as far as they have come."""
         return self._prompt_logprobs.get(choice_idx // self.sampling.n, ())
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from loongjax.core.request import TokenLogprobs
@@ -26,7 +26,7 @@ class CompletionLogprobs:
         # Characters may span tokens, so offsets are counted in decoded characters.
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
-    def write(self, tokens: Sequence[TokenLogprobs], first_token_id: int | None = None) -> dict[str, Any]:
+    def write(self, tokens: Iterable[TokenLogprobs], first_token_id: int | None = None) -> dict[str, Any]:
         """The object for these tokens.
 
         Args:

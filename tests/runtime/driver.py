@@ -58,7 +58,7 @@ class Driver:
         self.requests: dict[str, Request] = {}
         self.tokens: dict[str, list[int]] = {}
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
-        self.prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
+        self.prompt_logprobs: dict[str, Sequence[TokenLogprobs]] = {}
         self._ids = itertools.count()
         self._last_decode: tuple[Group, tuple, dict[str, int]] | None = None
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int32
 
+from loongjax.core.prompt_logprobs import PromptLogprobs
 from loongjax.core.request import TokenLogprobs
 from loongjax.core.sampling import MAX_LOGPROBS
 
@@ -36,6 +37,20 @@ class LogprobArrays(NamedTuple):
             logprob=float(self.logprob[index]),
             rank=int(self.rank[index]),
             top=tuple((int(i), float(p)) for i, p in zip(ids, logprobs, strict=True) if i >= 0),
+        )
+
+    def from_row(self, start: int, token_ids: np.ndarray, num_top: int) -> PromptLogprobs:
+        """The host's values for as many rows as there are `token_ids` (int32), from row `start` of fetched arrays.
+
+        They are copies, so that a short prompt does not keep the arrays of a whole batch alive.
+        """
+        rows = slice(start, start + len(token_ids))
+        return PromptLogprobs(
+            token_ids=token_ids.copy(),
+            logprobs=np.array(self.logprob[rows]),
+            ranks=np.array(self.rank[rows]),
+            top_ids=np.array(self.top_ids[rows, :num_top]),
+            top_logprobs=np.array(self.top_logprobs[rows, :num_top]),
         )
 
 

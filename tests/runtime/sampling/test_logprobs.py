@@ -71,6 +71,15 @@ def test_the_host_value_holds_as_many_as_were_asked_for_and_exist():
     assert arrays.at((0,), 1, 0).top == ()
 
 
+@pytest.mark.parametrize("num_top", [0, 2, 20])
+def test_a_prompts_values_are_those_of_its_rows(num_top):
+    logits, token_ids = random_logits(6, 9), np.array([3, 0, 8, 8, 1, 2], np.int32)
+    arrays = jax.device_get(whole_logprobs(logits, token_ids))
+    values = arrays.from_row(2, token_ids[2:5], num_top)
+    assert list(values) == [arrays.at((row,), int(token_ids[row]), num_top) for row in (2, 3, 4)]
+    assert not any(np.shares_memory(values.top_ids, array) for array in arrays)
+
+
 def tp_mesh(tp) -> Mesh:
     return Mesh(np.array(jax.devices()[:tp]), ("tp",))
 
