@@ -73,6 +73,24 @@ def test_scale_down_scale_up_migration_and_preemption_change_nothing(driver, gol
     assert len(driver.tokens["long"]) == 20
 
 
+def test_growing_to_every_dop_and_shrinking_from_each_changes_nothing(driver, golden):
+    """Up by scale-up, one master more at a time; down by preemption, prefill on all, and scale-down."""
+    groups = {dop: tuple(range(8 - dop, 8)) for dop in range(1, 9)}
+    driver.add("long", golden.prompt(2))
+    driver.add("mate", golden.prompt(1))
+    driver.prefill(groups[8], {"long": [(7, 0, -1)], "mate": [(7, 0, -1)]})
+    driver.decode(groups[1], {7: ["long", "mate"]}, steps=2)
+    for dop in range(2, 9):
+        driver.decode(groups[dop], {8 - dop: ["long"], 7: ["mate"]}, steps=2)
+    for dop in range(8, 2, -1):
+        driver.preempt("long")
+        driver.prefill(groups[dop], {"long": [(7, 0, -1)]})
+        driver.decode(groups[dop - 1], {9 - dop: ["long"], 7: ["mate"]})
+    assert [len(driver.tokens[name]) for name in ("long", "mate")] == [29, 23]
+    golden.check(driver, "long", 2)
+    golden.check(driver, "mate", 1)
+
+
 def test_a_mixed_batch_with_one_token_prompts_is_like_each_alone(driver, golden):
     names = {f"r{i}": i for i in (0, 1, 2, 3)}
     for name, i in names.items():
