@@ -76,7 +76,7 @@ def test_no_body_gives_a_server_error(fuzzed: ServeProcess, request_):
     assert status < 500, (data, answer)
 
 
-@hypothesis.settings(SETTINGS, max_examples=40)
+@hypothesis.settings(SETTINGS, max_examples=30)
 @hypothesis.given(st.lists(well_formed_requests(VOCAB_SIZE), min_size=1, max_size=2))
 def test_every_well_formed_request_is_answered_whatever_comes_beside_it(fuzzed: ServeProcess, requests):
     with ThreadPoolExecutor(len(requests)) as threads:
