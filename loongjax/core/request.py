@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Sequence
+
+import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.sampling import SamplingParams
@@ -36,6 +39,11 @@ class Request:
     """Ids that end the request: `sampling.stop_token_ids`, and the model's EOS ids unless `ignore_eos`."""
     arrival_s: float = 0.0
     """When it was accepted, on the engine's clock, in seconds."""
+
+    @functools.cached_property
+    def prompt_vocabulary(self) -> np.ndarray:
+        """The prompt's distinct token ids, int32, ascending."""
+        return np.unique(np.array(self.prompt_token_ids, np.int32))
 
 
 @dataclasses.dataclass(frozen=True)

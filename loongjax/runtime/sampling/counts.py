@@ -41,7 +41,8 @@ class TokenHistory(NamedTuple):
 def token_histories(sub_batches: Sequence[Sequence[SamplerInput]], batch_size: int) -> list[TokenHistory]:
     """What there is to count for a batch, as numpy arrays of as few sizes as possible. At least one.
 
-    Rows without penalties are left out, and so are prompts that nothing penalises.
+    Rows without penalties are left out, and so are prompts that nothing penalises. Of a prompt each token is named
+    once: batches change often, and this is made anew for each.
     """
     per_rank = [_flat_history(inputs) for inputs in sub_batches]
     longest = max((flat.shape[1] for flat in per_rank), default=0)
@@ -76,11 +77,11 @@ def _flat_history(inputs: Sequence[SamplerInput]) -> np.ndarray:
             continue
         parts.append(_part(row, item.output_token_ids, is_output=True))
         if params.repetition_penalty != 1.0:
-            parts.append(_part(row, item.request.prompt_token_ids, is_output=False))
+            parts.append(_part(row, item.request.prompt_vocabulary, is_output=False))
     return np.concatenate(parts, axis=1)
 
 
-def _part(row: int, token_ids: Sequence[int], *, is_output: bool) -> np.ndarray:
+def _part(row: int, token_ids: Sequence[int] | np.ndarray, *, is_output: bool) -> np.ndarray:
     part = np.empty((3, len(token_ids)), np.int32)
     part[0], part[1], part[2] = row, token_ids, is_output
     return part

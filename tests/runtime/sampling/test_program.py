@@ -158,10 +158,17 @@ def test_histories_leave_out_what_nothing_penalises():
 
 @pytest.mark.parametrize(("length", "shapes"), [(0, [4096]), (4095, [4096]), (4096, [65536]), (70_000, [65536] * 2)])
 def test_histories_of_any_length_come_in_two_sizes(length, shapes):
-    item = make_input(prompt=(0,) + (3,) * length, repetition_penalty=2.0)
+    item = make_input(prompt=(0,), output=(3,) * length, repetition_penalty=2.0)
     histories = token_histories([[item], []], 1)
     assert [history.row.shape[1] for history in histories] == shapes
     assert sum(int((history.row == 0).sum()) for history in histories) == length + 1
+
+
+def test_a_prompt_names_each_of_its_tokens_once_and_an_output_every_time():
+    item = make_input(prompt=(5, 2, 5, 5, 2), output=(5, 5, 7), repetition_penalty=2.0)
+    (history,) = token_histories([[item]], 1)
+    entries = [entry[1:] for entry in zip(*(column[0].tolist() for column in history), strict=True) if entry[0] == 0]
+    assert sorted(entries) == [(2, False), (5, False), (5, True), (5, True), (7, True)]
 
 
 def test_counts_of_a_long_history_equal_a_bincount():
