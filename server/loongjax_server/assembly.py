@@ -48,7 +48,11 @@ class Assembly:
         async with contextlib.aclosing(self._generation.deltas()) as deltas:
             async for choice_idx, delta in deltas:
                 outputs[choice_idx].add(delta)
-        choices = [writer.whole(output.to_delta()) for writer, output in zip(self._writers, outputs, strict=True)]
+
+        def write() -> list[dict[str, Any]]:
+            return [writer.whole(output.to_delta()) for writer, output in zip(self._writers, outputs, strict=True)]
+
+        choices = await self._generation.write(write)
         return {**self._header, "choices": choices, "usage": self._generation.usage.to_json()}
 
     async def chunks(self, options: StreamOptions | None) -> AsyncGenerator[dict[str, Any], None]:

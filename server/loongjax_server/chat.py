@@ -50,7 +50,9 @@ async def create_chat_completion(request: Request, context: Annotated[ServerCont
         return EventStream(assembly.chunks(body.stream_options), request_id)
     response = await until_disconnect(request.receive, assembly.whole())
     if sampling.prompt_logprobs is not None:
-        response["prompt_logprobs"] = prompt_logprobs(generation.prompt_logprobs_of(0), context.token_texts)
+        response["prompt_logprobs"] = await generation.write(
+            lambda: prompt_logprobs(generation.prompt_logprobs_of(0), context.token_texts)
+        )
     if body.return_token_ids:
         response["prompt_token_ids"] = list(prompt.token_ids)
     return JsonResponse(response)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
 from loongjax.core.request import FinishReason, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
@@ -19,6 +19,9 @@ MIN_BACKOFF_S = 0.02
 """How long a prompt that met a full queue waits before it tries again, in seconds; then twice as long, and so on."""
 MAX_BACKOFF_S = 0.5
 """The longest such wait, in seconds."""
+
+_INLINE_LOGPROBS = 1024
+"""Up to so many prompt tokens' log-probabilities are written on the event loop: it takes some microseconds each."""
 
 
 class Generation:
@@ -59,6 +62,11 @@ class Generation:
     def prompt_logprobs_of(self, choice_idx: int) -> Sequence[TokenLogprobs]:
         """Of every token but the first of the prompt that a choice continues, as far as they have come."""
         return self._prompt_logprobs.get(choice_idx // self.sampling.n, ())
+
+    async def write[Result](self, work: Callable[[], Result]) -> Result:
+        """Runs what writes the response, in a thread if long prompts' log-probabilities are part of it."""
+        num_logprobs = self.sampling.n * sum(map(len, self._prompt_logprobs.values()))
+        return work() if num_logprobs <= _INLINE_LOGPROBS else await self._context.off_loop(work)
 
     async def deltas(self) -> AsyncGenerator[tuple[int, OutputDelta], None]:
         """Choice index and delta, as they come. Closing it aborts everything that still runs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import threading
@@ -69,6 +70,28 @@ class SlowTokenizer(ByteTokenizer):
         if token_ids and token_ids[0] == ord("~"):
             time.sleep(0.5)
         return super().decode(token_ids, skip_special_tokens)
+
+
+@pytest.mark.parametrize(("num_tokens", "is_threaded"), [(4000, True), (40, False)])
+@pytest.mark.parametrize("endpoint", ["completions", "chat"])
+def test_only_long_prompts_logprobs_are_written_in_a_thread(server, monkeypatch, endpoint, num_tokens, is_threaded):
+    module = importlib.import_module(f"loongjax_server.{endpoint}")
+    original, threads = module.prompt_logprobs, []
+
+    def write(*arguments):
+        threads.append(threading.current_thread().name)
+        return original(*arguments)
+
+    monkeypatch.setattr(module, "prompt_logprobs", write)
+    text = "a" * num_tokens
+    if endpoint == "chat":
+        body = {"messages": [{"role": "user", "content": text}], "max_tokens": 1, "prompt_logprobs": 1}
+        entries = server.post("/v1/chat/completions", body).json["prompt_logprobs"]
+    else:
+        body = {"prompt": text, "max_tokens": 1, "prompt_logprobs": 1}
+        entries = server.post("/v1/completions", body).json["choices"][0]["prompt_logprobs"]
+    assert len(entries) > num_tokens
+    assert [name.startswith("loongjax-tokenizer") for name in threads] == [is_threaded]
 
 
 def test_slow_tokenization_holds_up_no_stream(serve):
