@@ -17,6 +17,7 @@ uses them next runs on the same instance, and iterations that share an instance 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 
@@ -192,26 +193,16 @@ class EngineCore:
         self._runtime.wake()
 
     def stats(self) -> EngineStats:
-        shape, counters = self._runtime.shape, self._counters
-        return EngineStats(
+        shape = self._runtime.shape
+        return dataclasses.replace(
+            self._counters.stats(),
             num_requests_running=len(self._live) - len(self._waiting),
             num_requests_waiting=len(self._waiting),
             kv_slots_used=tuple(self._kv_cache.used_pages(i) * shape.page_size for i in shape.all_instances),
             kv_slots=(shape.num_slots,) * shape.num_instances,
             page_size=shape.page_size,
             num_pages=shape.num_pages,
-            prefill_dop=dict(counters.prefill_dop),
-            decode_dop=dict(counters.decode_dop),
-            num_scale_ups=counters.num_scale_ups,
-            num_scale_downs=counters.num_scale_downs,
-            kv_migrated_bytes=counters.kv_migrated_bytes,
             num_recompiles=self._runtime.num_recompiles,
-            num_preemptions=counters.num_preemptions,
-            num_prompt_tokens=counters.num_prompt_tokens,
-            num_generation_tokens=counters.num_generation_tokens,
-            num_iterations=counters.num_iterations,
-            iteration_tokens=dict(counters.iteration_tokens),
-            num_iteration_tokens=counters.num_iteration_tokens,
         )
 
     def check_health(self) -> None:

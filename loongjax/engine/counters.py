@@ -8,6 +8,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Decode, Migrate, Prefill
 from loongjax.core.request import Phase
 from loongjax.engine.binding import Flight
+from loongjax.engine.client import EngineStats
 from loongjax.engine.live_request import LiveRequest
 
 
@@ -28,6 +29,22 @@ class Counters:
         self.iteration_tokens: collections.Counter[int] = collections.Counter()
         """Prefill and decode iterations, by their tokens rounded up to a power of two."""
         self.num_iteration_tokens = 0
+
+    def stats(self) -> EngineStats:
+        """What it has counted; the other fields are their defaults."""
+        return EngineStats(
+            prefill_dop=dict(self.prefill_dop),
+            decode_dop=dict(self.decode_dop),
+            num_scale_ups=self.num_scale_ups,
+            num_scale_downs=self.num_scale_downs,
+            kv_migrated_bytes=self.kv_migrated_bytes,
+            num_preemptions=self.num_preemptions,
+            num_prompt_tokens=self.num_prompt_tokens,
+            num_generation_tokens=self.num_generation_tokens,
+            num_iterations=self.num_iterations,
+            iteration_tokens=dict(self.iteration_tokens),
+            num_iteration_tokens=self.num_iteration_tokens,
+        )
 
     def record(self, flight: Flight) -> None:
         """Counts an iteration that succeeded, before its tokens are handed out."""
