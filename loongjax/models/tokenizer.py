@@ -84,7 +84,8 @@ def load_tokenizer(checkpoint_dir: Path | str) -> Tokenizer:
     """The tokenizer in a checkpoint's folder. Never goes online, never runs code from the folder.
 
     Raises:
-        CheckpointError: no such folder, no tokenizer in it, or one that transformers cannot read.
+        CheckpointError: no such folder, no tokenizer in it, or one that transformers cannot read; or a config.json that
+            neither it nor this engine accepts.
     """
     folder = Path(checkpoint_dir)
     if not folder.is_dir():
@@ -99,5 +100,8 @@ def load_tokenizer(checkpoint_dir: Path | str) -> Tokenizer:
             str(folder), use_fast=True, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # whatever a malformed file provokes in three libraries
+        from loongjax.models.config import ModelConfig  # here, because a process that only tokenizes needs no JAX
+
+        ModelConfig.from_checkpoint(folder)  # transformers reads config.json too, and refuses it in other words
         raise CheckpointError(f"the tokenizer in {folder} cannot be read: {error}") from error
     return Tokenizer(tokenizer)

@@ -114,3 +114,10 @@ def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path):
     (make_checkpoint(tmp_path, "gqa") / "tokenizer.json").write_text("{")
     with pytest.raises(CheckpointError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+def test_a_config_that_transformers_refuses_first_is_told_in_our_words(tmp_path):
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 2.0}
+    make_checkpoint(tmp_path, "gqa", overrides={"rope_parameters": rope})
+    with pytest.raises(CheckpointError, match="rope type 'longrope' is not supported; those that are: default"):
+        load_tokenizer(tmp_path)
