@@ -44,13 +44,21 @@ def completion_sampling(body: CompletionBody, info: ModelInfo) -> SamplingParams
 
 def chat_sampling(body: ChatBody, info: ModelInfo) -> SamplingParams:
     """Sampling parameters of a chat completion, whose output may fill the context. Raises RequestError."""
-    fields = _shared_fields(body, info)
-    fields["max_tokens"] = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
+    fields, sent_as = _shared_fields(body, info), {"logprobs": "top_logprobs"}
+    fields["max_tokens"] = body.max_tokens
+    if body.max_completion_tokens is not None:
+        fields["max_tokens"], sent_as["max_tokens"] = body.max_completion_tokens, "max_completion_tokens"
     if body.logprobs:
         fields["logprobs"] = body.top_logprobs or 0
     elif body.top_logprobs:
         raise RequestError("top_logprobs needs logprobs to be true", "top_logprobs")
-    return SamplingParams(**fields)
+    try:
+        return SamplingParams(**fields)
+    except RequestError as error:
+        ours = error.param or ""
+        if ours not in sent_as:
+            raise
+        raise RequestError(error.message.replace(ours, sent_as[ours], 1), sent_as[ours]) from None
 
 
 def _shared_fields(body: GenerationBody, info: ModelInfo) -> dict[str, Any]:

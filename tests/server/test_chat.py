@@ -188,6 +188,20 @@ def test_top_logprobs_need_logprobs(server: RunningServer):
     assert (answer.status, answer.error["param"]) == (400, "top_logprobs")
 
 
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "top_logprobs must be from 0 to 20, got 21"),
+        ({"max_completion_tokens": -1}, "max_completion_tokens", "max_completion_tokens must be at least 0, got -1"),
+        ({"max_tokens": -1}, "max_tokens", "max_tokens must be at least 0, got -1"),
+        ({"temperature": -1}, "temperature", "temperature must be at least 0.0, got -1.0"),
+    ],
+)
+def test_what_is_out_of_range_is_named_as_it_was_sent(server: RunningServer, fields, param, message):
+    answer = server.post(PATH, {"messages": HI, **fields})
+    assert (answer.status, answer.error["param"], answer.error["message"]) == (400, param, message)
+
+
 def test_prompt_logprobs_and_token_ids_stand_beside_the_choices(server: RunningServer):
     body = {"messages": HI, "max_tokens": 1, "prompt_logprobs": 0, "return_token_ids": True}
     answer = server.post(PATH, body).json
