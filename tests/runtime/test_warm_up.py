@@ -51,3 +51,25 @@ def test_without_a_warm_up_every_executable_is_counted(tmp_path):
     driver.decode((0,), {0: ["r"]}, steps=5)
     assert runtime.num_recompiles == after_decode
     runtime.close()
+
+
+def test_masters_sub_batches_retention_and_slots_are_data(tmp_path):
+    """What one set of instances has compiled for one plan serves every other plan of the same sizes."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 41, "num_slots": 224}  # of its own, as above
+    runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=3, **limits)
+    driver = Driver(runtime)
+    for name in "abcdef":
+        driver.add(name, range(2, 36), SamplingParams(temperature=0.0, max_tokens=None))
+    everyone = (0, 1, 2)
+    driver.prefill(everyone, {"a": [(0, 0, 16), (2, 16, -1)], "b": [(1, 0, -1)]})
+    driver.decode(everyone, {0: ["a", "b"]}, steps=2)
+    before = runtime.num_recompiles
+    assert before >= 2
+    driver.prefill(everyone, {"c": [(2, 0, -1)], "d": [(2, 0, 16), (1, 16, 32), (0, 32, -1)]})
+    driver.prefill(everyone, {"e": [(1, 0, 32), (0, 32, -1)], "f": [(0, 0, -1)]})
+    driver.decode(everyone, {2: ["a", "d"]}, steps=2)
+    driver.decode(everyone, {1: ["c", "a"], 0: ["f", "b"]}, steps=2)
+    driver.decode(everyone, {0: ["a", "c"], 1: ["b", "d"], 2: ["e", "f"]}, steps=2)
+    assert runtime.num_recompiles == before
+    runtime.close()
