@@ -30,7 +30,7 @@ class Flight:
     plan: Prefill | Decode | Migrate | None
     """None for a recovery, which no policy plans."""
     requests: tuple[LiveRequest, ...]
-    """In the iteration's order."""
+    """In the iteration's order, without those that started again meanwhile."""
     is_void: bool = False
     """Its result no longer counts: an iteration before it, on the same instances, failed."""
     submitted_s: float = 0.0

@@ -402,6 +402,7 @@ class EngineCore:
     def _requeue(self, live: LiveRequest) -> None:
         """Gives up a request's keys; it is recomputed with the tokens it has, before all that arrived after it."""
         self._kv_cache.release(live.request_id)
+        self._flights.leave_out(live)
         live.num_in_flight = 0
         self._waiting.add(live)
 

@@ -8,6 +8,7 @@ from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.iteration import RecoverIteration
 from loongjax.core.plan import Decode
 from loongjax.engine.binding import Flight
+from loongjax.engine.live_request import LiveRequest
 
 
 class Flights:
@@ -77,6 +78,15 @@ class Flights:
         for flight in self._flights.values():
             if not flight.group.isdisjoint(group):
                 flight.is_void = True
+
+    def leave_out(self, live: LiveRequest) -> None:
+        """A request starts again: what is in flight has no result for it any more.
+
+        That may be a migration between instances that work, of a request that has lost its keys on a third.
+        """
+        for flight in self._flights.values():
+            if live in flight.requests:
+                flight.requests = tuple([other for other in flight.requests if other is not live])
 
     def check_integrity(self) -> None:
         """Asserts that only iterations of one group share instances, and no more than two."""

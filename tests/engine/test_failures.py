@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from loongjax.core.cluster import Group
-from loongjax.core.iteration import Iteration, PrefillIteration, RecoverIteration
+from loongjax.core.iteration import Iteration, MigrateIteration, PrefillIteration, RecoverIteration
+from loongjax.core.plan import Migrate, Plan, Prefill, PrefillRequest, TokenInterval
 from loongjax.core.request import FinishReason
 from loongjax.engine.core import EngineCore
 from loongjax.engine.failures import RECOVERY_TIMEOUT_S, blame
 from loongjax.engine.live_request import LiveRequest
+from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.view import ClusterView
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
 from tests.engine.fake_runtime import FakeRuntime
 
@@ -32,6 +35,20 @@ def prefill_of(prefix: str) -> Callable[[Iteration], bool]:
         )
 
     return is_one
+
+
+class Scripted:
+    """A policy that plans what a script says, one plan at a time, and then what another one does."""
+
+    def __init__(self, script: Sequence[Plan], then: Policy) -> None:
+        self._script = list(script)
+        self._then = then
+
+    def copy(self) -> Scripted:
+        return Scripted(self._script, self._then.copy())
+
+    def plan(self, view: ClusterView) -> tuple[Plan, ...]:
+        return (self._script.pop(0),) if self._script else self._then.plan(view)
 
 
 def recoveries(runtime: FakeRuntime) -> list[Group]:
@@ -191,4 +208,36 @@ def test_requests_may_be_aborted_and_arrive_while_all_devices_recover() -> None:
     run(core, journal)
     assert journal.last["early/0"].finish_reason is FinishReason.ABORT
     journal.check(late)
+    assert_nothing_leaks(core)
+
+
+@pytest.mark.parametrize("migration_s", [0.5, 3.0, 5.0, 50.0])
+@pytest.mark.parametrize("migration_fails", [False, True])
+def test_a_request_may_lose_keys_on_one_instance_while_others_migrate(
+    migration_s: float, migration_fails: bool
+) -> None:
+    runtime = CLUSTER.runtime(
+        duration_s=lambda iteration: migration_s if isinstance(iteration, MigrateIteration) else 1.0,
+        fails=lambda iteration: (
+            iteration.iteration_id == 2 or (migration_fails and isinstance(iteration, MigrateIteration))
+        ),
+    )
+    moved, other = CLUSTER.request("moved", 12, 20), CLUSTER.request("other", 4, 20)
+    spread = tuple(TokenInterval(instance, 4 * instance, 4 * instance + 4) for instance in range(3))
+    script = (
+        Prefill(Group((0, 1, 2)), (PrefillRequest("moved/0", spread),)),
+        Migrate("moved/0", 1, 0, 4),
+        Prefill(Group((2,)), (PrefillRequest("other/0", (TokenInterval(2, 0, 4),)),)),
+    )
+    core = CLUSTER.core(runtime, Scripted(script, CLUSTER.policy()))
+    journal = Journal()
+    core.add(moved)
+    while len(runtime.submitted) < 2:
+        journal.write(core.step(1.0))
+    core.add(other)
+    run(core, journal)
+    for request in (moved, other):
+        journal.check(request)
+        assert journal.last[request.request_id].finish_reason is FinishReason.LENGTH
+    assert recoveries(runtime).count(Group((0, 1))) == migration_fails
     assert_nothing_leaks(core)
