@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import queue
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any, assert_never
 
@@ -160,6 +161,7 @@ class LocalRuntime:
                 readback = self._dispatch(iteration)
         except Exception as error:
             self._broken.update(group.instances)
+            _let_go_of_arrays(error)
             readback = _failed(error)
         self._readback_lanes[group.instances[0]].submit(self._collect, iteration, readback, started_s)
 
@@ -339,6 +341,13 @@ def _one_thread_each(name: str, num_lanes: int) -> list[concurrent.futures.Threa
 def _sampler_input(item: PrefillInput) -> SamplerInput:
     """A prefill's request, with what it had generated before it was preempted."""
     return SamplerInput(item.request, item.token_ids[len(item.request.prompt_token_ids) :].tolist())
+
+
+def _let_go_of_arrays(error: BaseException | None) -> None:
+    """Empties the frames of an error's traceback: they may hold the pool, and a recovery has no room for a second."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _failed(error: Exception) -> Readback:

@@ -1,5 +1,7 @@
 """A program that fails costs its group the keys there, and nothing else: the same tokens come all the same."""
 
+import gc
+import weakref
 from collections.abc import Iterator
 
 import jax
@@ -216,3 +218,36 @@ def test_renewing_never_holds_two_pools(shared_runtime, monkeypatch):
     pool.renew(group)
     assert alive[0] <= max(0, elsewhere - 1)
     assert len(alive) == 2
+
+
+@pytest.fixture
+def no_garbage_collection() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parametrize("at_call", [1, 3], ids=["prefill", "decode"])
+@pytest.mark.usefixtures("no_garbage_collection")
+def test_a_failed_dispatch_keeps_no_pool_from_being_renewed(shared_runtime, core, monkeypatch, at_call):
+    expected = generate(core, [1])
+    pool = shared_runtime._kv_pool
+    calls, old, alive = [], [], []
+
+    def sample(sampler, *arguments):
+        calls.append(sampler)
+        if len(calls) == at_call:
+            old.extend((group, weakref.ref(view)) for group, view in pool._views.items())
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: injected")
+        return original_sample(sampler, *arguments)
+
+    def new_shards(instance):
+        alive.append([view() is not None for group, view in old if instance in group])
+        return original_new_shards(instance)
+
+    original_sample, original_new_shards = local.GroupSampler.sample, pool._new_shards
+    monkeypatch.setattr(local.GroupSampler, "sample", sample)
+    monkeypatch.setattr(pool, "_new_shards", new_shards)
+    assert generate(core, [1]) == expected
+    assert alive == [[False]]
