@@ -80,5 +80,5 @@ def test_the_compiled_update_makes_no_copy_of_the_pool(num_tokens):
 
 def test_a_variant_that_is_not_built_says_so():
     k, v = map(jnp.asarray, random_keys(0))
-    with pytest.raises(NotImplementedError, match="kv_update has no variant 'triton' yet; it has reference"):
-        kv_update(jnp.zeros(POOL_SHAPE), k, v, jnp.int32(0), jnp.zeros(T, jnp.int32), implementation="triton")
+    with pytest.raises(NotImplementedError, match="kv_update has no variant 'mosaic_gpu' yet; it has reference"):
+        kv_update(jnp.zeros(POOL_SHAPE), k, v, jnp.int32(0), jnp.zeros(T, jnp.int32), implementation="mosaic_gpu")

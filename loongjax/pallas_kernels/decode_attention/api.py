@@ -1,5 +1,8 @@
 """The public op."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
@@ -7,9 +10,19 @@ from jaxtyping import Array, Float, Float32, Int32
 from loongjax.pallas_kernels.decode_attention.blockwise import blockwise_decode_attention
 from loongjax.pallas_kernels.decode_attention.reference import reference_decode_attention
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
+from loongjax.pallas_kernels.triton_gpu import require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
-VARIANTS = {"blockwise": blockwise_decode_attention, "reference": reference_decode_attention}
+
+def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array]:
+    """Imports the variant on first use: its packages come with the `gpu` extra."""
+    require_triton("decode_attention")
+    from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
+
+    return triton_decode_attention(*operands, **settings)
+
+
+VARIANTS = {"blockwise": blockwise_decode_attention, "reference": reference_decode_attention, "triton": _triton}
 
 
 def decode_attention(
@@ -40,14 +53,15 @@ def decode_attention(
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference" (every row against a dense copy of its keys, float32), "blockwise" (work
-            proportional to the number of keys; products in the input dtype, sums in float32; forward only), or None
-            for the best here.
+            proportional to the number of keys; products in the input dtype, sums in float32; forward only), "triton"
+            (on a GPU, bfloat16 and float16, head dims 32 to 256; forward only), or None for the best here.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
 
     Raises:
         ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
+        ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
     variant = pick_variant("decode_attention", implementation, VARIANTS, default="blockwise")

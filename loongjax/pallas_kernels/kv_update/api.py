@@ -1,11 +1,22 @@
 """The public op."""
 
+import jax
 from jaxtyping import Array, Float, Int32
 
 from loongjax.pallas_kernels.kv_update.reference import reference_kv_update
+from loongjax.pallas_kernels.triton_gpu import require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
-VARIANTS = {"reference": reference_kv_update}
+
+def _triton(*operands: jax.Array) -> jax.Array:
+    """Imports the variant on first use: its packages come with the `gpu` extra."""
+    require_triton("kv_update")
+    from loongjax.pallas_kernels.kv_update.triton_variant import triton_kv_update
+
+    return triton_kv_update(*operands)
+
+
+VARIANTS = {"reference": reference_kv_update, "triton": _triton}
 
 
 def kv_update(
@@ -27,10 +38,11 @@ def kv_update(
         v: values, likewise.
         layer: which layer.
         slots: page * page_size + offset, no two the same; negative, or beyond the pool: the token is dropped.
-        implementation: "reference" (a jax scatter), or None for the best here.
+        implementation: "reference" (a jax scatter), "triton" (on a GPU), or None for the best here.
 
     Raises:
         ValueError: an unknown implementation.
+        ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
     return pick_variant("kv_update", implementation, VARIANTS, default="reference")(kv_pool, k, v, layer, slots)
