@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -63,11 +64,16 @@ class Assembly:
         """
         include_usage = options is not None and bool(options.include_usage)
         is_continuous = options is not None and bool(options.continuous_usage_stats)
+        begun: set[int] = set()
         async with contextlib.aclosing(self._generation.deltas()) as deltas:
             async for choice_idx, delta in deltas:
                 if not (delta.token_ids or delta.text or delta.finish_reason is not None):
                     continue
-                chunk = {**self._chunk_header, "choices": [self._writers[choice_idx].chunk(delta)]}
+                write = functools.partial(self._writers[choice_idx].chunk, delta)
+                # Only the first one of a choice may echo the prompt, log-probabilities and all.
+                choice = write() if choice_idx in begun else await self._generation.write(write)
+                begun.add(choice_idx)
+                chunk = {**self._chunk_header, "choices": [choice]}
                 if is_continuous:
                     chunk["usage"] = self._generation.usage.to_json()
                 elif include_usage:

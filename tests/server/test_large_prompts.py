@@ -14,6 +14,7 @@ from server_fakes import ByteTokenizer, FakeEngine
 
 from loongjax.errors import RequestError
 from loongjax_server.body import parse_body
+from loongjax_server.logprobs import CompletionLogprobs
 from loongjax_server.schemas import ChatBody, CompletionBody, DetokenizeBody
 
 NUM_IDS = 500_000
@@ -92,6 +93,23 @@ def test_only_long_prompts_logprobs_are_written_in_a_thread(server, monkeypatch,
         entries = server.post("/v1/completions", body).json["choices"][0]["prompt_logprobs"]
     assert len(entries) > num_tokens
     assert [name.startswith("loongjax-tokenizer") for name in threads] == [is_threaded]
+
+
+@pytest.mark.parametrize(("num_tokens", "is_threaded"), [(4000, True), (40, False)])
+def test_a_stream_writes_only_the_logprobs_of_a_long_prompt_it_echoes_in_a_thread(
+    server, monkeypatch, num_tokens, is_threaded
+):
+    original, threads = CompletionLogprobs.write, []
+
+    def write(*arguments, **options):
+        threads.append(threading.current_thread().name)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(CompletionLogprobs, "write", write)
+    body = {"prompt": "a" * num_tokens, "max_tokens": 3, "echo": True, "logprobs": 1, "stream": True}
+    first, *_ = server.post("/v1/completions", body).events
+    assert len(first["choices"][0]["logprobs"]["tokens"]) > num_tokens
+    assert [name.startswith("loongjax-tokenizer") for name in threads] == [is_threaded, False, False]
 
 
 def test_slow_tokenization_holds_up_no_stream(serve):
