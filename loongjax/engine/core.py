@@ -217,10 +217,10 @@ class EngineCore:
             raise EngineDeadError(complaint)
 
     def close(self) -> None:
-        """Waits for what is in flight and gives the devices back. Nothing may follow."""
+        """Gives the devices back, after what is in flight unless they answer nothing. Nothing may follow."""
         if self.death is None:
             self.death = "the engine was closed"
-        self._runtime.close()
+        self._runtime.close(waits=not self._overdue_recoveries())
 
     def check_integrity(self) -> None:
         """Asserts every invariant of the state between steps."""
@@ -387,11 +387,14 @@ class EngineCore:
         self._runtime.submit(iteration)
 
     def _look_for_overdue(self) -> None:
-        now_s = self._runtime.now_s()
-        self._watch.look(now_s)
-        for flight in self._flights.overdue(now_s, RECOVERY_TIMEOUT_S):
-            if isinstance(flight.iteration, RecoverIteration) and self.death is None:
-                self._die(recovery_overdue(flight.group))
+        self._watch.look(self._runtime.now_s())
+        overdue = self._overdue_recoveries()
+        if overdue and self.death is None:
+            self._die(recovery_overdue(overdue[0].group))
+
+    def _overdue_recoveries(self) -> list[Flight]:
+        overdue = self._flights.overdue(self._runtime.now_s(), RECOVERY_TIMEOUT_S)
+        return [flight for flight in overdue if isinstance(flight.iteration, RecoverIteration)]
 
     def _die(self, reason: str) -> None:
         logger.error("%s", reason)

@@ -140,9 +140,9 @@ class LocalRuntime:
         except queue.Empty:
             return ended
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         for lane in (*self._dispatch_lanes, *self._readback_lanes):
-            lane.shutdown(wait=True)
+            lane.shutdown(wait=waits, cancel_futures=not waits)
         self._recompiles.close()
         self._decodes.clear()
 

@@ -62,6 +62,6 @@ class Runtime(Protocol):
         """This runtime's clock, in seconds from an arbitrary start."""
         ...
 
-    def close(self) -> None:
-        """Waits for what is in flight and gives the devices back."""
+    def close(self, *, waits: bool = True) -> None:
+        """Gives the devices back, after what is in flight; `waits` False: it will not come back, so leave it behind."""
         ...

@@ -100,6 +100,7 @@ class FakeRuntime:
         self.step_s = step_s
         self.submitted: list[Iteration] = []
         self.is_closed = False
+        self.waits_at_close = False
         self.max_in_flight = 0
         self._clock_s = 0.0
         self._memory: dict[InstanceId, Slots] = {instance: {} for instance in shape.all_instances}
@@ -134,8 +135,9 @@ class FakeRuntime:
             self._is_woken = True
             self._condition.notify_all()
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
         self.is_closed = True
+        self.waits_at_close = waits
 
     def submit(self, iteration: Iteration) -> None:
         assert not self.is_closed

@@ -149,6 +149,8 @@ def test_devices_that_fail_whatever_runs_on_them_end_the_engine_at_once() -> Non
     core = CLUSTER.core(runtime)
     core.add(CLUSTER.request("a", 20))
     journal = run_until_death(core)
+    core.close()
+    assert runtime.waits_at_close
     assert len(runtime.submitted) <= 3
     assert core.death == "the devices of instances (0, 1) fail even without a request: injected failure"
     assert journal.last["a/0"].error == core.death
@@ -178,6 +180,9 @@ def test_devices_that_answer_nothing_after_a_failure_end_the_engine() -> None:
     assert journal.last["poison/0"].error == core.death
     assert RECOVERY_TIMEOUT_S < runtime.now_s() < RECOVERY_TIMEOUT_S + 5.0
     assert_nothing_leaks(core)
+    core.close()
+    assert runtime.is_closed
+    assert not runtime.waits_at_close
 
 
 @pytest.mark.parametrize("duration_s", [1.0, 30.0, 119.0])

@@ -1,12 +1,14 @@
 """A program that fails costs its group the keys there, and nothing else: the same tokens come all the same."""
 
 import gc
+import threading
 import weakref
 from collections.abc import Iterator
 
 import jax
 import pytest
 
+import loongjax.engine.core as engine_core
 import loongjax.runtime.local as local
 from loongjax.core.iteration import Completion, RecoverIteration
 from loongjax.core.request import FinishReason, Request, RequestEvent
@@ -31,14 +33,18 @@ def shared_runtime(tmp_path_factory) -> Iterator[LocalRuntime]:
 
 @pytest.fixture
 def core(shared_runtime) -> EngineCore:
+    return make_core(shared_runtime)
+
+
+def make_core(runtime: LocalRuntime) -> EngineCore:
     info = ModelInfo(
         checkpoint="gqa",
-        max_model_len=shared_runtime.limits.max_model_len,
-        vocab_size=shared_runtime.limits.vocab_size,
+        max_model_len=runtime.limits.max_model_len,
+        vocab_size=runtime.limits.vocab_size,
         eos_token_ids=(),
         default_sampling={},
     )
-    return EngineCore(shared_runtime, SimplePolicy(), info=info, checks=True)
+    return EngineCore(runtime, SimplePolicy(), info=info, checks=True)
 
 
 class FailsOnce:
@@ -199,6 +205,26 @@ def test_a_device_that_fails_by_itself_is_named(shared_runtime, monkeypatch):
     monkeypatch.undo()
     (recovered,) = recover(shared_runtime)
     assert recovered.error is None
+
+
+def test_an_engine_whose_devices_answer_nothing_can_be_closed(tmp_path, cache_dir, monkeypatch):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    core = make_core(small_runtime(checkpoint, cache_dir, num_instances=1, max_num_seqs=1, num_slots=64))
+    answers = threading.Event()
+    monkeypatch.setattr(engine_core, "RECOVERY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(local, "pack_prefill", FailsFor(local.pack_prefill, len(Golden("gqa").prompt(1))))
+    monkeypatch.setattr(LocalRuntime, "_check_devices", lambda runtime, group: answers.wait(60.0))
+    add_golden(core, [1])
+    while core.death is None:
+        core.step(0.1)
+    assert "did not answer" in core.death
+    closing = threading.Thread(target=core.close)
+    closing.start()
+    closing.join(10.0)
+    has_closed = not closing.is_alive()
+    answers.set()
+    closing.join()
+    assert has_closed
 
 
 def test_renewing_never_holds_two_pools(shared_runtime, monkeypatch):
