@@ -22,7 +22,10 @@ DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (32, 64, 128, 256)
 LEAST_GROUP = 16
 """Rows that a matrix product of tensor cores takes at least."""
-SEGMENTS_PER_STEP = 32
+MERGED_SHARES = 32
+"""Partial results that the merge takes at a time."""
+MERGED_ROWS = 16
+"""Rows that one of its programs looks at for keys."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,10 +34,11 @@ class DecodeTritonTuning:
 
     block: int = 64
     """Keys of one item of work: a power of two, at least 16."""
-    stages: int = 3
+    stages: int = 2
     """Blocks in flight."""
     num_warps: int = 4
-    programs_per_processor: int = 2
+    programs_per_processor: int = 3
+    """As many as fit, so that all run at once."""
 
     def __post_init__(self) -> None:
         if self.block < 16 or self.block & (self.block - 1):
@@ -71,18 +75,16 @@ def triton_decode_attention(
         nothing = jnp.zeros((B, N, H), out_dtype), jnp.full((B, N), -jnp.inf, jnp.float32)
         return vary_as(nothing, operands)
     group_size = N // K
-    num_programs = num_multiprocessors() * tuning.programs_per_processor
-    num_segments = num_programs + B * K
+    num_shares = max(1, num_multiprocessors() * tuning.programs_per_processor // K)
     shape: dict[str, Any] = {
-        "num_programs": num_programs,
+        "num_shares": num_shares,
         "padded_rows": max(2, 1 << (B - 1).bit_length()),
-        "num_kv_heads": K,
-        "group_size": group_size,
         "head_dim": H,
         "block": tuning.block,
         "compute_capability": compute_capability(),
     }
-    partial_o, partial_lse = jax_triton.triton_call(
+    results = (jax.ShapeDtypeStruct((B, N, H), out_dtype), jax.ShapeDtypeStruct((B, N), jnp.float32))
+    o, lse, partial_o, partial_lse = jax_triton.triton_call(
         q,
         kv_pool,
         layer[None],
@@ -94,13 +96,16 @@ def triton_decode_attention(
         kernel=attend_kernel,
         name="decode_attention_attend",
         out_shape=(
-            jax.ShapeDtypeStruct((num_segments, group_size, H), jnp.float32),
-            jax.ShapeDtypeStruct((num_segments, group_size), jnp.float32),
+            *results,
+            jax.ShapeDtypeStruct((num_shares + B, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((num_shares + B, N), jnp.float32),
         ),
-        grid=num_programs,
+        grid=(K, num_shares),
         num_warps=tuning.num_warps,
         num_stages=tuning.stages,
         scale=sm_scale * math.log2(math.e),
+        num_kv_heads=K,
+        group_size=group_size,
         padded_group=max(LEAST_GROUP, 1 << (group_size - 1).bit_length()),
         page_size=page_size,
         stages=tuning.stages,
@@ -110,13 +115,18 @@ def triton_decode_attention(
         kv_lens,
         partial_o,
         partial_lse,
+        o,
+        lse,
         B,
         kernel=merge_kernel,
         name="decode_attention_merge",
-        out_shape=(jax.ShapeDtypeStruct((B, N, H), out_dtype), jax.ShapeDtypeStruct((B, N), jnp.float32)),
-        grid=(B, N),
+        out_shape=results,
+        input_output_aliases={3: 0, 4: 1},
+        grid=(N, num_shares + -(-B // MERGED_ROWS)),
         num_warps=4,
-        segments_per_step=SEGMENTS_PER_STEP,
+        num_q_heads=N,
+        shares_per_step=MERGED_SHARES,
+        rows_per_program=MERGED_ROWS,
         **shape,
     )
     return vary_as(tuple(merged), operands)

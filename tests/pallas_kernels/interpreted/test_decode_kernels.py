@@ -15,18 +15,17 @@ from tests.pallas_kernels.triton_interpreter import interpret
 BLOCK = 16
 
 
-def decode(q: np.ndarray, case: PagedCase, num_programs: int) -> tuple[np.ndarray, np.ndarray]:
+def decode(q: np.ndarray, case: PagedCase, num_shares: int) -> tuple[np.ndarray, np.ndarray]:
     """What `triton_decode_attention` does. Everything that no program writes is NaN."""
     (num_rows, num_q_heads, head_dim), (num_pages, page_size, num_kv_heads, _) = q.shape, case.kv_pool.shape[2:]
     group_size = num_q_heads // num_kv_heads
-    num_segments = num_programs + num_rows * num_kv_heads
-    partial_o = np.full((num_segments, group_size, head_dim), np.nan, np.float32)
-    partial_lse = np.full((num_segments, group_size), np.nan, np.float32)
+    o = np.full((num_rows, num_q_heads, head_dim), np.nan, np.float32)
+    lse = np.full((num_rows, num_q_heads), np.nan, np.float32)
+    partial_o = np.full((num_shares + num_rows, num_q_heads, head_dim), np.nan, np.float32)
+    partial_lse = np.full((num_shares + num_rows, num_q_heads), np.nan, np.float32)
     shape = {
-        "num_programs": num_programs,
+        "num_shares": num_shares,
         "padded_rows": max(2, 1 << (num_rows - 1).bit_length()),
-        "num_kv_heads": num_kv_heads,
-        "group_size": group_size,
         "head_dim": head_dim,
         "block": BLOCK,
     }
@@ -34,23 +33,30 @@ def decode(q: np.ndarray, case: PagedCase, num_programs: int) -> tuple[np.ndarra
     tables = (case.page_indices, case.page_starts, case.kv_lens)
     interpret(
         attend_kernel,
-        (num_programs,),
-        *(q, case.kv_pool, layer, *tables, num_rows, num_pages, partial_o, partial_lse),
+        (num_kv_heads, num_shares),
+        *(q, case.kv_pool, layer, *tables, num_rows, num_pages, o, lse, partial_o, partial_lse),
         scale=head_dim**-0.5 * math.log2(math.e),
+        num_kv_heads=num_kv_heads,
+        group_size=group_size,
         padded_group=max(16, group_size),
         page_size=page_size,
         stages=2,
         **shape,
     )
-    o = np.full((num_rows, num_q_heads, head_dim), np.nan, np.float32)
-    lse = np.full((num_rows, num_q_heads), np.nan, np.float32)
-    operands = (case.kv_lens, partial_o, partial_lse, num_rows, o, lse)
-    interpret(merge_kernel, (num_rows, num_q_heads), *operands, segments_per_step=4, **shape)
+    interpret(
+        merge_kernel,
+        (num_q_heads, num_shares + -(-num_rows // 4)),
+        *(case.kv_lens, partial_o, partial_lse, o, lse, num_rows, o, lse),
+        num_q_heads=num_q_heads,
+        shares_per_step=4,
+        rows_per_program=4,
+        **shape,
+    )
     return o, lse
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("num_programs", [1, 2, 7, 40])
+@pytest.mark.parametrize("num_shares", [1, 2, 7, 40])
 @pytest.mark.parametrize(
     ("kv_lens", "heads", "num_q_heads", "page_size"),
     [
@@ -61,12 +67,12 @@ def decode(q: np.ndarray, case: PagedCase, num_programs: int) -> tuple[np.ndarra
         pytest.param([0, 0], (2, 16), 2, 16, id="no keys at all"),
     ],
 )
-def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, num_q_heads, page_size, num_programs):
+def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, num_q_heads, page_size, num_shares):
     case = make_case(len(kv_lens), kv_lens, page_size=page_size, heads=heads)
     q = np.asarray(random_queries(1, len(kv_lens), num_q_heads, heads[1]))
     rows = [attend_row(*row) for row in zip(q, case.keys, case.values, strict=True)]
     expected = np.array([o for o, _ in rows]), np.array([lse for _, lse in rows])
-    assert_matches(decode(q, case, num_programs), expected)
+    assert_matches(decode(q, case, num_shares), expected)
 
 
 def test_kv_update_writes_its_slots_and_nothing_else():
