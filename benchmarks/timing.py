@@ -34,7 +34,7 @@ def copy_bytes_per_second(num_bytes: int = 2 << 30) -> float:
     """Bytes read plus bytes written, per second, of a device-to-device copy by CUDA events (torch), or else of adding
     one to every element (jax)."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         return _add_bytes_per_second(num_bytes)
     source = torch.empty(num_bytes // 4, dtype=torch.int32, device="cuda").random_()
