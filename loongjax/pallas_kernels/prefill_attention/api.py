@@ -1,15 +1,27 @@
 """The public op."""
 
+import functools
+import logging
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
 from loongjax.pallas_kernels.prefill_attention.blockwise import blockwise_prefill_attention
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import is_supported, mosaic_gpu_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
 from loongjax.pallas_kernels.variants import pick_variant
 
-VARIANTS = {"blockwise": blockwise_prefill_attention, "reference": reference_prefill_attention}
+VARIANTS = {
+    "blockwise": blockwise_prefill_attention,
+    "mosaic_gpu": mosaic_gpu_prefill_attention,
+    "reference": reference_prefill_attention,
+}
+BEST_ON_HOPPER = "blockwise"
+
+logger = logging.getLogger(__name__)
 
 
 def prefill_attention(
@@ -32,23 +44,28 @@ def prefill_attention(
         q: queries, in the dtype of the keys. T and S may be anything, 0 included.
         k: keys. Keys outside all ranges are never used and may hold anything, NaN too; keys inside some range but not
             a row's own may hold any finite value.
-        v: values, under the same rule.
+        v: values, under the same rule, but "mosaic_gpu" multiplies by zero some values of keys outside all ranges:
+            those less than a block of keys away from a key in a range, or between two ranges, must be finite.
         k_start: each row's first visible key.
         k_end: one past each row's last visible key; at or below `k_start` for a row without keys.
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
-        implementation: "reference" (dense scores, float32), "blockwise" (one block of scores at a time; products in
-            the input dtype, sums in float32), or None for the best here. Both are differentiable with respect to q, k
-            and v, through the output and the log-sum-exp.
+        implementation: "reference" (dense scores, float32); "blockwise" (one block of scores at a time; products in
+            the input dtype, sums in float32); "mosaic_gpu" (the same in a kernel for Hopper; bfloat16 and float16, head
+            dims 64 and 128); or None for the best on the default backend. The first two are differentiable with
+            respect to q, k and v, through the output and the log-sum-exp.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
 
     Raises:
-        ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
-        NotImplementedError: an implementation that is not built.
+        ValueError: heads, head dims or dtypes that do not fit or that the implementation asked for does not take, or
+            an unknown implementation.
+        NotImplementedError: an implementation that is not built, or a gradient of "mosaic_gpu".
     """
-    variant = pick_variant("prefill_attention", implementation, VARIANTS, default="blockwise")
+    device = jax.local_devices()[0]
+    default = default_variant(device.platform, getattr(device, "compute_capability", ""), q.dtype.name, q.shape[-1])
+    variant = pick_variant("prefill_attention", implementation, VARIANTS, default=default)
     check_heads("prefill_attention", q.shape, k.shape)
     check_dtypes("prefill_attention", q.dtype, k.dtype)
     return variant(
@@ -60,3 +77,21 @@ def prefill_attention(
         sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
         out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
     )
+
+
+@functools.cache
+def default_variant(platform: str, compute_capability: str, dtype: str, head_dim: int) -> str:
+    """The fastest variant for queries of this dtype and head dim.
+
+    Args:
+        platform: of the device, such as "gpu".
+        compute_capability: of a GPU, such as "9.0" for Hopper; empty elsewhere.
+        dtype: its name.
+        head_dim: H.
+    """
+    if platform != "gpu" or compute_capability != "9.0":
+        return "blockwise"
+    if is_supported(dtype, head_dim):
+        return BEST_ON_HOPPER
+    logger.info("prefill_attention: no kernel for %s with head_dim %d, using the slower 'blockwise'", dtype, head_dim)
+    return "blockwise"

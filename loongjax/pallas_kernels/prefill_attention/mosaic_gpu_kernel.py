@@ -1,0 +1,305 @@
+"""The kernel body of Hopper's variant: warp-specialised attention over the key blocks that a query block visits.
+
+A thread block takes block_q query rows of one head. Its last warpgroup copies key and value blocks to shared memory by
+TMA, `num_stages` ahead; the others hold 64 rows each and compute (FlashAttention-3, arXiv:2407.08608, algorithms 1 and
+2): the tensor cores multiply the weights p of one key block with its values while the softmax of the next one runs, and
+serve the other warpgroups in turn. Softmax is in base 2, with running maximum m, denominator d and output o:
+
+    m' = max(m, c max(s)),    p = exp2(c s - m'),    d' = exp2(m - m') d + sum(p),    o' = exp2(m - m') o + p v
+
+where s = q . k and c = sm_scale log2(e). In the end o is divided by d, and the log-sum-exp is m ln(2) + ln(d).
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from loongjax.errors import ConfigError
+
+WARPGROUP_ROWS = 64
+TMA_ROWS = 8
+"""Rows in a tile of swizzled shared memory: copies begin at multiples of it, and arrays end at one."""
+LOWEST = float(np.finfo(np.float32).min)
+"""The maximum before the first visible key: finite, so that differences of maxima are never NaN."""
+ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillTuning:
+    """How the work is cut, and how the warpgroups of a thread block take turns."""
+
+    block_q: int = 128
+    """Query rows of a thread block, 64 for each warpgroup that computes: 128 or 192."""
+    block_kv: int = 128
+    """Keys of a key block: a multiple of 64, at most 256."""
+    num_stages: int = 2
+    """Key blocks, and value blocks, that shared memory holds."""
+    take_turns: bool = True
+    """Whether the warpgroups issue their matrix products in turn, so that the softmax of one hides behind another's."""
+
+    def __post_init__(self) -> None:
+        if self.block_q not in (128, 192):
+            raise ConfigError(f"block_q must be 128 or 192, got {self.block_q}")
+        if self.block_kv not in (64, 128, 192, 256):
+            raise ConfigError(f"block_kv must be 64, 128, 192 or 256, got {self.block_kv}")
+        if self.num_stages < 2:
+            raise ConfigError(f"num_stages must be at least 2, got {self.num_stages}")
+
+    @property
+    def num_compute_warpgroups(self) -> int:
+        return self.block_q // WARPGROUP_ROWS
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Registers of a thread that computes, and of one that copies; warpgroups have 512 together."""
+        return (232, 40) if self.num_compute_warpgroups == 2 else (160, 32)
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers; a tile for each warpgroup that computes, or for each stage."""
+
+    q: Any  # [warpgroups, 64, H]
+    k: Any  # [stages, block_kv, H]
+    v: Any  # [stages, block_kv, H]
+    o: Any  # [warpgroups, 64, H]; None if q's tile can hold it
+    bounds: Any  # [warpgroups, 2, 64]
+    lse: Any  # [warpgroups, 64]
+    rows_ready: Any  # [warpgroups], of queries and their bounds
+    k_ready: Any  # [stages]
+    v_ready: Any  # [stages]
+    k_free: Any  # [stages]
+    v_free: Any  # [stages]
+    turn: Any  # [warpgroups]
+
+
+def make_scratch(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: Any) -> Scratch:
+    """What a thread block allocates."""
+    warpgroups, stages = tuning.num_compute_warpgroups, tuning.num_stages
+
+    def swizzled(*shape: int, dtype: Any) -> Any:
+        tiling = plgpu.TilingTransform((TMA_ROWS, 128 // jnp.dtype(dtype).itemsize))
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
+
+    row_tiles = functools.partial(swizzled, warpgroups, WARPGROUP_ROWS, head_dim)
+    key_tiles = functools.partial(swizzled, stages, tuning.block_kv, head_dim, dtype=dtype)
+    return Scratch(
+        q=row_tiles(dtype=dtype),
+        k=key_tiles(),
+        v=key_tiles(),
+        o=None if out_dtype == dtype else row_tiles(dtype=out_dtype),
+        bounds=plgpu.SMEM((warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
+        lse=plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
+        rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+        k_ready=plgpu.Barrier(num_barriers=stages),
+        v_ready=plgpu.Barrier(num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        turn=plgpu.Barrier(num_barriers=warpgroups),
+    )
+
+
+class Work(NamedTuple):
+    """A thread block's share."""
+
+    q_head: jax.Array
+    kv_head: jax.Array
+    q_block: jax.Array
+    first_key: jax.Array
+    num_blocks: jax.Array
+    """Of these, all steps below `num_masked` mask."""
+    num_masked: jax.Array
+    bare_begin: jax.Array
+
+    def block_begin(self, step: jax.Array, block_kv: int) -> jax.Array:
+        """The first key of the block visited at this step: masked blocks come first, in order, then bare ones."""
+        num_bare = self.num_blocks - self.num_masked
+        masked = step + jnp.where(step < self.bare_begin, 0, num_bare)
+        bare = step - self.num_masked + self.bare_begin
+        return self.first_key + block_kv * jnp.where(step < self.num_masked, masked, bare)
+
+
+def find_work(visits_gmem: Any, group_size: int) -> Work:
+    """The share of this thread block: heads of a group run side by side, and the last query blocks, which see most
+    under a causal mask, first.
+    """
+    kv_head = lax.axis_index("kv_head")
+    q_block = visits_gmem.shape[0] - 1 - lax.axis_index("q_block")
+    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[q_block, column] for column in range(4))
+    return Work(
+        q_head=kv_head * group_size + lax.axis_index("head_in_group"),
+        kv_head=kv_head,
+        q_block=q_block,
+        first_key=first_key,
+        num_blocks=num_blocks,
+        num_masked=num_blocks - (bare_end - bare_begin),
+        bare_begin=bare_begin,
+    )
+
+
+def prefill_kernel(
+    q_gmem: Any,  # [padded_T, N, H]
+    k_gmem: Any,  # [padded_S, K, H]
+    v_gmem: Any,  # [padded_S, K, H]
+    bounds_gmem: Any,  # [2, q_blocks * block_q]
+    visits_gmem: Any,  # [q_blocks, 4]
+    o_gmem: Any,  # [padded_T, N, H]
+    lse_gmem: Any,  # [N, q_blocks * block_q]
+    *,
+    scratch: Scratch,
+    scale: float,
+    tuning: PrefillTuning,
+) -> None:
+    """The grid is ("head_in_group", "q_block", "kv_head"), the thread axis "warpgroup".
+
+    Args:
+        scratch: what `make_scratch` describes.
+        scale: of scores, into base 2.
+        tuning: that of the grid and of `scratch`.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    work = find_work(visits_gmem, q_gmem.shape[1] // k_gmem.shape[1])
+    compute_registers, copy_registers = tuning.registers
+
+    @pl.when(warpgroup < tuning.num_compute_warpgroups)
+    def _():
+        plgpu.set_max_registers(compute_registers, action="increase")
+        rows = pl.ds(work.q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
+        ready = scratch.rows_ready.at[warpgroup]
+        plgpu.copy_gmem_to_smem(q_gmem.at[rows, work.q_head], scratch.q.at[warpgroup], ready)
+        plgpu.copy_gmem_to_smem(bounds_gmem.at[:, rows], scratch.bounds.at[warpgroup], ready)
+        plgpu.barrier_wait(ready)
+
+        o, lse = attend_rows(scratch, work, scale, tuning)
+        o_tile = (scratch.q if scratch.o is None else scratch.o).at[warpgroup]
+        o_tile[...] = o.astype(o_tile.dtype)
+        scratch.lse[warpgroup] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_tile, o_gmem.at[rows, work.q_head])
+        plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse_gmem.at[work.q_head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == tuning.num_compute_warpgroups)
+    def _():
+        plgpu.set_max_registers(copy_registers, action="decrease")
+        copy_key_blocks(k_gmem, v_gmem, scratch, work, tuning)
+
+
+def copy_key_blocks(k_gmem: Any, v_gmem: Any, scratch: Scratch, work: Work, tuning: PrefillTuning) -> None:
+    """Brings the visited key and value blocks to shared memory, each as soon as its stage is free."""
+
+    @pl.loop(0, work.num_blocks)
+    def _(step):
+        stage = lax.rem(step, jnp.int32(tuning.num_stages))
+        keys = pl.ds(pl.multiple_of(work.block_begin(step, tuning.block_kv), TMA_ROWS), tuning.block_kv)
+        for gmem, smem, ready, free in (
+            (k_gmem, scratch.k, scratch.k_ready, scratch.k_free),
+            (v_gmem, scratch.v, scratch.v_ready, scratch.v_free),
+        ):
+
+            @pl.when(step >= tuning.num_stages)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[stage])
+
+            plgpu.copy_gmem_to_smem(gmem.at[keys, work.kv_head], smem.at[stage], ready.at[stage])
+
+
+def attend_rows(scratch: Scratch, work: Work, scale: float, tuning: PrefillTuning) -> tuple[jax.Array, jax.Array]:
+    """Output [64, H] and log-sum-exp [64] of this warpgroup's rows."""
+    warpgroup = lax.axis_index("warpgroup")
+    num_warpgroups, head_dim = tuning.num_compute_warpgroups, scratch.q.shape[-1]
+    q_tile = scratch.q.at[warpgroup]
+    k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
+
+    def stage_of(step):
+        return lax.rem(step, jnp.int32(tuning.num_stages))
+
+    def take_turn():
+        if tuning.take_turns:
+            plgpu.barrier_wait(scratch.turn.at[warpgroup])
+
+    def pass_turn():
+        if tuning.take_turns:
+            plgpu.barrier_arrive(scratch.turn.at[lax.rem(warpgroup + 1, jnp.int32(num_warpgroups))])
+
+    def softmax(step, scores, maximum, denominator, *, masked):
+        """Weights of this block's values, the new maximum and denominator, and what rescales the output so far."""
+        if masked:
+            begin = work.block_begin(step, tuning.block_kv)
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            visible = (key >= across(k_start - begin, scores)) & (key < across(k_end - begin, scores))
+            scores = jnp.where(visible, scores, -jnp.inf)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=1) * scale)
+        rescale = jnp.exp2(maximum - new_maximum)
+        weights = jnp.exp2(scores * scale - across(new_maximum, scores))
+        denominator = denominator * rescale + weights.sum(axis=1)
+        return weights.astype(q_tile.dtype), new_maximum, denominator, rescale
+
+    def first_scores(s_acc):
+        plgpu.barrier_wait(scratch.k_ready.at[0])
+        take_turn()
+        plgpu.wgmma(s_acc, q_tile, scratch.k.at[0].transpose((1, 0)))
+        pass_turn()
+        return plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
+
+    def attend(o_acc):
+        s_type = plgpu.ACC((WARPGROUP_ROWS, tuning.block_kv), jnp.float32)
+
+        def attend_block(step, carry, *, masked):
+            weights, maximum, denominator = carry
+            stage, stage_before = stage_of(step), stage_of(step - 1)
+            plgpu.barrier_wait(scratch.k_ready.at[stage])
+            plgpu.barrier_wait(scratch.v_ready.at[stage_before])
+
+            def multiply(s_acc):
+                take_turn()
+                plgpu.wgmma(s_acc, q_tile, scratch.k.at[stage].transpose((1, 0)))
+                plgpu.wgmma(o_acc, weights, scratch.v.at[stage_before])
+                pass_turn()
+                return plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+
+            # The barriers keep reads of the accumulators behind the waits.
+            scores = lax.optimization_barrier(pl.run_scoped(multiply, s_type))
+            plgpu.barrier_arrive(scratch.k_free.at[stage])
+            weights, maximum, denominator, rescale = softmax(step, scores, maximum, denominator, masked=masked)
+            o = lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
+            plgpu.barrier_arrive(scratch.v_free.at[stage_before])
+            o_acc[...] = o * across(rescale, o)
+            return weights, maximum, denominator
+
+        @pl.when(warpgroup == 0)
+        def _():
+            if tuning.take_turns:
+                plgpu.barrier_arrive(scratch.turn.at[0])
+
+        scores = lax.optimization_barrier(pl.run_scoped(first_scores, s_type))
+        plgpu.barrier_arrive(scratch.k_free.at[0])
+        nothing = (plgpu.layout_cast(jnp.full((WARPGROUP_ROWS,), x, jnp.float32), ROW_LAYOUT) for x in (LOWEST, 0.0))
+        carry = softmax(jnp.int32(0), scores, *nothing, masked=True)[:3]
+        carry = lax.fori_loop(1, work.num_masked, functools.partial(attend_block, masked=True), carry)
+        first_bare = jnp.maximum(work.num_masked, 1)
+        carry = lax.fori_loop(first_bare, work.num_blocks, functools.partial(attend_block, masked=False), carry)
+
+        weights, maximum, denominator = carry
+        last = stage_of(work.num_blocks - 1)
+        plgpu.barrier_wait(scratch.v_ready.at[last])
+        plgpu.wgmma(o_acc, weights, scratch.v.at[last])
+        return lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0)), maximum, denominator
+
+    o, maximum, denominator = pl.run_scoped(attend, plgpu.ACC((WARPGROUP_ROWS, head_dim), jnp.float32))
+    has_keys = k_end > k_start
+    divisor = jnp.where(has_keys, denominator, 1.0)
+    o = jnp.where(across(k_end, o) > across(k_start, o), o * across(1 / divisor, o), 0.0)
+    return o, jnp.where(has_keys, maximum * math.log(2) + jnp.log(divisor), -jnp.inf)
+
+
+def across(per_row: jax.Array, like: jax.Array) -> jax.Array:
+    """A value for each row, in every column."""
+    return lax.broadcast_in_dim(per_row, like.shape, [0])
