@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import logging
 
 import jax
 
 from loongjax.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 HOPPER_NUM_PROCESSORS = 132
 
@@ -23,15 +27,28 @@ def compute_capability() -> int:
     return 90 if gpu is None else int(str(gpu.compute_capability).replace(".", ""))
 
 
+def _missing_packages() -> list[str]:
+    return [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
+
+
 def _any_gpu() -> jax.Device | None:
     device = jax.local_devices()[0]
     return device if device.platform == "gpu" else None
 
 
+@functools.cache
+def is_triton_usable() -> bool:
+    """Whether there is a GPU, and the packages that Triton variants need; told once if only they are missing."""
+    if _any_gpu() is None:
+        return False
+    if missing := _missing_packages():
+        logger.warning("%s is not installed, so slower attention is used: pip install 'loongjax[gpu]'", missing[0])
+    return not missing
+
+
 def require_triton(op: str) -> None:
     """Raises ConfigError if the packages that Triton variants need are not installed."""
-    missing = [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]
-    if missing:
+    if missing := _missing_packages():
         raise ConfigError(
             f"{op}: implementation 'triton' needs the package {missing[0]!r}: pip install 'loongjax[gpu]' brings it"
         )

@@ -10,6 +10,7 @@ import concurrent.futures
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -74,6 +75,7 @@ class WarmUp:
         self._weights = weights
         self._kv_pool = kv_pool
         self._buckets = buckets
+        self._lowering = threading.Lock()
 
     def run(self) -> int:
         """Warms up every group of instances. Returns how many calls that took."""
@@ -114,7 +116,9 @@ class WarmUp:
     def _lower_and_compile(self, group: Group, call: Call) -> None:
         program, arguments = call
         with jax.set_mesh(self._grid.mesh(group)):
-            program.lower(*arguments).compile()  # type: ignore[attr-defined]
+            with self._lowering:  # holds Python's lock anyway, and Triton compiles its kernels in it
+                lowered = program.lower(*arguments)  # type: ignore[attr-defined]
+            lowered.compile()
 
     def _execute(self, group: Group, call: Call) -> Any:
         """Runs a call, and returns what shows that it is over."""

@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from loongjax.core.cluster import Group
+from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.local import LocalRuntime
+from needle.prompts import PromptWriter
 from tests.checkpoints import BASE, VARIANTS, make_checkpoint
 from tests.runtime.driver import Driver, Golden, poison_pool, small_runtime
 
@@ -121,3 +124,26 @@ def test_pool_shards_stay_where_they_are(runtime):
     driver.decode(everyone.instances, {0: ["r"]}, steps=4)
     assert addresses() == before
     assert jnp.dtype(runtime._kv_pool.view(everyone).dtype) == jnp.float32
+
+
+def test_the_model_that_ships_finds_keys_on_the_kernels(cache_dir):
+    """Its heads are of a size that decode's kernel takes: bfloat16 runs on it, float32 on plain jax."""
+    folder = resolve_checkpoint(None)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    examples = PromptWriter(tokenizer, seed=9).examples(900, 0.3, 4)
+    answers = [tokenizer.encode(found.answer, add_special_tokens=False).ids for found in examples]
+    limits = {"num_instances": 1, "num_slots": 8192, "max_num_batched_tokens": 8192}
+    scores = {}
+    for dtype in ("float32", "bfloat16"):
+        runtime = small_runtime(folder, cache_dir, dtype=dtype, **limits)
+        driver = Driver(runtime)
+        for i, found in enumerate(examples):
+            driver.add(str(i), tokenizer.encode(found.prompt).ids)
+        driver.prefill((0,), {name: [(0, 0, -1)] for name in driver.requests})
+        driver.decode((0,), {0: list(driver.requests)}, steps=len(answers[0]) - 1)
+        assert [driver.tokens[name] for name in driver.requests] == answers
+        scores[dtype] = [item.logprob for name in driver.requests for item in driver.logprobs[name]]
+        runtime.close()
+    difference = np.abs(np.subtract(scores["bfloat16"], scores["float32"]))
+    assert difference.mean() <= 0.02
+    assert difference.max() <= 0.2

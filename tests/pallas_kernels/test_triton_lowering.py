@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import decode_attention, kv_update, triton_gpu
+from loongjax.pallas_kernels.decode_attention import api as decode_api
 from loongjax.pallas_kernels.decode_attention.triton_variant import DecodeTritonTuning
 
 Shape = jax.ShapeDtypeStruct
@@ -89,3 +90,40 @@ def test_packages_that_are_missing_are_named(monkeypatch):
 def test_a_block_that_cannot_work_is_refused(block):
     with pytest.raises(ConfigError, match="power of two"):
         DecodeTritonTuning(block=block)
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch):
+    """As far as choosing variants goes."""
+    monkeypatch.setattr(triton_gpu, "_any_gpu", lambda: jax.devices()[0])
+    caches = (triton_gpu.is_triton_usable, decode_api.default_variant)
+    for function in caches:
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in caches:
+        function.cache_clear()
+
+
+def test_without_a_gpu_plain_jax_is_best():
+    assert not triton_gpu.is_triton_usable()
+    assert decode_api.default_variant("bfloat16", 128) == "blockwise"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "best"),
+    [
+        ("bfloat16", 128, "triton"),
+        ("float16", 64, "triton"),
+        ("float32", 128, "blockwise"),
+        ("bfloat16", 24, "blockwise"),
+    ],
+)
+def test_with_a_gpu_the_kernel_serves_what_it_takes(gpu_machine, dtype, head_dim, best):
+    assert decode_api.default_variant(dtype, head_dim) == best
+
+
+def test_a_gpu_without_the_packages_is_told_what_to_install(gpu_machine, monkeypatch, caplog):
+    monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: None)
+    assert decode_api.default_variant("bfloat16", 128) == "blockwise"
+    assert "pip install 'loongjax[gpu]'" in caplog.text

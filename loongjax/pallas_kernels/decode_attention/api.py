@@ -1,5 +1,7 @@
 """The public op."""
 
+import functools
+import logging
 from typing import Any
 
 import jax
@@ -10,8 +12,10 @@ from jaxtyping import Array, Float, Float32, Int32
 from loongjax.pallas_kernels.decode_attention.blockwise import blockwise_decode_attention
 from loongjax.pallas_kernels.decode_attention.reference import reference_decode_attention
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
-from loongjax.pallas_kernels.triton_gpu import require_triton
+from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
+
+logger = logging.getLogger(__name__)
 
 
 def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array]:
@@ -64,7 +68,8 @@ def decode_attention(
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
-    variant = pick_variant("decode_attention", implementation, VARIANTS, default="blockwise")
+    default = default_variant(q.dtype.name, q.shape[-1])
+    variant = pick_variant("decode_attention", implementation, VARIANTS, default=default)
     check_heads("decode_attention", q.shape, kv_pool.shape)
     check_dtypes("decode_attention", q.dtype, kv_pool.dtype)
     return variant(
@@ -77,3 +82,16 @@ def decode_attention(
         sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
         out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
     )
+
+
+@functools.cache
+def default_variant(dtype: str, head_dim: int) -> str:
+    """The fastest variant on the devices of this process for queries of this dtype and head dim."""
+    if not is_triton_usable():
+        return "blockwise"
+    from loongjax.pallas_kernels.decode_attention.triton_variant import is_supported
+
+    if is_supported(dtype, head_dim):
+        return "triton"
+    logger.info("decode_attention: no kernel for %s with head_dim %d, using the slower 'blockwise'", dtype, head_dim)
+    return "blockwise"

@@ -28,6 +28,11 @@ MERGED_ROWS = 16
 """Rows that one of its programs looks at for keys."""
 
 
+def is_supported(dtype: str, head_dim: int) -> bool:
+    """Whether there is a kernel for queries of this dtype and head dim."""
+    return dtype in DTYPES and head_dim in HEAD_DIMS
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeTritonTuning:
     """How the work is cut."""
@@ -65,7 +70,7 @@ def triton_decode_attention(
     """
     B, N, H = q.shape
     _, _, num_pages, page_size, K, _ = kv_pool.shape
-    if q.dtype.name not in DTYPES or H not in HEAD_DIMS:
+    if not is_supported(q.dtype.name, H):
         raise ValueError(
             f"decode_attention: implementation 'triton' takes {' and '.join(DTYPES)} and head dims "
             f"{', '.join(map(str, HEAD_DIMS))}, got {q.dtype.name} and {H}: 'blockwise' takes any"

@@ -4,7 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from loongjax.pallas_kernels.kv_update.reference import reference_kv_update
-from loongjax.pallas_kernels.triton_gpu import require_triton
+from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
 
@@ -45,4 +45,5 @@ def kv_update(
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
-    return pick_variant("kv_update", implementation, VARIANTS, default="reference")(kv_pool, k, v, layer, slots)
+    default = "triton" if is_triton_usable() else "reference"
+    return pick_variant("kv_update", implementation, VARIANTS, default=default)(kv_pool, k, v, layer, slots)
