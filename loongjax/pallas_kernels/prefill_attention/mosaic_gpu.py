@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import (
@@ -23,7 +24,7 @@ DTYPES = ("bfloat16", "float16")
 DEFAULT_TUNING = PrefillTuning()
 
 
-def is_supported(dtype: object, head_dim: int) -> bool:
+def is_supported(dtype: DTypeLike, head_dim: int) -> bool:
     """Whether there is a kernel for queries of this dtype and head dim."""
     return jnp.dtype(dtype).name in DTYPES and head_dim in HEAD_DIMS
 
@@ -62,8 +63,16 @@ def mosaic_gpu_prefill_attention(
     return o.astype(out_dtype), lse
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attend(sm_scale, out_dtype, tuning, q, k, v, k_start, k_end):
+def _attend_forward(
+    sm_scale: float,
+    out_dtype: np.dtype,
+    tuning: PrefillTuning,
+    q: Float[Array, "T N H"],
+    k: Float[Array, "S K H"],
+    v: Float[Array, "S K H"],
+    k_start: Int32[Array, "T"],
+    k_end: Int32[Array, "T"],
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
     T, S = q.shape[0], k.shape[0]
     if sm_scale <= 0:
         # The running maximum is taken before scaling, which only a positive factor allows.
@@ -91,6 +100,7 @@ def _refuse_gradient(*_):
     )
 
 
+_attend = jax.custom_vjp(_attend_forward, nondiff_argnums=(0, 1, 2))
 _attend.defvjp(_refuse_gradient, _refuse_gradient)
 
 

@@ -85,8 +85,10 @@ def make_scratch(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: An
     warpgroups, stages = tuning.num_compute_warpgroups, tuning.num_stages
 
     def swizzled(*shape: int, dtype: Any) -> Any:
-        tiling = plgpu.TilingTransform((TMA_ROWS, 128 // jnp.dtype(dtype).itemsize))
-        return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(128)))
+        # Pyright takes both transforms for abstract.
+        tiling = plgpu.TilingTransform((TMA_ROWS, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
     row_tiles = functools.partial(swizzled, warpgroups, WARPGROUP_ROWS, head_dim)
     key_tiles = functools.partial(swizzled, stages, tuning.block_kv, head_dim, dtype=dtype)
@@ -250,7 +252,7 @@ def attend_rows(scratch: Scratch, work: Work, scale: float, tuning: PrefillTunin
         return plgpu.wgmma_accumulator_load(s_acc, wait_n=0)
 
     def attend(o_acc):
-        s_type = plgpu.ACC((WARPGROUP_ROWS, tuning.block_kv), jnp.float32)
+        s_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, tuning.block_kv), jnp.float32)
 
         def attend_block(step, carry, *, masked):
             weights, maximum, denominator = carry
@@ -293,7 +295,7 @@ def attend_rows(scratch: Scratch, work: Work, scale: float, tuning: PrefillTunin
         plgpu.wgmma(o_acc, weights, scratch.v.at[last])
         return lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0)), maximum, denominator
 
-    o, maximum, denominator = pl.run_scoped(attend, plgpu.ACC((WARPGROUP_ROWS, head_dim), jnp.float32))
+    o, maximum, denominator = pl.run_scoped(attend, plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, head_dim), jnp.float32))
     has_keys = k_end > k_start
     divisor = jnp.where(has_keys, denominator, 1.0)
     o = jnp.where(across(k_end, o) > across(k_start, o), o * across(1 / divisor, o), 0.0)
