@@ -1,7 +1,11 @@
 """Eight virtual CPU devices, strict dtypes and ranks, and no network, for every test."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell that runs the tests in the background has them, and whatever they start, ignore Ctrl-C.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # XLA's CPU client can deadlock on few cores when collective programs are queued: it sizes its pool by this variable.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")

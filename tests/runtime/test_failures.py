@@ -240,9 +240,11 @@ def test_renewing_never_holds_two_pools(shared_runtime, monkeypatch):
 
     original = pool._new_shards
     monkeypatch.setattr(pool, "_new_shards", new_shards)
+    gc.collect()
+    # The group's own shards are in its view, of another shape.
     elsewhere = sum(array.shape == shape for array in jax.live_arrays())
     pool.renew(group)
-    assert alive[0] <= max(0, elsewhere - 1)
+    assert alive[0] <= elsewhere
     assert len(alive) == 2
 
 
