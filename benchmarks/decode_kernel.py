@@ -18,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.timing import copy_bytes_per_second, device_seconds
-from loongjax.pallas_kernels.decode_attention.triton_variant import DecodeTritonTuning, triton_decode_attention
+from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
+from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 
 HEAD_DIM = 128
 
@@ -45,12 +46,12 @@ MIXES: dict[str, tuple[list[int], tuple[int, int]]] = {
 }
 TUNED_ON = (("32 x 16K, 32/8", 16), ("256 x 1K, 32/8", 16), ("32 x 16K, 32/8", 1), ("1 x 1K, 32/8", 16))
 TUNINGS = [
-    DecodeTritonTuning(block=block, stages=stages, num_warps=warps, programs_per_processor=programs)
+    PagedTuning(block=block, stages=stages, num_warps=warps, programs_per_processor=programs)
     for block, stages, warps, programs in [(64, 2, 4, 3), (64, 3, 4, 2), (32, 3, 4, 4), (32, 2, 4, 6), (64, 2, 8, 3)]
 ]
 
 
-def measure(case: Case, tuning: DecodeTritonTuning) -> float:
+def measure(case: Case, tuning: PagedTuning) -> float:
     """Seconds of one call."""
     rng = np.random.default_rng(0)
     pages_of = [-(-kv_len // case.page_size) for kv_len in case.kv_lens]
@@ -90,7 +91,7 @@ def main() -> None:
     print(f"copy: {copy_rate / 1e12:.3f} TB/s", flush=True)
     rows = []
 
-    def record(mix: str, page_size: int, tuning: DecodeTritonTuning) -> None:
+    def record(mix: str, page_size: int, tuning: PagedTuning) -> None:
         kv_lens, heads = MIXES[mix]
         case = Case(kv_lens=kv_lens, heads=heads, page_size=page_size)
         row = {"mix": mix, "page_size": page_size, "tuning": dataclasses.asdict(tuning)}
@@ -114,7 +115,7 @@ def main() -> None:
                 record(mix, page_size, tuning)
     for page_size in (16, 1, 64):
         for mix in MIXES:
-            record(mix, page_size, DecodeTritonTuning())
+            record(mix, page_size, PagedTuning())
     result = {
         "command": "python -m benchmarks.decode_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",

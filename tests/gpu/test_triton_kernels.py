@@ -1,11 +1,13 @@
 """Triton variants on a GPU against loops in float64, over pools poisoned wherever no table points."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loongjax.pallas_kernels import decode_attention, kv_update
+from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update
 from tests.pallas_kernels.brute_force import attend_row
 from tests.pallas_kernels.paged_case import make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
@@ -38,6 +40,31 @@ def test_decode_attention_is_float64s(lengths, page_size, dtype):
         assert_matches(found, exact, dtype)
         again = decode_attention(q, *case.arguments, implementation="triton", out_dtype=jnp.float32)
         for first, second in zip(found, again, strict=True):
+            np.testing.assert_array_equal(first, second)
+
+
+EXTENSIONS = {
+    "a mix": ([70, 1, 0, 29, 200], [300, 17, 40, 0, 1025]),
+    "one long request": ([512], [9000]),
+    "many short ones": ([3] * 60, [(37 * i) % 500 for i in range(60)]),
+}
+
+
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("lengths", EXTENSIONS)
+def test_extend_attention_is_float64s(lengths, page_size):
+    q_lens, kv_lens = EXTENSIONS[lengths]
+    for seed, (num_q_heads, num_kv_heads, head_dim) in enumerate(HEADS[:4]):
+        case = make_case(seed, kv_lens, page_size=page_size, heads=(num_kv_heads, head_dim), dtype="bfloat16")
+        q = random_queries(seed, sum(q_lens) + 5, num_q_heads, head_dim, "bfloat16")
+        o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+        for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
+            o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
+        operands = (q, jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32), *case.arguments)
+        extend = functools.partial(extend_attention, implementation="triton", out_dtype=jnp.float32)
+        found = extend(*operands)
+        assert_matches(found, (o, lse), "bfloat16")
+        for first, second in zip(found, extend(*operands), strict=True):
             np.testing.assert_array_equal(first, second)
 
 

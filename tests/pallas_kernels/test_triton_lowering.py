@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError
-from loongjax.pallas_kernels import decode_attention, kv_update, triton_gpu
+from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update, triton_gpu
 from loongjax.pallas_kernels.decode_attention import api as decode_api
-from loongjax.pallas_kernels.decode_attention.triton_variant import DecodeTritonTuning
+from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 
 Shape = jax.ShapeDtypeStruct
 TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")
@@ -41,6 +41,14 @@ triton_decode = functools.partial(decode_attention, implementation="triton")
 def test_decode_attention_is_two_kernels(num_rows, heads, page_size, dtype):
     module = lower(triton_decode, *decode_arguments(num_rows, heads, page_size, dtype))
     assert module.count("custom_call @triton_kernel_call") == 2
+
+
+@pytest.mark.parametrize(("num_rows", "heads"), [(1, (32, 8, 128)), (512, (8, 8, 64)), (100, (64, 1, 128))])
+def test_extend_attention_is_two_kernels(num_rows, heads):
+    _, *arguments = decode_arguments(4, heads, 16, "bfloat16")
+    q, cu_q_lens = Shape((num_rows, heads[0], heads[2]), "bfloat16"), Shape((5,), "int32")
+    extend = functools.partial(extend_attention, implementation="triton")
+    assert lower(extend, q, cu_q_lens, *arguments).count("custom_call @triton_kernel_call") == 2
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -89,7 +97,7 @@ def test_packages_that_are_missing_are_named(monkeypatch):
 @pytest.mark.parametrize("block", [8, 48])
 def test_a_block_that_cannot_work_is_refused(block):
     with pytest.raises(ConfigError, match="power of two"):
-        DecodeTritonTuning(block=block)
+        PagedTuning(block=block)
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def default_variant(dtype: str, head_dim: int) -> str:
     """The fastest variant on the devices of this process for queries of this dtype and head dim."""
     if not is_triton_usable():
         return "blockwise"
-    from loongjax.pallas_kernels.decode_attention.triton_variant import is_supported
+    from loongjax.pallas_kernels.paged_triton.launch import is_supported
 
     if is_supported(dtype, head_dim):
         return "triton"

@@ -1,5 +1,8 @@
 """The public op."""
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
@@ -7,9 +10,19 @@ from jaxtyping import Array, Float, Float32, Int32
 from loongjax.pallas_kernels.extend_attention.blockwise import blockwise_extend_attention
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
+from loongjax.pallas_kernels.triton_gpu import require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
-VARIANTS = {"blockwise": blockwise_extend_attention, "reference": reference_extend_attention}
+
+def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array]:
+    """Imports the variant on first use: its packages come with the `gpu` extra."""
+    require_triton("extend_attention")
+    from loongjax.pallas_kernels.extend_attention.triton_variant import triton_extend_attention
+
+    return triton_extend_attention(*operands, **settings)
+
+
+VARIANTS = {"blockwise": blockwise_extend_attention, "reference": reference_extend_attention, "triton": _triton}
 
 
 def extend_attention(
@@ -41,7 +54,8 @@ def extend_attention(
         kv_lens: each request's number of keys.
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
-        implementation: "reference", "blockwise" (forward only), or None for the best here.
+        implementation: "reference", "blockwise" (forward only), "triton" (on a GPU, bfloat16 and float16, head dims 32
+            to 256; forward only), or None for the best here.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
@@ -49,6 +63,7 @@ def extend_attention(
     Raises:
         ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
         NotImplementedError: an implementation that is not built.
+        ConfigError: "triton" without the packages that it needs.
     """
     variant = pick_variant("extend_attention", implementation, VARIANTS, default="blockwise")
     check_heads("extend_attention", q.shape, kv_pool.shape)

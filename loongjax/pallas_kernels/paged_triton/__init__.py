@@ -1,0 +1,1 @@
+"""Attention over the paged pool in Triton: what decode and extend share."""

@@ -1,0 +1,163 @@
+"""How the kernels are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax_triton
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
+from loongjax.pallas_kernels.triton_gpu import compute_capability, num_multiprocessors
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (32, 64, 128, 256)
+LEAST_MEMBERS = 16
+"""Rows that a matrix product of tensor cores takes at least."""
+MERGED_SHARES = 32
+"""Partial results that the merge takes at a time."""
+MERGED_ROWS = 16
+"""Query tokens that one of its programs looks at for keys."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PagedTuning:
+    """How the work is cut."""
+
+    block: int = 64
+    """Keys of one item of work: a power of two, at least 16."""
+    stages: int = 2
+    """Blocks in flight."""
+    num_warps: int = 4
+    programs_per_processor: int = 3
+    """As many as fit, so that all run at once."""
+
+    def __post_init__(self) -> None:
+        if self.block < 16 or self.block & (self.block - 1):
+            raise ConfigError(f"block must be a power of two of at least 16, got {self.block}")
+
+
+class Tiles(NamedTuple):
+    """Query tokens by tile, and the keys that all of them see: int32 [tiles] each."""
+
+    q_starts: Any
+    """First query token; ignored if a tile is one query, when tile i is query i."""
+    q_lens: Any
+    """Query tokens; likewise."""
+    page_starts: Any
+    """First entry in the table."""
+    kv_lens: Any
+    """Keys; 0 for a tile of no queries."""
+
+
+def is_supported(dtype: str, head_dim: int) -> bool:
+    """Whether there is a kernel for queries of this dtype and head dim."""
+    return dtype in DTYPES and head_dim in HEAD_DIMS
+
+
+def check_supported(op: str, dtype: str, head_dim: int) -> None:
+    """Raises ValueError for a dtype or head dim that there is no kernel for."""
+    if not is_supported(dtype, head_dim):
+        raise ValueError(
+            f"{op}: implementation 'triton' takes {' and '.join(DTYPES)} and head dims "
+            f"{', '.join(map(str, HEAD_DIMS))}, got {dtype} and {head_dim}: 'blockwise' takes any"
+        )
+
+
+def attend_tiles(
+    q: Float[Array, "T N H"],
+    kv_pool: Float[Array, "L 2 P page_size K H"],
+    layer: Int32[Array, ""],
+    page_indices: Int32[Array, " I"],
+    tiles: Tiles,
+    row_kv_lens: Int32[Array, " T"],
+    *,
+    tile_queries: int,
+    sm_scale: float,
+    out_dtype: np.dtype,
+    tuning: PagedTuning,
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
+    """Output and natural log-sum-exp. T, I and the number of tiles are at least 1.
+
+    Args:
+        q: the queries.
+        kv_pool: the pool.
+        layer: which layer.
+        page_indices: the table.
+        tiles: every query token that sees keys is in one of them.
+        row_kv_lens: of every query token, how many keys it sees.
+        tile_queries: query tokens of a tile at most.
+        sm_scale: factor of the scores.
+        out_dtype: dtype of the output.
+        tuning: how the work is cut.
+    """
+    T, N, H = q.shape
+    _, _, num_pages, page_size, K, _ = kv_pool.shape
+    (num_tiles,) = tiles.kv_lens.shape
+    group_size = N // K
+    num_shares = max(1, num_multiprocessors() * tuning.programs_per_processor // K)
+    shape: dict[str, Any] = {
+        "num_shares": num_shares,
+        "padded_tiles": max(2, 1 << (num_tiles - 1).bit_length()),
+        "tile_queries": tile_queries,
+        "head_dim": H,
+        "block": tuning.block,
+        "compute_capability": compute_capability(),
+    }
+    results = (jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32))
+    partials = (num_shares + num_tiles, tile_queries, N)
+    o, lse, partial_o, partial_lse = jax_triton.triton_call(
+        q,
+        kv_pool,
+        layer[None],
+        page_indices,
+        *tiles,
+        num_tiles,
+        num_pages,
+        kernel=attend_kernel,
+        name="paged_attend",
+        out_shape=(
+            *results,
+            jax.ShapeDtypeStruct((*partials, H), jnp.float32),
+            jax.ShapeDtypeStruct(partials, jnp.float32),
+        ),
+        grid=(K, num_shares),
+        num_warps=tuning.num_warps,
+        num_stages=tuning.stages,
+        scale=sm_scale * math.log2(math.e),
+        num_kv_heads=K,
+        group_size=group_size,
+        padded_members=max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length()),
+        page_size=page_size,
+        stages=tuning.stages,
+        **shape,
+    )
+    merged_o, merged_lse = jax_triton.triton_call(
+        tiles.q_starts,
+        tiles.q_lens,
+        tiles.kv_lens,
+        row_kv_lens,
+        partial_o,
+        partial_lse,
+        o,
+        lse,
+        num_tiles,
+        T,
+        kernel=merge_kernel,
+        name="paged_merge",
+        out_shape=results,
+        input_output_aliases={6: 0, 7: 1},
+        grid=(N, num_shares * tile_queries + -(-T // MERGED_ROWS)),
+        num_warps=4,
+        num_q_heads=N,
+        shares_per_step=MERGED_SHARES,
+        rows_per_program=MERGED_ROWS,
+        **shape,
+    )
+    return merged_o, merged_lse
