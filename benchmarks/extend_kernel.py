@@ -1,0 +1,118 @@
+"""Speed of extend attention's Triton variant beside prefill attention over the same pairs, on random data.
+
+python -m benchmarks.extend_kernel --out benchmarks/results/extend_kernel_1xH200.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.timing import device_seconds
+from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, triton_extend_attention
+from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
+
+HEAD_DIM = 128
+CASES = [(512, 32768, (32, 8)), (512, 131072, (32, 8)), (4, 131072, (32, 8)), (512, 32768, (32, 32))]
+"""New tokens, keys before them, heads."""
+TUNINGS = [
+    TUNING,
+    PagedTuning(block=64, stages=3, num_warps=8, programs_per_processor=1),
+    PagedTuning(block=128, stages=2, num_warps=8, programs_per_processor=1),
+    PagedTuning(block=64, stages=2, num_warps=4, programs_per_processor=2),
+    PagedTuning(block=32, stages=3, num_warps=8, programs_per_processor=2),
+]
+Attend = Callable[[Any, jax.Array], jax.Array]
+"""The op, given its keys and values and the queries."""
+
+
+def random_normal(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+
+def extend(num_keys: int, num_kv_heads: int, page_size: int, tuning: PagedTuning) -> tuple[Attend, jax.Array]:
+    """The op over a randomly permuted table, given its pool."""
+    num_pages = num_keys // page_size
+    pool = random_normal(0, 1, 2, num_pages, page_size, num_kv_heads, HEAD_DIM)
+    table = jnp.asarray(np.random.default_rng(0).permutation(num_pages), jnp.int32)
+
+    def attend(pool: jax.Array, q: jax.Array) -> jax.Array:
+        cu_q_lens, start = jnp.array([0, q.shape[0]], jnp.int32), jnp.zeros(1, jnp.int32)
+        tables = (table, start, start + num_keys)
+        settings = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype), "tuning": tuning}
+        return triton_extend_attention(q, cu_q_lens, pool, jnp.int32(0), *tables, **settings)[0]
+
+    return attend, pool
+
+
+def prefill(num_keys: int, num_kv_heads: int) -> tuple[Attend, tuple[jax.Array, jax.Array]]:
+    """The same pairs by the prefill kernel, over keys and values that lie in order."""
+    k, v = (random_normal(seed, num_keys, num_kv_heads, HEAD_DIM) for seed in (2, 3))
+
+    def attend(kv: tuple[jax.Array, jax.Array], q: jax.Array) -> jax.Array:
+        zero = jnp.zeros(q.shape[0], jnp.int32)
+        settings = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype)}
+        return mosaic_gpu_prefill_attention(q, *kv, zero, zero + num_keys, **settings)[0]
+
+    return attend, (k, v)
+
+
+def measure(attend: Attend, keys: Any, num_new: int, num_q_heads: int, flops: float) -> float:
+    """Seconds of one call, each on the output of the one before."""
+    q = random_normal(1, num_new, num_q_heads, HEAD_DIM)
+
+    def repeat(num: int) -> Callable[[], jax.Array]:
+        run = jax.jit(lambda keys, q: jax.lax.fori_loop(0, num, lambda _, q: attend(keys, q), q))
+        return lambda: run(keys, q)
+
+    return device_seconds(repeat, max(4, round(0.01 / (flops / 400e12))))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--commit")
+    args = parser.parse_args()
+    rows = []
+    for number, (num_new, num_keys, (num_q_heads, num_kv_heads)) in enumerate(CASES):
+        flops = 4.0 * num_new * num_keys * num_q_heads * HEAD_DIM
+        variants = {"prefill_attention": lambda n=num_keys, k=num_kv_heads: prefill(n, k)}
+        for tuning in TUNINGS if number == 0 else TUNINGS[:1]:
+            for page_size in (16, 1):
+                name = f"page size {page_size}, {dataclasses.astuple(tuning)}"
+                variants[name] = lambda n=num_keys, k=num_kv_heads, p=page_size, t=tuning: extend(n, k, p, t)
+        for name, make in variants.items():
+            row = {"new": num_new, "keys": num_keys, "heads": f"{num_q_heads}/{num_kv_heads}", "variant": name}
+            try:
+                seconds = measure(*make(), num_new, num_q_heads, flops)
+            except Exception as error:
+                traceback.print_exc()
+                row["error"] = repr(error)[:300]
+            else:
+                row |= {"us": round(seconds * 1e6, 1), "tflops": round(flops / seconds / 1e12, 1)}
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    result = {
+        "command": "python -m benchmarks.extend_kernel " + " ".join(sys.argv[1:]),
+        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
+        "jax": jax.__version__,
+        "commit": args.commit,
+        "rows": rows,
+    }
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
