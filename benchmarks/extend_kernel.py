@@ -87,7 +87,9 @@ def main() -> None:
     rows = []
     for number, (num_new, num_keys, (num_q_heads, num_kv_heads)) in enumerate(CASES):
         flops = 4.0 * num_new * num_keys * num_q_heads * HEAD_DIM
-        variants = {"prefill_attention": lambda n=num_keys, k=num_kv_heads: prefill(n, k)}
+        variants: dict[str, Callable[[], tuple[Attend, Any]]] = {
+            "prefill_attention": lambda n=num_keys, k=num_kv_heads: prefill(n, k)
+        }
         for tuning in TUNINGS if number == 0 else TUNINGS[:1]:
             for page_size in (16, 1):
                 name = f"page size {page_size}, {dataclasses.astuple(tuning)}"
