@@ -31,10 +31,13 @@ PROMPT_LEN = 1024
 """Tokens of each prompt of the packed mask."""
 TUNINGS = {
     "default": PrefillTuning(),
-    "no_turns": PrefillTuning(take_turns=False),
-    "kv64": PrefillTuning(block_kv=64, num_stages=4),
-    "kv64_no_turns": PrefillTuning(block_kv=64, num_stages=4, take_turns=False),
-    "q192": PrefillTuning(block_q=192, block_kv=64, num_stages=3),
+    "in_order": PrefillTuning(overlap=False),
+    "in_order_kv192": PrefillTuning(overlap=False, block_kv=192),
+    "in_order_turns": PrefillTuning(overlap=False, take_turns=True),
+    "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4),
+    "three_stages": PrefillTuning(num_stages=3),
+    "q192_in_order": PrefillTuning(block_q=192, overlap=False),
+    "q192_in_order_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4, overlap=False),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 

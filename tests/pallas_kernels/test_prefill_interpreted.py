@@ -57,7 +57,9 @@ def causal(num_rows: int, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
         {},
         {"block_kv": 64, "num_stages": 4},
         {"block_q": 192, "block_kv": 64, "num_stages": 3},
-        {"block_kv": 192},
+        {"overlap": False},
+        {"overlap": False, "block_q": 192, "num_stages": 3},
+        {"overlap": False, "block_kv": 192},
     ],
     ids=str,
 )
@@ -66,8 +68,9 @@ def test_every_tuning_gives_the_same_attention(tuning):
 
 
 @pytest.mark.parametrize("take_turns", [True, False])
-def test_no_access_to_shared_memory_races_with_another(take_turns):
-    check(random_inputs(130, 700), causal(130, 700), take_turns=take_turns, detect_races=True)
+@pytest.mark.parametrize("overlap", [True, False])
+def test_no_access_to_shared_memory_races_with_another(overlap, take_turns):
+    check(random_inputs(130, 700), causal(130, 700), overlap=overlap, take_turns=take_turns, detect_races=True)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
@@ -96,28 +99,35 @@ def test_packed_prompts():
     check(random_inputs(320, 320), (starts, np.arange(320) + 1))
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_any_ranges_at_all(seed):
-    check(random_inputs(150, 500), np.random.default_rng(seed).integers(-5, 505, (2, 150)))
+@pytest.mark.parametrize("overlap", [True, False])
+def test_any_ranges_at_all(overlap):
+    check(random_inputs(150, 500), np.random.default_rng(0).integers(-5, 505, (2, 150)), overlap=overlap)
 
 
-def test_rows_without_keys_give_exactly_zero_and_minus_infinity():
+@pytest.mark.parametrize("num_keys", [256, 300])
+def test_without_overlap_a_bare_block_may_be_the_first(num_keys):
+    check(random_inputs(70, num_keys), (np.full(70, 0), np.full(70, num_keys)), overlap=False)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_rows_without_keys_give_exactly_zero_and_minus_infinity(overlap):
     k_end = np.where((np.arange(300) % 2 == 1) | (np.arange(300) >= 128), 9, np.arange(300) + 200)
     arrays = random_inputs(300, 500)
     ranges = np.full(300, 9), k_end
-    o, lse = run(arrays, ranges)
+    o, lse = run(arrays, ranges, overlap=overlap)
     assert (np.asarray(o)[k_end == 9] == 0).all()
     assert (np.asarray(lse)[k_end == 9] == -np.inf).all()
     assert_matches((o, lse), truth(arrays, ranges), "bfloat16")
 
 
-def test_nan_outside_all_visited_blocks_and_in_masked_keys_is_harmless():
+@pytest.mark.parametrize("overlap", [True, False])
+def test_nan_outside_all_visited_blocks_and_in_masked_keys_is_harmless(overlap):
     q, k, v = random_inputs(40, 600)
     ranges = np.full(40, 136), np.full(40, 250)
     expected = truth((q, k, v), ranges)
     k[:136], k[250:] = np.nan, np.nan
     v[:136], v[250:264], v[264:] = np.nan, 3e38, np.nan
-    assert_matches(run((q, k, v), ranges), expected, "bfloat16")
+    assert_matches(run((q, k, v), ranges, overlap=overlap), expected, "bfloat16")
 
 
 @pytest.mark.parametrize("sm_scale", [1.0, -0.2, 0.0])

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.prefill_kernel import HEAD_DIM, TUNINGS
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import prefill_attention
 from loongjax.pallas_kernels.prefill_attention import api
@@ -75,7 +76,10 @@ def test_without_rows_or_keys_there_is_no_kernel(shape):
     ("head_dim", "tuning"),
     [
         (128, PrefillTuning(block_kv=64, num_stages=4)),
-        (128, PrefillTuning(take_turns=False)),
+        (128, PrefillTuning(take_turns=True)),
+        (128, PrefillTuning(overlap=False)),
+        (128, PrefillTuning(overlap=False, take_turns=True)),
+        (128, PrefillTuning(overlap=False, block_q=192, block_kv=64)),
         (64, PrefillTuning(block_q=192)),
         (64, PrefillTuning(block_kv=192)),
     ],
@@ -83,6 +87,14 @@ def test_without_rows_or_keys_there_is_no_kernel(shape):
 def test_it_lowers_for_other_tunings(head_dim, tuning):
     tuned = functools.partial(mosaic_gpu_prefill_attention, sm_scale=0.1, out_dtype=jnp.dtype("float32"), tuning=tuning)
     assert KERNEL in lower_for_cuda(tuned, arguments((100, 300, 2, 1, head_dim))).mlir_module()
+
+
+@pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS.keys())
+def test_every_tuning_of_the_benchmark_fits_shared_memory(tuning):
+    tuned = functools.partial(
+        mosaic_gpu_prefill_attention, sm_scale=0.1, out_dtype=jnp.dtype("bfloat16"), tuning=tuning
+    )
+    assert KERNEL in lower_for_cuda(tuned, arguments((256, 256, 2, 1, HEAD_DIM))).mlir_module()
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
