@@ -32,12 +32,11 @@ PROMPT_LEN = 1024
 TUNINGS = {
     "default": PrefillTuning(),
     "in_order": PrefillTuning(overlap=False),
-    "in_order_kv192": PrefillTuning(overlap=False, block_kv=192),
     "in_order_turns": PrefillTuning(overlap=False, take_turns=True),
     "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4),
+    "q192_kv64_in_order": PrefillTuning(block_q=192, block_kv=64, num_stages=4, overlap=False),
+    "kv192_in_order": PrefillTuning(block_kv=192, overlap=False),
     "three_stages": PrefillTuning(num_stages=3),
-    "q192_in_order": PrefillTuning(block_q=192, overlap=False),
-    "q192_in_order_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4, overlap=False),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 
