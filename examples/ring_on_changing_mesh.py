@@ -160,7 +160,7 @@ def decode(q, pool, page_indices, page_starts, kv_lens):
 
 def over_the_mesh(on_each_device: Callable[..., Any]) -> Callable[..., Any]:
     """`shard_map` over whatever mesh is set."""
-    # GPU kernels do not say over which axes their outputs vary, so that cannot be checked.
+    # What stores keys on a GPU does not say over which axes its pool varies, so that cannot be checked.
     return jax.shard_map(on_each_device, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
 
 
