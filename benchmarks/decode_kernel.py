@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import copy_bytes_per_second, device_seconds
 from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
+from loongjax_profiling.kernels.timing import copy_bytes_per_second, device_seconds
 
 HEAD_DIM = 128
 SHORT_BYTES = 1e8

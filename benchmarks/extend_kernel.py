@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.timing import device_seconds
 from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
+from loongjax_profiling.kernels.timing import device_seconds
 
 HEAD_DIM = 128
 CASES = [(512, 32768, (32, 8)), (512, 131072, (32, 8)), (4, 131072, (32, 8)), (512, 32768, (32, 32))]

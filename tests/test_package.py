@@ -53,3 +53,4 @@ def test_the_commands_are_those_of_the_project(installed):
     assert "loongjax = loongjax.cli:main" in lines
     assert "serve = loongjax_server.command:main" in lines
     assert "convert = loongjax.commands.convert:main" in lines
+    assert "profile = loongjax_profiling.command:main" in lines

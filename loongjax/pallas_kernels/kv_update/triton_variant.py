@@ -11,6 +11,7 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int32
 
 from loongjax.pallas_kernels.triton_gpu import compute_capability
+from loongjax.pallas_kernels.varying import vary_as
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def triton_kv_update(
     if slots.shape[0] == 0 or kv_pool.size == 0:
         return kv_pool
     row_size = num_kv_heads * head_dim
-    return jax_triton.triton_call(
+    updated = jax_triton.triton_call(
         kv_pool,
         k,
         v,
@@ -69,3 +70,4 @@ def triton_kv_update(
         padded_row=triton.next_power_of_2(row_size),
         compute_capability=compute_capability(),
     )
+    return vary_as(updated, (kv_pool, k, v, layer, slots))

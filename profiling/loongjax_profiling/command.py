@@ -1,0 +1,68 @@
+"""`loongjax profile`: what this machine does, measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Literal
+
+import tyro
+
+from loongjax.errors import ConfigError
+
+Op = Literal["decode", "extend", "prefill"]
+USAGE = """usage: loongjax profile kernels [OPTIONS]
+
+  kernels    time the attention ops on one device, each beside its rival
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelsCommand:
+    """Times the attention ops on one device, each beside its rival: a copy, cuDNN, or another op over the same pairs.
+
+    Raises:
+        ConfigError: a number that cannot work.
+    """
+
+    ops: tuple[Op, ...] = ("decode", "extend", "prefill")
+    """What to time."""
+    shrink: int | None = None
+    """Divides all lengths; None: 1 on a GPU, 256 elsewhere."""
+    only: str = ""
+    """Times only work whose description holds this."""
+    implementation: str | None = None
+    """Variant of every op; None: the fastest that there is for it."""
+    out: pathlib.Path | None = None
+    """JSON file for the rows; None: they are only printed."""
+    commit: str | None = None
+    """Of this code, for the JSON file; None: git is asked."""
+
+    def __post_init__(self) -> None:
+        if self.shrink is not None and self.shrink < 1:
+            raise ConfigError(f"--shrink must be at least 1, got {self.shrink}: leave it out for the full lengths")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one sub-command; so far there is `kernels`.
+
+    Returns:
+        2 for a wrong command line, 1 if anything could not be measured, else 0.
+
+    Raises:
+        ConfigError: what cannot be measured, and what would work.
+    """
+    match list(argv):
+        case ["kernels", *rest]:
+            command = tyro.cli(KernelsCommand, prog="loongjax profile kernels", args=rest)
+            from loongjax_profiling.kernels.profile import profile_kernels  # here: `--help` needs no JAX
+
+            return profile_kernels(command)
+        case ["-h" | "--help"]:
+            print(USAGE)
+            return 0
+        case _:
+            print(USAGE, file=sys.stderr)
+            return 2

@@ -1,0 +1,1 @@
+"""Speed of the attention ops on the machine at hand, each beside its rival."""

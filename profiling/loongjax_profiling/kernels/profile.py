@@ -1,0 +1,86 @@
+"""`loongjax profile kernels`: which cases there are on this machine, and what becomes of their rows."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+import subprocess
+import sys
+
+import jax
+
+from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.decode_attention import api as decode_api
+from loongjax.pallas_kernels.extend_attention import api as extend_api
+from loongjax.pallas_kernels.prefill_attention import api as prefill_api
+from loongjax_profiling.command import KernelsCommand
+from loongjax_profiling.kernels.case import Case
+from loongjax_profiling.kernels.dense import prefill_cases
+from loongjax_profiling.kernels.paged import decode_cases, extend_cases
+from loongjax_profiling.kernels.table import format_rate, format_table, measure, to_json
+from loongjax_profiling.kernels.timing import copy_bytes_per_second
+
+CPU_SHRINK = 256
+APIS = {"decode": decode_api, "extend": extend_api, "prefill": prefill_api}
+
+
+def profile_kernels(command: KernelsCommand) -> int:
+    """Measures, prints and stores. Returns 1 if a case could not be measured, else 0.
+
+    Raises:
+        ConfigError: no case is left, or no op has such a variant.
+    """
+    device = jax.devices()[0]
+    is_gpu = device.platform == "gpu"
+    cases = [case for case in choose_cases(command, is_gpu=is_gpu) if command.only in case.work]
+    if not cases:
+        raise ConfigError(f"--only {command.only!r} leaves nothing: it must be part of a row's description")
+    copy_rate = copy_bytes_per_second(2 << 30 if is_gpu else 256 << 20)
+    rows = measure(cases)
+    print(f"1 x {device.device_kind}; a copy, read and written: {format_rate(copy_rate, 'B')}")
+    print(format_table(rows, copy_rate))
+    if command.out is not None:
+        result = {
+            "command": "loongjax profile " + " ".join(sys.argv[2:]),
+            "hardware": f"1 x {device.device_kind}",
+            "jax": jax.__version__,
+            "commit": command.commit or checked_out_commit(),
+            "copy_bytes_per_second": round(copy_rate),
+        }
+        command.out.parent.mkdir(parents=True, exist_ok=True)
+        command.out.write_text(to_json(result, rows))
+    return int(any(row.error is not None for row in rows))
+
+
+def choose_cases(command: KernelsCommand, *, is_gpu: bool) -> list[Case]:
+    """Raises ConfigError for a variant that an op to be timed does not have."""
+    variants: dict[str, str] = {}
+    for op in command.ops:
+        names = APIS[op].VARIANTS
+        if command.implementation is not None and command.implementation not in names:
+            raise ConfigError(
+                f"--implementation {command.implementation}: {op} has {', '.join(names)}; --ops leaves ops out"
+            )
+        variants[op] = command.implementation or fastest(op, is_gpu=is_gpu)
+    shrink = command.shrink or (1 if is_gpu else CPU_SHRINK)
+    made = {
+        "decode": lambda variant: decode_cases(variant, shrink),
+        "extend": lambda variant: extend_cases(variant, shrink),
+        "prefill": lambda variant: prefill_cases(variant, shrink, with_cudnn=is_gpu),
+    }
+    return list(itertools.chain.from_iterable(made[op](variant) for op, variant in variants.items()))
+
+
+def fastest(op: str, *, is_gpu: bool) -> str:
+    """The fastest variant, also one that is not the default yet."""
+    kernels = {"decode": "triton", "extend": "triton", "prefill": "mosaic_gpu"}
+    return kernels[op] if is_gpu else "blockwise"
+
+
+def checked_out_commit() -> str | None:
+    """What is checked out where the command runs, marked if files differ from it; None outside a repository."""
+    if shutil.which("git") is None:
+        return None
+    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() if found.returncode == 0 else None
