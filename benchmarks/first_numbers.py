@@ -11,9 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 
@@ -32,6 +30,7 @@ from loongjax.models.config import ModelConfig
 from loongjax.parallel.mesh import DeviceGrid
 from loongjax.runtime.build import assemble_runtime
 from loongjax.runtime.model_spec import ModelSpec
+from loongjax_profiling.provenance import checked_out_commit
 
 SHAPES = {
     "llama2-7b": ModelConfig(
@@ -135,7 +134,7 @@ def main() -> None:
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=_commit(), help="of this code, where git cannot be asked")
+    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
 
     core, built = build(args.shape, args)
@@ -168,15 +167,6 @@ def main() -> None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=2) + "\n")
     core.close()
-
-
-def _commit() -> str | None:
-    """What is checked out, marked if files differ from it; None outside a repository."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
 
 
 if __name__ == "__main__":

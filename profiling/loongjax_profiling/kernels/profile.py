@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shutil
-import subprocess
 import sys
 
 import jax
@@ -19,6 +17,7 @@ from loongjax_profiling.kernels.dense import prefill_cases
 from loongjax_profiling.kernels.paged import decode_cases, extend_cases
 from loongjax_profiling.kernels.table import format_rate, format_table, measure, to_json
 from loongjax_profiling.kernels.timing import copy_bytes_per_second
+from loongjax_profiling.provenance import checked_out_commit
 
 CPU_SHRINK = 256
 APIS = {"decode": decode_api, "extend": extend_api, "prefill": prefill_api}
@@ -75,12 +74,3 @@ def fastest(op: str, *, is_gpu: bool) -> str:
     """The fastest variant, also one that is not the default yet."""
     kernels = {"decode": "triton", "extend": "triton", "prefill": "mosaic_gpu"}
     return kernels[op] if is_gpu else "blockwise"
-
-
-def checked_out_commit() -> str | None:
-    """What is checked out where the command runs, marked if files differ from it; None outside a repository."""
-    if shutil.which("git") is None:
-        return None
-    command = ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() if found.returncode == 0 else None
