@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 from tqdm import tqdm
 
 from loongjax_profiling.kernels.case import Case, Row
@@ -14,8 +15,8 @@ from loongjax_profiling.kernels.timing import device_seconds
 
 logger = logging.getLogger(__name__)
 
-EXPECTED = {"B": 4e12, "FLOP": 5e14}
-"""Of a fast GPU, a second: only to guess how many repetitions are long enough to time."""
+EXPECTED = {"gpu": {"B": 4e12, "FLOP": 5e14}, "cpu": {"B": 1e8, "FLOP": 1e10}}
+"""A second, by platform: only to guess how many repetitions are long enough to time."""
 TARGET_S = 0.01
 MAX_REPETITIONS = 64
 
@@ -27,7 +28,8 @@ def measure(cases: Sequence[Case]) -> list[Row]:
 
 def _measure(case: Case) -> Row:
     names: dict[str, Any] = {"op": case.op, "work": case.work, "variant": case.variant, "unit": case.unit}
-    repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / (case.amount / EXPECTED[case.unit]))))
+    expected = EXPECTED["gpu" if jax.default_backend() == "gpu" else "cpu"][case.unit]
+    repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S * expected / case.amount)))
     try:
         seconds = device_seconds(case.build(), repetitions)
     except Exception as error:
