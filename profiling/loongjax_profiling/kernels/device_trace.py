@@ -1,0 +1,122 @@
+"""Device time of an op by the profiler (CUPTI on NVIDIA GPUs): when each kernel started and how long it ran.
+
+For ops so short that launching them takes longer than running them. There the slope between n and 2n repetitions times
+the host; kernels that were queued behind a long one follow each other as fast as the device can take them.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import os
+import pathlib
+import re
+import statistics
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.profiler import ProfileData, ProfileOptions
+
+HEAD_START_DIM = 8192
+"""Of the square bfloat16 product that goes first: 1.5 ms on an H200, in which a host launches about 300 kernels."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelEvent:
+    """One run of one kernel."""
+
+    name: str
+    start_ns: float
+    duration_ns: float
+
+    @property
+    def end_ns(self) -> float:
+        return self.start_ns + self.duration_ns
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceTimes:
+    """Medians over the repetitions of an op."""
+
+    span_s: float
+    """From the start of its first kernel to the end of its last."""
+    period_s: float
+    """From the start of its first kernel to that of the next repetition's; the span where there is but one."""
+    kernel_s: dict[str, float]
+    """By name, seconds in one repetition, in the order of their first runs."""
+
+
+def device_times(repeat: Callable[[int], Callable[[], Any]], num: int) -> DeviceTimes:
+    """Times one call of `num` dependent repetitions, traced on a device that is already warm.
+
+    Args:
+        repeat: as in `device_seconds`; its program may run other kernels, fewer than `num` times each.
+        num: repetitions.
+
+    Raises:
+        ValueError: the trace holds no kernels of a GPU, or none that run a multiple of `num` times.
+    """
+    call = repeat(num)
+    jax.block_until_ready(call())
+    options = ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            jax.block_until_ready(call())
+        events = [event for path in pathlib.Path(folder).rglob("*.xplane.pb") for event in read_kernels(path)]
+    return times_of_repetitions(events, num)
+
+
+def after_head_start(x: jax.Array, dim: int = HEAD_START_DIM) -> jax.Array:
+    """x, once a long product is done: what is launched in the meantime waits in the stream. Call it inside a jit."""
+    factor = jnp.sin(jnp.arange(dim * dim, dtype=jnp.float32)).reshape(dim, dim).astype(jnp.bfloat16)
+    zero = jnp.minimum(jnp.max(jnp.abs(factor @ factor)), 0)  # XLA drops what the result does not depend on
+    return x + zero.astype(x.dtype)
+
+
+def read_kernels(path: str | os.PathLike[str]) -> list[KernelEvent]:
+    """The kernels and copies that ran on GPUs, from an xplane file. Only lines of streams count: others sum them up."""
+    return [
+        KernelEvent(name=event.name, start_ns=event.start_ns, duration_ns=event.duration_ns)
+        for plane in ProfileData.from_file(os.fspath(path)).planes
+        if "/device:GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    ]
+
+
+def times_of_repetitions(events: Iterable[KernelEvent], num: int) -> DeviceTimes:
+    """Cuts the kernels of one device into `num` equal repetitions.
+
+    XLA numbers kernels of the same kind: names that differ by such a number count as one. Names that run some other
+    number of times than a multiple of `num` belong to no repetition.
+
+    Raises:
+        ValueError: there are no kernels, or none is left to belong to a repetition.
+    """
+    named = [dataclasses.replace(event, name=re.sub(r"([._]\d+)+$", "", event.name)) for event in events]
+    if not named:
+        raise ValueError("no kernels of a GPU in the trace: the profiler sees them only where the program ran on one")
+    counts = collections.Counter(event.name for event in named)
+    own = sorted((event for event in named if counts[event.name] % num == 0), key=lambda event: event.start_ns)
+    if not own:
+        raise ValueError(f"no kernel ran a multiple of {num} times: {dict(counts)}")
+    repetitions: list[Sequence[KernelEvent]] = list(itertools.batched(own, len(own) // num))
+    starts = [repetition[0].start_ns for repetition in repetitions]
+    spans = [
+        max(event.end_ns for event in repetition) - start for repetition, start in zip(repetitions, starts, strict=True)
+    ]
+    periods = [later - earlier for earlier, later in itertools.pairwise(starts)]
+    durations: dict[str, list[float]] = {}
+    for event in own:
+        durations.setdefault(event.name, []).append(event.duration_ns)
+    return DeviceTimes(
+        span_s=statistics.median(spans) / 1e9,
+        period_s=statistics.median(periods or spans) / 1e9,
+        kernel_s={name: statistics.median(ns) * counts[name] / num / 1e9 for name, ns in durations.items()},
+    )
