@@ -1,6 +1,10 @@
-"""Speed of decode attention's Triton variant beside a device-to-device copy, on random data.
+"""Speed of decode attention's Triton variant beside a device-to-device copy, on random data that no L2 holds.
 
-python -m benchmarks.decode_kernel --out benchmarks/results/decode_kernel.json
+    python -m benchmarks.decode_kernel --out benchmarks/results/decode_kernel.json
+
+Times are slopes between n and 2n repetitions. Requests so short that a repetition is over before the next is launched
+are traced too: the span from the start of an op's first kernel to the end of its last, and each kernel's own time, with
+the launches queued ahead.
 """
 
 from __future__ import annotations
@@ -8,10 +12,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import pathlib
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +25,18 @@ import numpy as np
 
 from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
+from loongjax_profiling.kernels.device_trace import after_head_start, device_times
 from loongjax_profiling.kernels.timing import copy_bytes_per_second, device_seconds
+from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
+POOL_BYTES = 1e9
+"""At least; more than ten times an H200's L2. Repetitions go through the layers, so that none finds its keys there."""
 SHORT_BYTES = 1e8
+"""Cases with less to read are traced."""
+REPETITIONS = 20
+SHORT_REPETITIONS = 100
+TRACED_REPETITIONS = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,10 +50,15 @@ class Case:
         """Keys and values that have to be read, in bfloat16."""
         return sum(self.kv_lens) * self.heads[1] * HEAD_DIM * 2 * 2
 
+    @property
+    def is_short(self) -> bool:
+        return self.num_bytes < SHORT_BYTES
+
 
 MIXES: dict[str, tuple[list[int], tuple[int, int]]] = {
     "32 x 16K, 32/8": ([16384] * 32, (32, 8)),
     "8 x 16K, 32/32": ([16384] * 8, (32, 32)),
+    "1 x 256K, 32/8": ([262144], (32, 8)),
     "1 x 128K, 32/8": ([131072], (32, 8)),
     "256 x 1K, 32/8": ([1024] * 256, (32, 8)),
     "1 x 128K + 255 x 1K, 32/8": ([131072] + [1024] * 255, (32, 8)),
@@ -52,12 +71,15 @@ TUNINGS = [
 ]
 
 
-def measure(case: Case, tuning: PagedTuning) -> float:
-    """Seconds of one call."""
+def build(
+    case: Case, tuning: PagedTuning, *, pool_bytes: float, head_start: bool
+) -> Callable[[int], Callable[[], Any]]:
+    """Makes a jitted call of so many repetitions, each on the output of the one before and on the next layer's keys."""
     rng = np.random.default_rng(0)
     pages_of = [-(-kv_len // case.page_size) for kv_len in case.kv_lens]
     num_pages, (num_q_heads, num_kv_heads) = sum(pages_of), case.heads
-    shape = (1, 2, num_pages, case.page_size, num_kv_heads, HEAD_DIM)
+    num_layers = max(1, math.ceil(pool_bytes / case.num_bytes))
+    shape = (num_layers, 2, num_pages, case.page_size, num_kv_heads, HEAD_DIM)
     pool = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
     q = jax.random.normal(jax.random.key(1), (len(case.kv_lens), num_q_heads, HEAD_DIM), jnp.bfloat16)
     tables = (
@@ -65,32 +87,56 @@ def measure(case: Case, tuning: PagedTuning) -> float:
         jnp.asarray(np.cumsum([0, *pages_of[:-1]]), jnp.int32),
         jnp.asarray(case.kv_lens, jnp.int32),
     )
+    settings: dict[str, Any] = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype), "tuning": tuning}
 
     def repeat(num: int) -> Callable[[], jax.Array]:
         @jax.jit
         def run(pool: jax.Array, q: jax.Array) -> jax.Array:
-            def step(_: jax.Array, q: jax.Array) -> jax.Array:
-                o, _ = triton_decode_attention(
-                    q, pool, jnp.int32(0), *tables, sm_scale=HEAD_DIM**-0.5, out_dtype=np.dtype(q.dtype), tuning=tuning
-                )
-                return o
-
-            if case.num_bytes < SHORT_BYTES:
-                for _ in range(num):  # a loop launches a kernel of its own to count
-                    q = step(q, q)
-                return q
-            return jax.lax.fori_loop(0, num, step, q)
+            q = after_head_start(q) if head_start else q
+            for i in range(num):  # a loop would launch kernels of its own to count
+                q, _ = triton_decode_attention(q, pool, jnp.int32(i % num_layers), *tables, **settings)
+            return q
 
         return lambda: run(pool, q)
 
-    return device_seconds(repeat, 20 if case.num_bytes > SHORT_BYTES else 100)
+    return repeat
+
+
+def measure(case: Case, tuning: PagedTuning) -> dict[str, Any]:
+    """Microseconds of one call by slope, and of short ones also by trace, with their keys in memory or in L2."""
+    repeat = build(case, tuning, pool_bytes=POOL_BYTES, head_start=False)
+    seconds = device_seconds(repeat, SHORT_REPETITIONS if case.is_short else REPETITIONS)
+    row: dict[str, Any] = {"us": round(seconds * 1e6, 2), "bytes_per_second": round(case.num_bytes / seconds)}
+    if not case.is_short:
+        return row
+    for keys_in, pool_bytes in (("memory", POOL_BYTES), ("l2", 0.0)):
+        times = device_times(build(case, tuning, pool_bytes=pool_bytes, head_start=True), TRACED_REPETITIONS)
+        row[f"trace_keys_in_{keys_in}"] = {
+            "span_us": round(times.span_s * 1e6, 2),
+            "period_us": round(times.period_s * 1e6, 2),
+            "kernels_us": {name: round(seconds * 1e6, 2) for name, seconds in times.kernel_s.items()},
+        }
+    return row
+
+
+def describe(row: dict[str, Any]) -> str:
+    head = f"{row['mix']:28} page {row['page_size']:2}"
+    if "error" in row:
+        return f"{head} {row['error']}"
+    line = f"{head} {row['us']:8.1f} us {row['bytes_per_second'] / 1e12:6.3f} TB/s {row['of_copy']:6.1%}"
+    for name, trace in row.items():
+        if name.startswith("trace"):
+            line += f"\n    {name.replace('_', ' ')}: {trace}"
+    return f"{line}  {list(row['tuning'].values())}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit")
+    parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES), metavar="MIX")
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=[16, 64, 1])
     parser.add_argument("--tune", action="store_true", help="first compare ways to cut the work")
+    parser.add_argument("--out", type=pathlib.Path)
+    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
     copy_rate = copy_bytes_per_second()
     print(f"copy: {copy_rate / 1e12:.3f} TB/s", flush=True)
@@ -98,39 +144,34 @@ def main() -> None:
 
     def record(mix: str, page_size: int, tuning: PagedTuning) -> None:
         kv_lens, heads = MIXES[mix]
-        case = Case(kv_lens=kv_lens, heads=heads, page_size=page_size)
-        row = {"mix": mix, "page_size": page_size, "tuning": dataclasses.asdict(tuning)}
+        row: dict[str, Any] = {"mix": mix, "page_size": page_size, "tuning": dataclasses.asdict(tuning)}
         try:
-            seconds = measure(case, tuning)
-        except Exception:
+            row |= measure(Case(kv_lens=kv_lens, heads=heads, page_size=page_size), tuning)
+            row["of_copy"] = round(row["bytes_per_second"] / copy_rate, 4)
+        except Exception as error:
             traceback.print_exc()
-            return
-        rate = case.num_bytes / seconds
-        row |= {"us": seconds * 1e6, "bytes_per_second": rate, "of_copy": rate / copy_rate}
+            row["error"] = repr(error)[:300]
         rows.append(row)
-        print(
-            f"{mix:28} page {page_size:2} {seconds * 1e6:8.1f} us {rate / 1e12:6.3f} TB/s {rate / copy_rate:6.1%}",
-            *dataclasses.astuple(tuning),
-            flush=True,
-        )
+        print(describe(row), flush=True)
 
     if args.tune:
         for tuning in TUNINGS:
             for mix, page_size in TUNED_ON:
                 record(mix, page_size, tuning)
-    for page_size in (16, 1, 64):
-        for mix in MIXES:
+    for page_size in args.page_sizes:
+        for mix in args.mixes:
             record(mix, page_size, PagedTuning())
     result = {
         "command": "python -m benchmarks.decode_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "commit": args.commit,
-        "copy_bytes_per_second": copy_rate,
-        "rows": rows,
+        "copy_bytes_per_second": round(copy_rate),
     }
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n  ".join(map(json.dumps, rows))
+        args.out.write_text(json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":
