@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import no_type_check
 
 import jax
-import jax_triton
 import triton
 import triton.language as tl
 from jaxtyping import Array, Float, Int32
 
-from loongjax.pallas_kernels.triton_gpu import compute_capability
+from loongjax.pallas_kernels.triton_call import triton_call
 from loongjax.pallas_kernels.varying import vary_as
 
 
@@ -53,7 +52,7 @@ def triton_kv_update(
     if slots.shape[0] == 0 or kv_pool.size == 0:
         return kv_pool
     row_size = num_kv_heads * head_dim
-    updated = jax_triton.triton_call(
+    (updated,) = triton_call(
         kv_pool,
         k,
         v,
@@ -62,12 +61,11 @@ def triton_kv_update(
         num_pages * page_size,
         kernel=update_kernel,
         name="kv_update",
-        out_shape=jax.ShapeDtypeStruct(kv_pool.shape, kv_pool.dtype),
-        input_output_aliases={0: 0},
-        grid=slots.shape[0],
+        out_shape=[jax.ShapeDtypeStruct(kv_pool.shape, kv_pool.dtype)],
+        aliases={0: 0},
+        grid=(slots.shape[0],),
         num_warps=4,
         row_size=row_size,
         padded_row=triton.next_power_of_2(row_size),
-        compute_capability=compute_capability(),
     )
     return vary_as(updated, (kv_pool, k, v, layer, slots))

@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
-from loongjax.pallas_kernels.triton_gpu import compute_capability, num_multiprocessors
+from loongjax.pallas_kernels.triton_call import triton_call
+from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (32, 64, 128, 256)
@@ -108,11 +108,10 @@ def attend_tiles(
         "tile_queries": tile_queries,
         "head_dim": H,
         "block": tuning.block,
-        "compute_capability": compute_capability(),
     }
     results = (jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32))
     partials = (num_shares + num_tiles, tile_queries, N)
-    o, lse, partial_o, partial_lse = jax_triton.triton_call(
+    o, lse, partial_o, partial_lse = triton_call(
         q,
         kv_pool,
         layer[None],
@@ -138,7 +137,7 @@ def attend_tiles(
         stages=tuning.stages,
         **shape,
     )
-    merged_o, merged_lse = jax_triton.triton_call(
+    merged_o, merged_lse = triton_call(
         tiles.q_starts,
         tiles.q_lens,
         tiles.kv_lens,
@@ -152,7 +151,7 @@ def attend_tiles(
         kernel=merge_kernel,
         name="paged_merge",
         out_shape=results,
-        input_output_aliases={6: 0, 7: 1},
+        aliases={6: 0, 7: 1},
         grid=(N, num_shares * tile_queries + -(-T // MERGED_ROWS)),
         num_warps=4,
         num_q_heads=N,
