@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.core import ShapedArray
 from jax_triton import triton_lib
 
 from loongjax.pallas_kernels.triton_gpu import compute_capability
@@ -28,7 +29,7 @@ def triton_call(
     num_stages: int = 2,
     aliases: Mapping[int, int] | None = None,
     **constants: Any,
-) -> list[jax.Array]:
+) -> Sequence[jax.Array]:
     """Calls a kernel with pointers to the operands, then to the results.
 
     Args:
@@ -80,4 +81,4 @@ def triton_call(
 
 
 def _pointer_type(array: jax.Array | jax.ShapeDtypeStruct) -> str:
-    return triton_lib.get_triton_type(jax.core.ShapedArray(array.shape, array.dtype))
+    return triton_lib.get_triton_type(ShapedArray(array.shape, array.dtype))
