@@ -1,9 +1,11 @@
-"""prefill_attention's Hopper kernel beside cuDNN, in TFLOP/s of visible pairs.
+"""prefill_attention's Hopper kernel beside cuDNN and tokamax, in TFLOP/s of visible pairs, on random data.
 
     python -m benchmarks.prefill_kernel --out benchmarks/results/prefill_kernel_1xH200.json
+    python -m benchmarks.prefill_kernel --masks 64x1K 1x32K+32x1K zipf ring2 ring4 ring8 zipf_ring4 --heads 32/8
 
 A row is timed as the slope between one and three calls of a program that runs the op `repeats` times, each on the
-output of the one before. The first shape is run with every tuning named, the others with the first tuning alone.
+output of the one before. Its differences are those to the float32 reference on some of the rows. Packed prompts and
+ring steps are compared with our own causal rate over as many tokens, too. A rival that is not installed is left out.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +28,30 @@ import numpy as np
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
+from loongjax_profiling.kernels.dense import Ranges, causal, full, num_pairs, ring_step, zipf_lengths
+from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
-PROMPT_LEN = 1024
-"""Tokens of each prompt of the packed mask."""
+SM_SCALE = HEAD_DIM**-0.5
+PROGRAM_S = 0.01
+"""What the repetitions of a program take together, about."""
+SAMPLING_S = 4.0
+"""What the samples of a row may take; there are two at least."""
+NUM_CHECKED_ROWS = 32
+RING_ROWS = 16_384
+"""Tokens of each rank."""
+DENSE_MASKS = ("causal", "full")
+MIXES: dict[str, Callable[[], Ranges]] = {
+    "64x1K": lambda: causal([1024] * 64),
+    "1x32K+32x1K": lambda: causal([32_768] + [1024] * 32),
+    "zipf": lambda: causal(zipf_lengths(65_536)),
+    "ring2": lambda: ring_step([2 * RING_ROWS], 2),
+    "ring4": lambda: ring_step([4 * RING_ROWS], 4),
+    "ring8": lambda: ring_step([8 * RING_ROWS], 8),
+    "zipf_ring4": lambda: ring_step(zipf_lengths(4 * RING_ROWS), 4),
+}
+"""Packed prompts, and a rank's step over another's keys in the striped layout; their lengths are their own."""
 TUNINGS = {
     "default": PrefillTuning(),
     "in_order": PrefillTuning(overlap=False),
@@ -38,63 +61,110 @@ TUNINGS = {
     "kv192_in_order": PrefillTuning(block_kv=192, overlap=False),
     "three_stages": PrefillTuning(num_stages=3),
 }
+TOKAMAX_TUNINGS = {"tokamax": {}, "tokamax_three_stages": {"num_stages": 3}}
+"""What its own autotuning chose for these heads on an H100: the second for causal 32/8, the first else."""
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
+"""Output and log-sum-exp, [T, N, H] and [T, N]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Shape:
-    """One row of the table."""
+class Work:
+    """What every variant of some rows is given."""
 
     mask: str
-    length: int
-    """Tokens: queries and keys."""
+    ranges: Ranges = dataclasses.field(repr=False)
     num_q_heads: int
     num_kv_heads: int
 
     @property
-    def prompt_len(self) -> int:
-        return PROMPT_LEN if self.mask == "packed" else self.length
+    def num_tokens(self) -> int:
+        """Queries and keys."""
+        return len(self.ranges[0])
 
-    def ranges(self) -> tuple[np.ndarray, np.ndarray]:
-        """k_start and k_end of each row."""
-        own = np.arange(self.length, dtype=np.int32)
-        k_start = own // self.prompt_len * self.prompt_len
-        return k_start, own * 0 + self.length if self.mask == "full" else own + 1
+    @property
+    def batch_size(self) -> int | None:
+        """Prompts, if they are equal and dense, so that rivals can do the same work; else None."""
+        if self.mask in DENSE_MASKS:
+            return 1
+        return 64 if self.mask == "64x1K" else None
 
     @property
     def flops(self) -> int:
         """Of the visible pairs: two products of 2 H operations each."""
-        k_start, k_end = self.ranges()
-        return int((k_end - k_start).sum(dtype=np.int64)) * self.num_q_heads * 4 * HEAD_DIM
+        return num_pairs(self.ranges) * self.num_q_heads * 4 * HEAD_DIM
 
 
-def ours(shape: Shape, tuning: PrefillTuning) -> Attend:
-    k_start, k_end = map(jnp.asarray, shape.ranges())
+def make_work(mask: str, num_tokens: int, heads: str) -> Work:
+    """`num_tokens` is for dense masks, heads such as "32/8"."""
+    num_q_heads, num_kv_heads = map(int, heads.split("/"))
+    dense = {"causal": lambda: causal([num_tokens]), "full": lambda: full(num_tokens)}
+    ranges = (dense | MIXES)[mask]()
+    return Work(mask=mask, ranges=ranges, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads)
+
+
+def ours(work: Work, tuning: PrefillTuning) -> Attend:
+    k_start, k_end = map(jnp.asarray, work.ranges)
     return lambda q, k, v: mosaic_gpu_prefill_attention(
-        q, k, v, k_start, k_end, sm_scale=HEAD_DIM**-0.5, out_dtype=q.dtype, tuning=tuning
+        q, k, v, k_start, k_end, sm_scale=SM_SCALE, out_dtype=q.dtype, tuning=tuning
     )
 
 
-def cudnn(shape: Shape) -> Attend:
+def cudnn(work: Work) -> Attend:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batches = (x.reshape(-1, shape.prompt_len, *x.shape[1:]) for x in (q, k, v))
-        is_causal = shape.mask != "full"
+        batches = (x.reshape(work.batch_size, -1, *x.shape[1:]) for x in (q, k, v))
+        is_causal = work.mask != "full"
+        # The log-sum-exp is rounded after the kernel, which writes it in float32.
         o, lse = jax.nn.dot_product_attention(
             *batches, is_causal=is_causal, implementation="cudnn", return_residual=True
         )
-        return o.reshape(q.shape), lse
+        return o.reshape(q.shape), lse.reshape(q.shape[:2])
 
     return attend
 
 
-def measure(attend: Attend, shape: Shape, samples: int) -> tuple[dict[str, float], np.ndarray]:
-    """TFLOP/s and seconds, and the first output."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    heads = (shape.num_q_heads, shape.num_kv_heads, shape.num_kv_heads)
-    q, k, v = (
-        jax.random.normal(key, (shape.length, n, HEAD_DIM), jnp.bfloat16) for key, n in zip(keys, heads, strict=True)
+def tokamax(work: Work, **tuning: int) -> Attend:
+    """Raises ImportError where it is not installed."""
+    from tokamax.ops.gpu import PallasMosaicFlashAttention  # pyright: ignore[reportMissingImports]
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        batches = [x.reshape(work.batch_size, -1, *x.shape[1:]) for x in (q, k, v)]
+        settings = {"is_causal": work.mask != "full", "return_residuals": True}
+        heuristic = PallasMosaicFlashAttention().bind(*batches, **settings).heuristics_config
+        config = dataclasses.replace(heuristic, persistent=False, **tuning)
+        o, (maximum, total) = PallasMosaicFlashAttention(config=config)(*batches, **settings)
+        lse = (maximum + jnp.log(total)).swapaxes(1, 2)
+        return o.reshape(q.shape), lse.reshape(q.shape[:2])
+
+    return attend
+
+
+def random_inputs(work: Work) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def draw(seed: int, num_heads: int) -> jax.Array:
+        return jax.random.normal(jax.random.key(seed), (work.num_tokens, num_heads, HEAD_DIM), jnp.bfloat16)
+
+    return draw(0, work.num_q_heads), draw(1, work.num_kv_heads), draw(2, work.num_kv_heads)
+
+
+def reference_rows(work: Work, rows: np.ndarray) -> list[np.ndarray]:
+    """Output and log-sum-exp of some of the query rows, in float32."""
+    q, k, v = random_inputs(work)
+    k_start, k_end = (jnp.asarray(x[rows]) for x in work.ranges)
+    results = reference_prefill_attention(
+        q[rows], k, v, k_start, k_end, sm_scale=SM_SCALE, out_dtype=np.dtype(np.float32)
     )
-    repeats = max(1, round(0.01 / (shape.flops / 600e12)))
+    return [np.asarray(x) for x in results]
+
+
+def largest_difference(found: jax.Array, truth: np.ndarray) -> float:
+    """Rows without keys have a log-sum-exp of -inf in both."""
+    found_f32 = np.asarray(found, np.float32)
+    return float(np.where(found_f32 == truth, 0.0, np.abs(found_f32 - np.where(np.isinf(truth), 0.0, truth))).max())
+
+
+def measure(attend: Attend, work: Work, rows: np.ndarray, truth: list[np.ndarray], samples: int) -> dict[str, Any]:
+    """TFLOP/s and seconds, and the differences to the truth."""
+    q, k, v = random_inputs(work)
+    repeats = max(1, round(PROGRAM_S / (work.flops / 600e12)))
 
     @functools.partial(jax.jit, donate_argnums=0)
     def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -114,71 +184,119 @@ def measure(attend: Attend, shape: Shape, samples: int) -> tuple[dict[str, float
         return time.perf_counter() - started
 
     started = time.perf_counter()
-    first = np.asarray(jax.jit(attend)(q, k, v)[0][: shape.prompt_len].astype(jnp.float32))
-    seconds(2)
+    found = jax.jit(lambda *operands: [x[rows] for x in attend(*operands)])(q, k, v)
+    differences = [largest_difference(x, y) for x, y in zip(found, truth, strict=True)]
+    seconds(1)
     warm_up_s = time.perf_counter() - started
-    slopes = [(seconds(3) - seconds(1)) / (2 * repeats) for _ in range(samples)]
-    rates = sorted(shape.flops / slope / 1e12 for slope in slopes)
-    row = {
+    num_samples = max(2, min(samples, round(SAMPLING_S / (4 * seconds(1)))))
+    slopes = [(seconds(3) - seconds(1)) / (2 * repeats) for _ in range(num_samples)]
+    rates = sorted(work.flops / slope / 1e12 for slope in slopes)
+    return {
         "tflops": statistics.median(rates),
         "lowest": rates[0],
         "highest": rates[-1],
         "seconds": statistics.median(slopes),
         "repeats": repeats,
         "warm_up_s": warm_up_s,
+        "difference": differences[0],
+        "lse_difference": differences[1],
     }
-    return row, first
 
 
-def measure_all(shape: Shape, variants: dict[str, Attend], samples: int) -> list[dict[str, object]]:
-    """One row a variant; a variant that fails is printed, and does not stop the others."""
-    rows, truth = [], None
-    for name, attend in variants.items():
-        row: dict[str, object] = {**dataclasses.asdict(shape), "variant": name}
+class Table:
+    """Rows as they come, and what they are compared with."""
+
+    def __init__(self, rivals: list[str], samples: int) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self._rivals = rivals
+        self._samples = samples
+        self._causal_rates: dict[tuple[str, str, int], float] = {}
+
+    def add(self, mask: str, num_tokens: int, heads: str, tunings: list[str]) -> None:
+        """One row a variant; a variant that fails is printed, and does not stop the others."""
+        work = make_work(mask, num_tokens, heads)
+        if mask in MIXES and (tunings[0], heads, work.num_tokens) not in self._causal_rates:
+            self.add("causal", work.num_tokens, heads, tunings)
+        checked = np.linspace(0, work.num_tokens - 1, NUM_CHECKED_ROWS, dtype=np.int32)
+        truth = reference_rows(work, checked)
+        rival_rates: list[float] = []
+        variants = self._rival_variants(work) | {name: ours(work, TUNINGS[name]) for name in tunings}
+        for name, attend in variants.items():
+            row: dict[str, Any] = {"mask": mask, "length": work.num_tokens, "heads": heads, "variant": name}
+            try:
+                row |= measure(attend, work, checked, truth, self._samples)
+            except Exception as error:
+                traceback.print_exc()
+                row["error"] = repr(error)[:500]
+            else:
+                if name not in TUNINGS:
+                    rival_rates.append(row["tflops"])
+                else:
+                    row |= self._compare(row, rival_rates)
+            self.rows.append({key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()})
+            print(json.dumps(self.rows[-1]), flush=True)
+
+    def _rival_variants(self, work: Work) -> dict[str, Attend]:
+        if work.batch_size is None:
+            return {}
+        made: dict[str, Attend] = {"cudnn": cudnn(work)} if "cudnn" in self._rivals else {}
+        if "tokamax" in self._rivals:
+            made |= {name: tokamax(work, **tuning) for name, tuning in TOKAMAX_TUNINGS.items()}
+        return made
+
+    def _compare(self, row: dict[str, Any], rival_rates: list[float]) -> dict[str, float]:
+        """Shares of the fastest rival's rate, and of our own causal rate over as many tokens."""
+        key = (row["variant"], row["heads"], row["length"])
+        if row["mask"] == "causal":
+            self._causal_rates[key] = row["tflops"]
+        shares = {"of_rival": row["tflops"] / max(rival_rates)} if rival_rates else {}
+        if row["mask"] in MIXES and key in self._causal_rates:
+            shares["of_causal"] = row["tflops"] / self._causal_rates[key]
+        return shares
+
+
+def installed(rivals: list[str]) -> list[str]:
+    """Those that can be imported; says which can not."""
+    found = []
+    for rival in rivals:
         try:
-            numbers, first = measure(attend, shape, samples)
-        except Exception as error:
-            traceback.print_exc()
-            row["error"] = repr(error)[:500]
+            if rival == "tokamax":
+                import tokamax.ops.gpu  # pyright: ignore[reportMissingImports] # noqa: F401
+        except ImportError as error:
+            print(f"without {rival}: {error}", flush=True)
         else:
-            truth = first if truth is None else truth
-            row |= {**numbers, "difference": float(np.abs(first - truth).max())}
-        rows.append(row)
-        print(json.dumps({key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()}), flush=True)
-    return rows
+            found.append(rival)
+    return found
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--masks", nargs="+", choices=("causal", "full", "packed"), default=["causal", "full"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[16_384, 4_096, 65_536])
+    parser.add_argument("--masks", nargs="+", choices=(*DENSE_MASKS, *MIXES), default=[*DENSE_MASKS, *MIXES])
+    lengths = [16_384, 4_096, 65_536, 131_072]
+    parser.add_argument("--lengths", nargs="+", type=int, default=lengths, help="of dense masks")
     parser.add_argument("--heads", nargs="+", default=["32/8", "32/32", "8/1"], help="query heads / KV heads")
-    parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=list(TUNINGS))
+    parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=["default"])
+    parser.add_argument("--rivals", nargs="*", choices=("cudnn", "tokamax"), default=["cudnn", "tokamax"])
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", help="of this code")
+    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
 
-    rows: list[dict[str, object]] = []
-    tunings = args.tunings
-    for length in args.lengths:
+    table = Table(installed(args.rivals), args.samples)
+    dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
+    for mask, length in [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]:
         for heads in args.heads:
-            for mask in args.masks:
-                num_q_heads, num_kv_heads = map(int, heads.split("/"))
-                shape = Shape(mask=mask, length=length, num_q_heads=num_q_heads, num_kv_heads=num_kv_heads)
-                variants = {"cudnn": cudnn(shape)} | {name: ours(shape, TUNINGS[name]) for name in tunings}
-                rows += measure_all(shape, variants, args.samples)
-            tunings = args.tunings[:1]
+            table.add(mask, length, heads, args.tunings)
     result = {
         "command": "python -m benchmarks.prefill_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"1 x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "commit": args.commit,
-        "rows": rows,
     }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+        lines = ",\n  ".join(map(json.dumps, table.rows))
+        args.out.write_text(json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loongjax.pallas_kernels import prefill_attention
-from loongjax.parallel.striped import visible_ranges
+from loongjax.parallel.striped import stripe_row_starts, visible_ranges
 from loongjax_profiling.kernels.case import Case, Repeat
 from loongjax_profiling.kernels.paged import HEAD_DIM, chain
 
@@ -19,7 +19,6 @@ HEADS = ((32, 32), (32, 8), (8, 1))
 PACKED_HEADS = (32, 8)
 RING_LENGTH = 32768
 DOPS = (2, 4, 8)
-ZIPF_EXPONENT = 1.5
 
 Ranges = tuple[np.ndarray, np.ndarray]
 
@@ -47,7 +46,7 @@ def prefill_cases(variant: str, shrink: int, *, with_cudnn: bool) -> Iterator[Ca
     if with_cudnn:
         yield _cudnn_case("packed 64 x 1K, 32/8", 64, short, PACKED_HEADS, True)
     for dop in DOPS:
-        ranges = ring_step(max(1, RING_LENGTH // shrink), dop)
+        ranges = ring_step([dop * max(1, RING_LENGTH // shrink)], dop)
         yield _case(f"ring step of DoP {dop}, {RING_LENGTH // 1024}K a rank, 32/8", variant, ranges, PACKED_HEADS)
 
 
@@ -62,23 +61,25 @@ def full(num_tokens: int) -> Ranges:
     return np.zeros(num_tokens, np.int32), np.full(num_tokens, num_tokens, np.int32)
 
 
-def ring_step(rows: int, num_ranks: int) -> Ranges:
-    """Of one prompt over `num_ranks`: what rank 0's rows see of rank 1's."""
-    starts = jnp.zeros(rows, jnp.int32)
-    k_start, k_end = visible_ranges(starts, jnp.int32(0), jnp.int32(1), num_ranks)
+def ring_step(lengths: list[int], num_ranks: int) -> Ranges:
+    """Of prompts packed and striped over `num_ranks`: what rank 0's rows see of rank 1's."""
+    starts = stripe_row_starts(lengths, num_ranks)
+    k_start, k_end = visible_ranges(jnp.asarray(starts[0]), jnp.int32(0), jnp.int32(1), num_ranks)
     return np.asarray(k_start), np.asarray(k_end)
 
 
-def zipf_lengths(num_tokens: int) -> list[int]:
-    """Prompts of very uneven lengths that fill so many tokens."""
-    drawn = np.random.default_rng(0).zipf(ZIPF_EXPONENT, num_tokens).clip(1, num_tokens)
-    ends = np.cumsum(drawn)
-    count = int(np.searchsorted(ends, num_tokens))
-    lengths = drawn[:count].tolist()
-    return [*lengths, num_tokens - sum(lengths)]
+def zipf_lengths(num_tokens: int, num_prompts: int = 64) -> list[int]:
+    """Prompts that fill so many tokens, the i-th longest about 1/i of the longest, in random order; one token each
+    where there are no more."""
+    num_prompts = min(num_prompts, num_tokens)
+    shares = 1 / np.arange(1, num_prompts + 1)
+    lengths = 1 + np.floor((num_tokens - num_prompts) * shares / shares.sum()).astype(int)
+    lengths[0] += num_tokens - lengths.sum()
+    return np.random.default_rng(0).permutation(lengths).tolist()
 
 
-def _num_pairs(ranges: Ranges) -> int:
+def num_pairs(ranges: Ranges) -> int:
+    """Of queries and keys that they see."""
     return int(np.maximum(ranges[1] - ranges[0], 0).sum(dtype=np.int64))
 
 
@@ -99,7 +100,7 @@ def _case(work: str, variant: str, ranges: Ranges, heads: tuple[int, int]) -> Ca
 
         return chain(attend, keys, _random(0, num_tokens, heads[0], HEAD_DIM))
 
-    flops = 4.0 * _num_pairs(ranges) * heads[0] * HEAD_DIM
+    flops = 4.0 * num_pairs(ranges) * heads[0] * HEAD_DIM
     return Case(op="prefill_attention", work=work, variant=variant, amount=flops, unit="FLOP", build=build)
 
 
@@ -116,5 +117,5 @@ def _cudnn_case(work: str, batch: int, num_tokens: int, heads: tuple[int, int], 
 
         return chain(attend, keys, _random(0, batch, num_tokens, heads[0], HEAD_DIM))
 
-    flops = 4.0 * batch * _num_pairs(ranges) * heads[0] * HEAD_DIM
+    flops = 4.0 * batch * num_pairs(ranges) * heads[0] * HEAD_DIM
     return Case(op="prefill_attention", work=work, variant="cudnn", amount=flops, unit="FLOP", build=build)
