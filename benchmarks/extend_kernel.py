@@ -22,6 +22,7 @@ from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, trit
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
 from loongjax_profiling.kernels.timing import device_seconds
+from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
 CASES = [(512, 32768, (32, 8)), (512, 131072, (32, 8)), (4, 131072, (32, 8)), (512, 32768, (32, 32))]
@@ -82,7 +83,7 @@ def measure(attend: Attend, keys: Any, num_new: int, num_q_heads: int, flops: fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit")
+    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
     rows = []
     for number, (num_new, num_keys, (num_q_heads, num_kv_heads)) in enumerate(CASES):
@@ -94,8 +95,14 @@ def main() -> None:
             for page_size in (16, 1):
                 name = f"page size {page_size}, {dataclasses.astuple(tuning)}"
                 variants[name] = lambda n=num_keys, k=num_kv_heads, p=page_size, t=tuning: extend(n, k, p, t)
+        prefill_s = None
         for name, make in variants.items():
-            row = {"new": num_new, "keys": num_keys, "heads": f"{num_q_heads}/{num_kv_heads}", "variant": name}
+            row: dict[str, Any] = {
+                "new": num_new,
+                "keys": num_keys,
+                "heads": f"{num_q_heads}/{num_kv_heads}",
+                "variant": name,
+            }
             try:
                 seconds = measure(*make(), num_new, num_q_heads, flops)
             except Exception as error:
@@ -103,6 +110,10 @@ def main() -> None:
                 row["error"] = repr(error)[:300]
             else:
                 row |= {"us": round(seconds * 1e6, 1), "tflops": round(flops / seconds / 1e12, 1)}
+                if name == "prefill_attention":
+                    prefill_s = seconds
+                elif prefill_s is not None:
+                    row["of_prefill"] = round(prefill_s / seconds, 4)
             rows.append(row)
             print(json.dumps(row), flush=True)
     result = {

@@ -262,8 +262,8 @@ def installed(rivals: list[str]) -> list[str]:
         try:
             if rival == "tokamax":
                 import tokamax.ops.gpu  # pyright: ignore[reportMissingImports] # noqa: F401
-        except ImportError as error:
-            print(f"without {rival}: {error}", flush=True)
+        except Exception as error:  # its own packages may fail in their own ways
+            print(f"without {rival}: {error!r}", flush=True)
         else:
             found.append(rival)
     return found
