@@ -1,6 +1,7 @@
 """The Triton variants lower for CUDA without a GPU, also inside shard_map on a part of the devices."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +9,18 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax_triton import triton_lib
 
 from loongjax.errors import ConfigError
-from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update, triton_gpu
+from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update, prefill_attention, triton_gpu
 from loongjax.pallas_kernels.decode_attention import api as decode_api
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
+from loongjax.pallas_kernels.prefill_attention import api as prefill_api
+from loongjax.pallas_kernels.prefill_attention import triton_variant as prefill_variant
+from loongjax.pallas_kernels.prefill_attention.triton_variant import TritonPrefillTuning
 
 Shape = jax.ShapeDtypeStruct
-TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call")
+TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
 
 
 def lower(function, *arguments) -> str:
@@ -31,7 +36,15 @@ def decode_arguments(num_rows: int, heads: tuple[int, int, int], page_size: int,
     return Shape((num_rows, num_q_heads, head_dim), dtype), pool, Shape((), "int32"), Shape((50,), "int32"), rows, rows
 
 
+def prefill_arguments(shape: tuple[int, int, int, int, int], dtype: str = "bfloat16") -> tuple[Shape, ...]:
+    """For the shape (T, S, N, K, H)."""
+    T, S, N, K, H = shape
+    kv, bounds = Shape((S, K, H), dtype), Shape((T,), "int32")
+    return Shape((T, N, H), dtype), kv, kv, bounds, bounds
+
+
 triton_decode = functools.partial(decode_attention, implementation="triton")
+triton_prefill = functools.partial(prefill_attention, implementation="triton")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +53,7 @@ triton_decode = functools.partial(decode_attention, implementation="triton")
 )
 def test_decode_attention_is_two_kernels(num_rows, heads, page_size, dtype):
     module = lower(triton_decode, *decode_arguments(num_rows, heads, page_size, dtype))
-    assert module.count("custom_call @triton_kernel_call") == 2
+    assert module.count("custom_call @triton_kernel_call_ffi") == 2
 
 
 @pytest.mark.parametrize(("num_rows", "heads"), [(1, (32, 8, 128)), (512, (8, 8, 64)), (100, (64, 1, 128))])
@@ -48,7 +61,77 @@ def test_extend_attention_is_two_kernels(num_rows, heads):
     _, *arguments = decode_arguments(4, heads, 16, "bfloat16")
     q, cu_q_lens = Shape((num_rows, heads[0], heads[2]), "bfloat16"), Shape((5,), "int32")
     extend = functools.partial(extend_attention, implementation="triton")
-    assert lower(extend, q, cu_q_lens, *arguments).count("custom_call @triton_kernel_call") == 2
+    assert lower(extend, q, cu_q_lens, *arguments).count("custom_call @triton_kernel_call_ffi") == 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((1000, 300, 8, 2, 128), "bfloat16"),
+        ((64, 1001, 4, 4, 64), "float16"),
+        ((1, 1, 6, 2, 32), "bfloat16"),
+        ((65_536, 65_536, 8, 1, 256), "float16"),
+    ],
+)
+@pytest.mark.parametrize("out_dtype", [None, "float32"])
+def test_prefill_attention_is_one_kernel(shape, dtype, out_dtype):
+    prefill = functools.partial(triton_prefill, out_dtype=out_dtype)
+    assert lower(prefill, *prefill_arguments(shape, dtype)).count("custom_call @triton_kernel_call_ffi") == 1
+    o, lse = jax.eval_shape(prefill, *prefill_arguments(shape, dtype))
+    assert (o.shape, o.dtype) == ((shape[0], shape[2], shape[4]), out_dtype or dtype)
+    assert (lse.shape, lse.dtype) == (o.shape[:2], jnp.float32)
+
+
+@pytest.mark.parametrize("capability", [89, 90, 100])
+@pytest.mark.parametrize("head_dim", prefill_variant.TUNINGS)
+def test_prefill_attentions_blocks_fit_shared_memory(monkeypatch, head_dim, capability):
+    compile_kernel, compiled = triton_lib.compile_ttir_to_ptx_inplace, []
+    monkeypatch.setattr(
+        triton_lib,
+        "compile_ttir_to_ptx_inplace",
+        lambda *arguments: compiled.append(compile_kernel(*arguments)) or compiled[-1],
+    )
+    monkeypatch.setattr("loongjax.pallas_kernels.triton_call.compute_capability", lambda: capability)
+    prefill = functools.partial(
+        inspect.unwrap(prefill_variant.triton_prefill_attention), sm_scale=1 / 3, out_dtype=jnp.dtype("bfloat16")
+    )
+    lower(prefill, *prefill_arguments((256, 256, 2, 1, head_dim)))
+    assert len(compiled) == 1
+    assert compiled[0].shared_mem_bytes <= (99 if capability == 89 else 227) * 1024
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_prefill_attention_lowers_inside_shard_map_on_a_part_of_the_devices(check_vma):
+    mesh = Mesh(np.array(jax.devices())[[1, 4, 6]], ("sp",))
+    mapped = jax.shard_map(
+        triton_prefill,
+        mesh=mesh,
+        in_specs=(P("sp"), P(), P(), P("sp"), P("sp")),
+        out_specs=P("sp"),
+        check_vma=check_vma,
+    )
+    module = lower(mapped, *prefill_arguments((300, 200, 4, 2, 64)))
+    assert module.count("custom_call @triton_kernel_call_ffi") == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 2, 1, 64), (8, 0, 2, 1, 64)])
+def test_prefill_attention_without_rows_or_keys_needs_no_kernel(shape):
+    assert "triton_kernel_call_ffi" not in lower(triton_prefill, *prefill_arguments(shape))
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 128), ("bfloat16", 96)])
+def test_prefill_attention_tells_what_it_does_not_take(dtype, head_dim):
+    message = f"bfloat16 and float16 with head_dim 32, 64, 128, 256, got {dtype} with {head_dim}; 'blockwise' takes any"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(triton_prefill, *prefill_arguments((8, 8, 2, 1, head_dim), dtype))
+
+
+def test_prefill_attention_refuses_a_gradient():
+    def loss(q, *rest):
+        return triton_prefill(q, *rest)[0].astype(jnp.float32).sum()
+
+    with pytest.raises(NotImplementedError, match="'triton' is forward only; 'blockwise' has gradients"):
+        jax.eval_shape(jax.grad(loss), *prefill_arguments((8, 8, 2, 1, 64)))
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
@@ -64,14 +147,14 @@ def test_they_lower_inside_shard_map_on_a_part_of_the_devices(check_vma):
     mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P("sp"), check_vma=check_vma)
     pool, indices = Shape((2, 2, 99, *pool.shape[3:]), pool.dtype), Shape((51,), "int32")
     module = lower(mapped, q, pool, Shape((6, 2, 64), "bfloat16"), layer, indices, starts, lens)
-    assert module.count("custom_call @triton_kernel_call") == 3
+    assert module.count("custom_call @triton_kernel_call_ffi") == 3
 
 
 def test_rows_or_tables_that_are_not_there_need_no_kernel():
     for num_rows, num_entries in ((0, 50), (3, 0)):
         q, pool, layer, _, starts, lens = decode_arguments(num_rows, (4, 2, 64), 16, "bfloat16")
         arguments = (q, pool, layer, Shape((num_entries,), "int32"), starts, lens)
-        assert "triton_kernel_call" not in lower(triton_decode, *arguments)
+        assert "triton_kernel_call_ffi" not in lower(triton_decode, *arguments)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [("float32", 64), ("bfloat16", 80)])
@@ -98,13 +181,16 @@ def test_packages_that_are_missing_are_named(monkeypatch):
 def test_a_block_that_cannot_work_is_refused(block):
     with pytest.raises(ConfigError, match="power of two"):
         PagedTuning(block=block)
+    for name in ("block_q", "block_k"):
+        with pytest.raises(ConfigError, match=f"{name} must be a power of two"):
+            TritonPrefillTuning(**{name: block})
 
 
 @pytest.fixture
 def gpu_machine(monkeypatch):
     """As far as choosing variants goes."""
     monkeypatch.setattr(triton_gpu, "_any_gpu", lambda: jax.devices()[0])
-    caches = (triton_gpu.is_triton_usable, decode_api.default_variant)
+    caches = (triton_gpu.is_triton_usable, decode_api.default_variant, prefill_api.default_variant)
     for function in caches:
         function.cache_clear()
     yield
@@ -131,7 +217,45 @@ def test_with_a_gpu_the_kernel_serves_what_it_takes(gpu_machine, dtype, head_dim
     assert decode_api.default_variant(dtype, head_dim) == best
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim"),
+    [
+        ("8.0", "bfloat16", 128),
+        ("8.9", "bfloat16", 32),
+        ("12.0", "float16", 64),
+        ("9.0", "bfloat16", 256),
+        ("9.0", "float16", 32),
+    ],
+)
+def test_prefill_attention_takes_this_kernel_where_hoppers_cannot_serve(gpu_machine, capability, dtype, head_dim):
+    assert prefill_api.default_variant("gpu", capability, dtype, head_dim) == "triton"
+
+
+def test_prefill_attention_takes_hoppers_kernel_where_it_can(gpu_machine, monkeypatch):
+    monkeypatch.setattr(prefill_api, "BEST_ON_HOPPER", "mosaic_gpu")
+    assert prefill_api.default_variant("gpu", "9.0", "bfloat16", 128) == "mosaic_gpu"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim"),
+    [
+        ("9.0", "float32", 128),
+        ("8.0", "float32", 64),
+        ("8.0", "bfloat16", 96),
+        ("7.5", "float16", 64),
+        ("gfx942", "bfloat16", 64),
+    ],
+)
+def test_prefill_attention_says_once_that_no_kernel_serves(gpu_machine, caplog, capability, dtype, head_dim):
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            assert prefill_api.default_variant("gpu", capability, dtype, head_dim) == "blockwise"
+    message = f"no kernel for {dtype} with head_dim {head_dim}, using the slower 'blockwise'"
+    assert caplog.text.count(message) == 1
+
+
 def test_a_gpu_without_the_packages_is_told_what_to_install(gpu_machine, monkeypatch, caplog):
     monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: None)
     assert decode_api.default_variant("bfloat16", 128) == "blockwise"
+    assert prefill_api.default_variant("gpu", "8.0", "bfloat16", 128) == "blockwise"
     assert "pip install 'loongjax[gpu]'" in caplog.text

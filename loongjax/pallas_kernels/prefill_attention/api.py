@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +13,27 @@ from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
 from loongjax.pallas_kernels.prefill_attention.blockwise import blockwise_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import is_supported, mosaic_gpu_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
+from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
+
+logger = logging.getLogger(__name__)
+
+
+def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array]:
+    """Imports the variant on first use: its packages come with the `gpu` extra."""
+    require_triton("prefill_attention")
+    from loongjax.pallas_kernels.prefill_attention.triton_variant import triton_prefill_attention
+
+    return triton_prefill_attention(*operands, **settings)
+
 
 VARIANTS = {
     "blockwise": blockwise_prefill_attention,
     "mosaic_gpu": mosaic_gpu_prefill_attention,
     "reference": reference_prefill_attention,
+    "triton": _triton,
 }
 BEST_ON_HOPPER = "blockwise"
-
-logger = logging.getLogger(__name__)
 
 
 def prefill_attention(
@@ -52,8 +64,9 @@ def prefill_attention(
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference" (dense scores, float32); "blockwise" (one block of scores at a time; products in
             the input dtype, sums in float32); "mosaic_gpu" (the same in a kernel for Hopper; bfloat16 and float16, head
-            dims 64 and 128); or None for the best on the default backend. The first two are differentiable with
-            respect to q, k and v, through the output and the log-sum-exp.
+            dims 64 and 128); "triton" (in one for any GPU from Ampere on; bfloat16 and float16, head dims 32, 64, 128
+            and 256); or None for the best on the default backend. The first two are differentiable with respect to q,
+            k and v, through the output and the log-sum-exp; the kernels are forward only.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
@@ -61,7 +74,8 @@ def prefill_attention(
     Raises:
         ValueError: heads, head dims or dtypes that do not fit or that the implementation asked for does not take, or
             an unknown implementation.
-        NotImplementedError: an implementation that is not built, or a gradient of "mosaic_gpu".
+        ConfigError: "triton" without the packages that it needs.
+        NotImplementedError: a gradient of "mosaic_gpu" or "triton".
     """
     device = jax.local_devices()[0]
     default = default_variant(device.platform, getattr(device, "compute_capability", ""), q.dtype.name, q.shape[-1])
@@ -89,9 +103,16 @@ def default_variant(platform: str, compute_capability: str, dtype: str, head_dim
         dtype: its name.
         head_dim: H.
     """
-    if platform != "gpu" or compute_capability != "9.0":
+    if platform != "gpu":
         return "blockwise"
-    if is_supported(dtype, head_dim):
+    if compute_capability == "9.0" and is_supported(dtype, head_dim):
         return BEST_ON_HOPPER
+    # Before Ampere, Triton uses no tensor cores, and its kernel's blocks do not fit the shared memory.
+    major = compute_capability.partition(".")[0]
+    if major.isdigit() and int(major) >= 8 and is_triton_usable():
+        from loongjax.pallas_kernels.prefill_attention import triton_variant
+
+        if triton_variant.is_supported(dtype, head_dim):
+            return "triton"
     logger.info("prefill_attention: no kernel for %s with head_dim %d, using the slower 'blockwise'", dtype, head_dim)
     return "blockwise"
