@@ -30,6 +30,7 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_pref
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
 from loongjax_profiling.kernels.dense import Ranges, causal, full, num_pairs, ring_step, zipf_lengths
+from loongjax_profiling.kernels.rivals import RIVALS, Rival, installed_rivals
 from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
@@ -61,8 +62,6 @@ TUNINGS = {
     "kv192_in_order": PrefillTuning(block_kv=192, overlap=False),
     "three_stages": PrefillTuning(num_stages=3),
 }
-TOKAMAX_TUNINGS = {"tokamax": {}, "tokamax_three_stages": {"num_stages": 3}}
-"""What its own autotuning chose for these heads on an H100: the second for causal 32/8, the first else."""
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """Output and log-sum-exp, [T, N, H] and [T, N]."""
 
@@ -109,30 +108,10 @@ def ours(work: Work, tuning: PrefillTuning) -> Attend:
     )
 
 
-def cudnn(work: Work) -> Attend:
+def rival(work: Work, attention: Rival) -> Attend:
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
         batches = (x.reshape(work.batch_size, -1, *x.shape[1:]) for x in (q, k, v))
-        is_causal = work.mask != "full"
-        # The log-sum-exp is rounded after the kernel, which writes it in float32.
-        o, lse = jax.nn.dot_product_attention(
-            *batches, is_causal=is_causal, implementation="cudnn", return_residual=True
-        )
-        return o.reshape(q.shape), lse.reshape(q.shape[:2])
-
-    return attend
-
-
-def tokamax(work: Work, **tuning: int) -> Attend:
-    """Raises ImportError where it is not installed."""
-    from tokamax.ops.gpu import PallasMosaicFlashAttention  # pyright: ignore[reportMissingImports]
-
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-        batches = [x.reshape(work.batch_size, -1, *x.shape[1:]) for x in (q, k, v)]
-        settings = {"is_causal": work.mask != "full", "return_residuals": True}
-        heuristic = PallasMosaicFlashAttention().bind(*batches, **settings).heuristics_config
-        config = dataclasses.replace(heuristic, persistent=False, **tuning)
-        o, (maximum, total) = PallasMosaicFlashAttention(config=config)(*batches, **settings)
-        lse = (maximum + jnp.log(total)).swapaxes(1, 2)
+        o, lse = attention(*batches, is_causal=work.mask != "full")
         return o.reshape(q.shape), lse.reshape(q.shape[:2])
 
     return attend
@@ -206,7 +185,7 @@ def measure(attend: Attend, work: Work, rows: np.ndarray, truth: list[np.ndarray
 class Table:
     """Rows as they come, and what they are compared with."""
 
-    def __init__(self, rivals: list[str], samples: int) -> None:
+    def __init__(self, rivals: dict[str, Rival], samples: int) -> None:
         self.rows: list[dict[str, Any]] = []
         self._rivals = rivals
         self._samples = samples
@@ -220,7 +199,9 @@ class Table:
         checked = np.linspace(0, work.num_tokens - 1, NUM_CHECKED_ROWS, dtype=np.int32)
         truth = reference_rows(work, checked)
         rival_rates: list[float] = []
-        variants = self._rival_variants(work) | {name: ours(work, TUNINGS[name]) for name in tunings}
+        rivals = self._rivals if work.batch_size is not None else {}
+        variants = {name: rival(work, attention) for name, attention in rivals.items()}
+        variants |= {name: ours(work, TUNINGS[name]) for name in tunings}
         for name, attend in variants.items():
             row: dict[str, Any] = {"mask": mask, "length": work.num_tokens, "heads": heads, "variant": name}
             try:
@@ -236,14 +217,6 @@ class Table:
             self.rows.append({key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()})
             print(json.dumps(self.rows[-1]), flush=True)
 
-    def _rival_variants(self, work: Work) -> dict[str, Attend]:
-        if work.batch_size is None:
-            return {}
-        made: dict[str, Attend] = {"cudnn": cudnn(work)} if "cudnn" in self._rivals else {}
-        if "tokamax" in self._rivals:
-            made |= {name: tokamax(work, **tuning) for name, tuning in TOKAMAX_TUNINGS.items()}
-        return made
-
     def _compare(self, row: dict[str, Any], rival_rates: list[float]) -> dict[str, float]:
         """Shares of the fastest rival's rate, and of our own causal rate over as many tokens."""
         key = (row["variant"], row["heads"], row["length"])
@@ -255,20 +228,6 @@ class Table:
         return shares
 
 
-def installed(rivals: list[str]) -> list[str]:
-    """Those that can be imported; says which can not."""
-    found = []
-    for rival in rivals:
-        try:
-            if rival == "tokamax":
-                import tokamax.ops.gpu  # pyright: ignore[reportMissingImports] # noqa: F401
-        except Exception as error:  # its own packages may fail in their own ways
-            print(f"without {rival}: {error!r}", flush=True)
-        else:
-            found.append(rival)
-    return found
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--masks", nargs="+", choices=(*DENSE_MASKS, *MIXES), default=[*DENSE_MASKS, *MIXES])
@@ -276,13 +235,14 @@ def main() -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths, help="of dense masks")
     parser.add_argument("--heads", nargs="+", default=["32/8", "32/32", "8/1"], help="query heads / KV heads")
     parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=["default"])
-    parser.add_argument("--rivals", nargs="*", choices=("cudnn", "tokamax"), default=["cudnn", "tokamax"])
+    parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
 
-    table = Table(installed(args.rivals), args.samples)
+    rivals = {name: attention for name, attention in installed_rivals().items() if name in args.rivals}
+    table = Table(rivals, args.samples)
     dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
     for mask, length in [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]:
         for heads in args.heads:

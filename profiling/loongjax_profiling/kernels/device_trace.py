@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax.profiler import ProfileData, ProfileOptions
 
 HEAD_START_DIM = 8192
-"""Of the square bfloat16 product that goes first: 1.5 ms on an H200, in which a host launches about 300 kernels."""
+HEAD_START_PRODUCTS = 3
+"""Of square bfloat16 matrices, which go first: 4 ms on an H200, in which a host launches some hundreds of kernels."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,31 +52,35 @@ class DeviceTimes:
 
 
 def device_times(repeat: Callable[[int], Callable[[], Any]], num: int) -> DeviceTimes:
-    """Times one call of `num` dependent repetitions, traced on a device that is already warm.
+    """Times one call of `num` dependent repetitions, all launched while the device is still busy with something else.
 
     Args:
         repeat: as in `device_seconds`; its program may run other kernels, fewer than `num` times each.
-        num: repetitions.
+        num: repetitions, at least 8, to be told from what runs but a few times.
 
     Raises:
         ValueError: the trace holds no kernels of a GPU, or none that run a multiple of `num` times.
     """
-    call = repeat(num)
+    assert num >= 8, num
+    call, head_start = repeat(num), _head_start()
     jax.block_until_ready(call())
     options = ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
-            jax.block_until_ready(call())
+            jax.block_until_ready((head_start(), call()))
         events = [event for path in pathlib.Path(folder).rglob("*.xplane.pb") for event in read_kernels(path)]
     return times_of_repetitions(events, num)
 
 
-def after_head_start(x: jax.Array, dim: int = HEAD_START_DIM) -> jax.Array:
-    """x, once a long product is done: what is launched in the meantime waits in the stream. Call it inside a jit."""
-    factor = jnp.sin(jnp.arange(dim * dim, dtype=jnp.float32)).reshape(dim, dim).astype(jnp.bfloat16)
-    zero = jnp.minimum(jnp.max(jnp.abs(factor @ factor)), 0)  # XLA drops what the result does not depend on
-    return x + zero.astype(x.dtype)
+def _head_start() -> Callable[[], Any]:
+    """Keeps a GPU busy: what is launched in the meantime waits in its stream."""
+    if jax.default_backend() != "gpu":
+        return lambda: None
+    factor = jax.random.normal(jax.random.key(0), (HEAD_START_DIM, HEAD_START_DIM), jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    jax.block_until_ready(multiply(factor, factor))
+    return lambda: [multiply(factor, factor) for _ in range(HEAD_START_PRODUCTS)]
 
 
 def read_kernels(path: str | os.PathLike[str]) -> list[KernelEvent]:
