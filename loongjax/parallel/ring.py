@@ -1,18 +1,25 @@
 """Ring attention over the striped layout (Ring Attention, arXiv:2310.01889; LoongServe, section 4.1)."""
 
-from collections.abc import Callable
+import functools
 
 import jax
-import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels import merge_attention, prefill_attention
+from loongjax.pallas_kernels import prefill_attention
 from loongjax.pallas_kernels.varying import vary_as, vary_together
+from loongjax.parallel.ring_gather import attend_to_gathered
+from loongjax.parallel.ring_permute import attend_in_loop, attend_step_by_step
+from loongjax.parallel.ring_steps import Ring, Visit
 from loongjax.parallel.striped import visible_ranges
 
-type Visit[Carry] = Callable[[jax.Array, jax.Array, jax.Array, Carry], Carry]
-"""(source_rank, its keys, its values, carry) -> carry"""
+VARIANTS = {"all_gather": attend_to_gathered, "loop": attend_in_loop, "ring": attend_step_by_step}
+
+MAX_GATHERED_BLOCK_BYTES = 16 << 20
+"""Keys and values of one rank, up to which GPUs gather them. A step of the ring costs c = 60 to 100 us more than its
+attention (a permute's latency, a launch, a merge) and the all-gather of its block b / w, with w about 200 GB/s: they
+are even at b = c w, for any number of ranks.
+"""
 
 
 def ring_attention[Carry](
@@ -27,12 +34,12 @@ def ring_attention[Carry](
     visit: Visit[Carry] | None = None,
     carry: Carry = None,
     implementation: str | None = None,
+    variant: str | None = None,
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"], Carry]:
     """Causal attention of packed sequences whose tokens are striped over a mesh axis of n ranks.
 
-    Called inside `shard_map`. The keys go round the ring in n steps and n - 1 permutes, each of which is issued before
-    the attention of its step, so that the two can overlap. The ring is a loop: compile time does not grow with n. With
-    n = 1 there is no collective. Differentiable with respect to q, k and v.
+    Called inside `shard_map`. With n = 1 there is no collective. Differentiable with respect to q, k and v where
+    `implementation` is.
 
     Args:
         q: this rank's queries: local index i is token i * n + rank of the packed batch.
@@ -43,38 +50,57 @@ def ring_attention[Carry](
         axis_name: the mesh axis of the ring.
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None. Partial outputs are float32 in any case.
-        visit: called with every block of keys that passes by, the own one included, and the rank it comes from. What
-            it returns is the next call's carry. This is where keys are retained; the order is rank, rank - 1, ...
+        visit: called with every block of keys, the own one included, and the rank it comes from. What it returns is the
+            next call's carry. This is where keys are retained; the order is rank, rank - 1, ...
         carry: the first call's carry, a pytree of arrays. Its leaves come back varying over the axis.
         implementation: of `prefill_attention`.
+        variant: how keys get to every rank. "ring": n - 1 permutes, each beside the attention to the block before, and
+            up to `MAX_PARTIALS` float32 outputs in memory; "loop": the same, but the program does not grow with n;
+            "all_gather": in one piece, into n blocks of memory; None: `default_variant`.
 
     Returns:
         The output, the natural log-sum-exp (0 and -inf in padding rows), and the last carry.
+
+    Raises:
+        ValueError: an unknown variant, or what `prefill_attention` raises.
     """
+    if variant is None:
+        variant = default_variant(jax.local_devices()[0].platform, k.nbytes + v.nbytes)
+    if variant not in VARIANTS:
+        raise ValueError(f"ring_attention: variant must be None or one of {', '.join(VARIANTS)}, got {variant!r}")
     num_ranks = jax.lax.axis_size(axis_name)
-    rank = jax.lax.axis_index(axis_name)
-    q, k, v, row_starts, rank = vary_together(q, k, v, row_starts, rank)
+    q, k, v, row_starts, rank = vary_together(q, k, v, row_starts, jax.lax.axis_index(axis_name))
     carry = vary_as(carry, carry, rank)
+    out_dtype = q.dtype if out_dtype is None else out_dtype
+    attend = functools.partial(prefill_attention, sm_scale=sm_scale, implementation=implementation)
+    visit = _leave if visit is None else visit
+    if num_ranks == 1:
+        o, lse = attend(q, k, v, *visible_ranges(row_starts, rank, rank, 1), out_dtype=out_dtype)
+        return o, lse, visit(rank, k, v, carry)
+    ring = Ring(
+        axis_name=axis_name,
+        num_ranks=num_ranks,
+        rank=rank,
+        q=q,
+        row_starts=row_starts,
+        attend=attend,
+        visit=visit,
+    )
+    (o, lse), carry = VARIANTS[variant](ring, k, v, carry, out_dtype)
+    return o, lse, carry
 
-    def take_in(step: Int32[Array, ""], k: Array, v: Array, partial: tuple[Array, Array], carry: Carry):
-        source_rank = (rank - step) % num_ranks
-        if visit is not None:
-            carry = visit(source_rank, k, v, carry)
-        k_start, k_end = visible_ranges(row_starts, rank, source_rank, num_ranks)
-        new = prefill_attention(
-            q, k, v, k_start, k_end, sm_scale=sm_scale, out_dtype=jnp.float32, implementation=implementation
-        )
-        return merge_attention(*partial, *new), carry
 
-    def ring_step(step: Int32[Array, ""], state):
-        k, v, partial, carry = state
-        next_rank = [(source, (source + 1) % num_ranks) for source in range(num_ranks)]
-        next_k, next_v = jax.lax.ppermute((k, v), axis_name, next_rank)
-        return next_k, next_v, *take_in(step, k, v, partial, carry)
+def _leave[Carry](source_rank: jax.Array, k: jax.Array, v: jax.Array, carry: Carry) -> Carry:
+    return carry
 
-    nothing = jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:-1], -jnp.inf, jnp.float32)
-    partial = vary_as(nothing, q)
-    if num_ranks > 1:
-        k, v, partial, carry = jax.lax.fori_loop(0, num_ranks - 1, ring_step, (k, v, partial, carry))
-    (o, lse), carry = take_in(jnp.int32(num_ranks - 1), k, v, partial, carry)
-    return o.astype(q.dtype if out_dtype is None else out_dtype), lse, carry
+
+def default_variant(platform: str, block_bytes: int) -> str:
+    """The fastest variant on GPUs; elsewhere the one that compiles fastest.
+
+    Args:
+        platform: of the devices, such as "gpu".
+        block_bytes: of one rank's keys and values.
+    """
+    if platform != "gpu":
+        return "loop"
+    return "all_gather" if block_bytes <= MAX_GATHERED_BLOCK_BYTES else "ring"
