@@ -6,28 +6,28 @@ import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
 from loongjax.errors import ConfigError
 
-Op = Literal["decode", "extend", "prefill"]
+Op = Literal["decode", "extend", "kv_update", "prefill"]
 USAGE = """usage: loongjax profile kernels [OPTIONS]
 
-  kernels    time the attention ops on one device, each beside its rival
+  kernels    time the ops on one device, each beside its rival and its target
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsCommand:
-    """Times the attention ops on one device, each beside its rival: a copy, cuDNN, or another op over the same pairs.
+    """Times the ops on one device, each beside its rival: a copy, cuDNN, tokamax, or another op over the same pairs.
 
     Raises:
         ConfigError: a number that cannot work.
     """
 
-    ops: tuple[Op, ...] = ("decode", "extend", "prefill")
+    ops: tuple[Op, ...] = get_args(Op)
     """What to time."""
     shrink: int | None = None
     """Divides all lengths; None: 1 on a GPU, 256 elsewhere."""
@@ -41,6 +41,10 @@ class KernelsCommand:
     """Of this code, for the JSON file; None: git is asked."""
 
     def __post_init__(self) -> None:
+        if not self.ops:
+            raise ConfigError(
+                f"--ops names no op: give one or more of {', '.join(get_args(Op))}, or leave it out for all"
+            )
         if self.shrink is not None and self.shrink < 1:
             raise ConfigError(f"--shrink must be at least 1, got {self.shrink}: leave it out for the full lengths")
 

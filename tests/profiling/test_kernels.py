@@ -13,9 +13,11 @@ from loongjax.errors import ConfigError
 from loongjax_profiling.command import KernelsCommand, main
 from loongjax_profiling.kernels import profile
 from loongjax_profiling.kernels.case import Case, Row
+from loongjax_profiling.kernels.chain import chain
 from loongjax_profiling.kernels.dense import causal, prefill_cases, ring_step, zipf_lengths
-from loongjax_profiling.kernels.paged import chain, decode_cases, extend_cases
-from loongjax_profiling.kernels.table import format_table, measure, to_json
+from loongjax_profiling.kernels.paged import decode_cases, extend_cases, update_cases
+from loongjax_profiling.kernels.profile import select
+from loongjax_profiling.kernels.table import format_table, format_target, measure, to_json
 
 LOONGJAX = Path(sys.executable).with_name("loongjax")
 
@@ -51,6 +53,11 @@ def test_what_cannot_be_measured_is_refused(settings, message):
         profile.profile_kernels(KernelsCommand(**settings))
 
 
+def test_an_empty_list_of_ops_is_refused_by_name():
+    with pytest.raises(ConfigError, match="--ops names no op: give one or more of decode, extend, kv_update, prefill"):
+        KernelsCommand(ops=())
+
+
 def test_decode_reads_every_key_and_value_once():
     amounts = {case.work: case.amount for case in decode_cases("blockwise", 1)}
     assert amounts["32 x 16K, 32/8, page size 16"] == 32 * 16384 * 8 * 128 * 2 * 2
@@ -58,17 +65,66 @@ def test_decode_reads_every_key_and_value_once():
     assert len(amounts) == 18
 
 
+def test_an_update_reads_its_tokens_and_writes_them():
+    amounts = {case.work: case.amount for case in update_cases("reference", 1)}
+    assert amounts["32 tokens, 8 KV heads, page size 16"] == 2 * (2 * 32 * 8 * 128) * 2
+
+
+def fake_rival(q, k, v, *, is_causal):
+    return q, q
+
+
 def test_operations_are_those_of_visible_pairs():
-    amounts = {(case.work, case.variant): case.amount for case in prefill_cases("blockwise", 1, with_cudnn=True)}
+    cases = list(prefill_cases("blockwise", 1, {"rival": fake_rival}))
+    amounts = {(case.work, case.variant): case.amount for case in cases}
     per_pair = 4 * 32 * 128
     assert amounts["4K full, 32/8", "blockwise"] == 4096**2 * per_pair
     assert amounts["4K causal, 32/8", "blockwise"] == 4096 * 4097 // 2 * per_pair
     assert amounts["packed 64 x 1K, 32/8", "blockwise"] == 64 * 1024 * 1025 // 2 * per_pair
+    assert amounts["ring step of DoP 4, 16K a rank, 32/8", "blockwise"] == 16384 * 16383 // 2 * per_pair
     assert all(
-        amounts[work, "blockwise"] == amount for (work, variant), amount in amounts.items() if variant == "cudnn"
+        amounts[work, "blockwise"] == amount for (work, variant), amount in amounts.items() if variant == "rival"
     )
-    [extend] = [case for case in extend_cases("blockwise", 1) if case.work == "512 on 32K, 32/8, page size 16"]
+    assert {case.is_rival for case in cases if case.variant == "rival"} == {True}
+    [extend] = [
+        case
+        for case in extend_cases("blockwise", 1, prefill_variant="reference")
+        if case.work == "512 on 32K, 32/8, page size 16"
+    ]
     assert extend.amount == 512 * 32768 * per_pair
+
+
+def test_full_lengths_have_the_targets_of_the_project_and_shrunk_ones_none():
+    def cases(shrink):
+        return [
+            *decode_cases("blockwise", shrink),
+            *extend_cases("blockwise", shrink, prefill_variant="blockwise"),
+            *prefill_cases("blockwise", shrink, {}),
+        ]
+
+    targets = {case.work: format_target(case) for case in cases(1)}
+    assert targets["16K full, 8/1"] == ">= 100%"
+    assert targets["packed Zipf mix of 64K, 32/8"] == ">= 90%"
+    assert targets["ring step of DoP 8, 16K a rank, 32/8"] == ">= 90%"
+    assert targets["32 x 16K, 32/8, page size 64"] == ">= 92%"
+    assert targets["32 x 16K, 32/8, page size 1"] == ">= 88%"
+    assert targets["1 x 1K, 32/8, page size 16"] == "<= 12 us"
+    assert targets["512 on 128K, 32/8, page size 1"] == ">= 80%"
+    assert targets["4 on 128K, 32/8, page size 1"] == ""
+    assert {format_target(case) for case in cases(256)} == {""}
+
+
+def test_what_is_compared_with_a_baseline_brings_it_along():
+    cases = [
+        *prefill_cases("blockwise", 1, {}),
+        *extend_cases("triton", 1, prefill_variant="blockwise"),
+        *decode_cases("triton", 1),
+    ]
+    works = {case.work for case in select(cases, "Zipf mix of 64K")}
+    assert works == {"64K causal, 32/8", "packed Zipf mix of 64K, 32/8"}
+    extensions = {(case.work, case.variant) for case in select(cases, "512 on 32K, 32/8, page size 1")}
+    assert ("512 on 32K, 32/8, no pages", "prefill blockwise") in extensions
+    assert select(cases, "no such work") == []
 
 
 def test_a_ring_step_sees_what_comes_before_in_the_striped_layout():
@@ -89,42 +145,72 @@ def test_zipf_prompts_fill_the_batch(num_tokens):
 
 
 def test_repetitions_depend_on_each_other():
-    repeat = chain(lambda keys, q: q * keys, jnp.float32(2.0), jnp.ones(3))
-    np.testing.assert_array_equal(repeat(5)(), np.full(3, 32.0, np.float32))
+    repeat = chain(lambda keys, q, i: q * keys + i, jnp.float32(2.0), jnp.ones(3))
+    np.testing.assert_array_equal(repeat(3)(), np.full(3, ((1 * 2 + 0) * 2 + 1) * 2 + 2, np.float32))
+
+
+def test_repetitions_that_keep_their_queries_change_one_element_each():
+    repeat = chain(lambda keys, q, i: q * 1000.0, None, jnp.ones((2, 2)), keeps_queries=True)
+    np.testing.assert_allclose(repeat(3)(), [[8.0, 1.0], [1.0, 1.0]], rtol=1e-6)
 
 
 def test_a_case_that_fails_is_a_row_that_says_why_and_the_rest_goes_on():
     def broken():
         raise RuntimeError("no such kernel")
 
-    def case(work, build):
-        return Case(op="op", work=work, variant="v", amount=1e9, unit="FLOP", build=build)
-
     def works():
-        return chain(lambda keys, q: jnp.tanh(q @ keys), jnp.ones((300, 300)), jnp.ones((300, 300)))
+        return chain(lambda keys, q, i: jnp.tanh(q @ keys), jnp.ones((300, 300)), jnp.ones((300, 300)))
 
-    failed, measured = measure([case("a", broken), case("b", works)])
+    failed, measured = measure([make_case(work="a", build=broken), make_case(work="b", build=works)])
     assert failed.error == "RuntimeError: no such kernel"
-    assert measured.error is None or measured.error == "too short to be timed"
+    assert (measured.error, measured.method) in ((None, "slope"), ("too short to be timed", None))
 
 
-def test_the_table_compares_bytes_with_a_copy_and_operations_with_cudnn():
+def make_case(**settings) -> Case:
+    defaults = {"op": "prefill_attention", "work": "p", "variant": "ours", "amount": 1e12, "unit": "FLOP"}
+    return Case(**{**defaults, "build": lambda: chain(lambda keys, q, i: q, None, jnp.ones(1)), **settings})
+
+
+def test_operations_are_compared_with_the_fastest_rival_at_the_same_work_before_any_baseline():
     rows = [
-        Row(op="decode_attention", work="d", variant="triton", unit="B", seconds=1e-3, rate=3e12),
-        Row(op="prefill_attention", work="p", variant="mosaic_gpu", unit="FLOP", seconds=1e-3, rate=6e14),
-        Row(op="prefill_attention", work="p", variant="cudnn", unit="FLOP", seconds=1e-3, rate=5e14),
-        Row(op="prefill_attention", work="q", variant="mosaic_gpu", unit="FLOP", error="ValueError: no"),
+        Row(case=make_case(baseline=("base", "ours"), least_share=1.0), seconds=1e-3),
+        Row(case=make_case(variant="slow", is_rival=True), seconds=4e-3),
+        Row(case=make_case(variant="fast", is_rival=True), seconds=2e-3),
+        Row(case=make_case(variant="broken", is_rival=True), error="ValueError: no"),
+        Row(case=make_case(work="q", baseline=("base", "ours"), least_share=0.9), seconds=4e-3),
+        Row(case=make_case(work="base"), seconds=2e-3),
+        Row(case=make_case(work="base", variant="other"), seconds=1e-3),
     ]
-    lines = format_table(rows, copy_rate=4e12).splitlines()
-    assert lines[1].endswith("3.00 TB/s  75.0% of a copy")
-    assert lines[2].endswith("600.00 TFLOP/s  120.0% of cudnn")
-    assert lines[3].endswith("500.00 TFLOP/s")
-    assert lines[4].endswith("ValueError: no")
-    stored = json.loads(to_json({"commit": None}, rows))
-    assert stored["rows"][3] == {
-        "op": "prefill_attention",
-        "work": "q",
-        "variant": "mosaic_gpu",
-        "unit": "FLOP",
-        "error": "ValueError: no",
-    }
+    lines = format_table(rows, copy_rate=4e12).splitlines()[1:]
+    assert lines[0].endswith("1000.00 TFLOP/s  >= 100%     200.0% of fast")
+    assert lines[2].endswith("500.00 TFLOP/s")
+    assert lines[3].endswith("ValueError: no")
+    assert lines[4].endswith("250.00 TFLOP/s  >= 90%      50.0% of base")
+    assert lines[5].endswith("500.00 TFLOP/s")
+
+
+def test_bytes_are_compared_with_a_copy():
+    row = Row(case=make_case(unit="B", amount=3e9, most_seconds=12e-6), seconds=1e-3, method="slope")
+    assert format_table([row], copy_rate=4e12).endswith("1000.0 us       3.00 TB/s  <= 12 us    75.0% of a copy")
+
+
+def test_the_file_holds_the_comparison_and_what_is_known_of_a_row():
+    rows = [
+        Row(case=make_case(unit="B", amount=3e9, least_share=0.9), seconds=1e-3, method="slope"),
+        Row(case=make_case(), error="ValueError: no"),
+    ]
+    stored = json.loads(to_json({"commit": None}, rows, copy_rate=4e12))
+    names = {"op": "prefill_attention", "work": "p", "variant": "ours"}
+    assert stored["rows"] == [
+        {
+            **names,
+            "unit": "B",
+            "seconds": 1e-3,
+            "method": "slope",
+            "rate": 3e12,
+            "target": 0.9,
+            "share": 0.75,
+            "beside": "a copy",
+        },
+        {**names, "unit": "FLOP", "error": "ValueError: no"},
+    ]

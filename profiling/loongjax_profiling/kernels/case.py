@@ -1,9 +1,10 @@
-"""One row of the table: an op, the work it is given, and how to run that again and again."""
+"""One row of the table: an op, the work it is given, what it should reach, and how to run it again and again."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 
@@ -20,23 +21,61 @@ class Case:
     """In words; rows of the same op and work are compared."""
     variant: str
     amount: float
-    """Bytes to be read, or floating-point operations of visible pairs, of one repetition."""
+    """Bytes to be moved, or floating-point operations of visible pairs, of one repetition."""
     unit: str
-    """"B" or "FLOP"."""
+    """"B", compared with a copy, or "FLOP", compared with rivals."""
     build: Callable[[], Repeat]
     """Makes the data and the program; a case that cannot run here raises."""
+    is_rival: bool = False
+    baseline: tuple[str, str] | None = None
+    """Work and variant of the same op whose rate this one's is compared with, where there is no rival for it."""
+    least_share: float | None = None
+    """The target: of the rate it is compared with."""
+    most_seconds: float | None = None
+    """The target of work that is too short for a rate."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
     """A case measured, or why it could not be."""
 
-    op: str
-    work: str
-    variant: str
-    unit: str
+    case: Case
     seconds: float | None = None
     """Of one repetition; None if it failed, or was over too soon to be told from nothing."""
-    rate: float | None = None
-    """Of `unit` a second."""
+    method: str | None = None
+    """"slope" between n and 2n repetitions, or "trace": from the first kernel's start to the last one's end."""
     error: str | None = None
+
+    @property
+    def rate(self) -> float | None:
+        """Of the case's unit a second."""
+        return None if self.seconds is None else self.case.amount / self.seconds
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """A row's rate as a share of another."""
+
+    share: float
+    beside: str
+    """In words."""
+
+
+def as_record(row: Row, comparison: Comparison | None) -> dict[str, Any]:
+    """For a JSON file, without what is not known."""
+    case = row.case
+    target = case.least_share if case.most_seconds is None else case.most_seconds
+    record: dict[str, Any] = {
+        "op": case.op,
+        "work": case.work,
+        "variant": case.variant,
+        "unit": case.unit,
+        "seconds": row.seconds,
+        "method": row.method,
+        "rate": row.rate,
+        "error": row.error,
+        "target": target,
+    }
+    if comparison is not None:
+        record |= {"share": round(comparison.share, 4), "beside": comparison.beside}
+    return {name: value for name, value in record.items() if value is not None}

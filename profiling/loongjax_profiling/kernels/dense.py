@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -12,42 +13,49 @@ import numpy as np
 from loongjax.pallas_kernels import prefill_attention
 from loongjax.parallel.striped import stripe_row_starts, visible_ranges
 from loongjax_profiling.kernels.case import Case, Repeat
-from loongjax_profiling.kernels.paged import HEAD_DIM, chain
+from loongjax_profiling.kernels.chain import chain
+from loongjax_profiling.kernels.paged import HEAD_DIM
+from loongjax_profiling.kernels.rivals import Rival
 
 LENGTHS = (4096, 16384, 65536, 131072)
 HEADS = ((32, 32), (32, 8), (8, 1))
-PACKED_HEADS = (32, 8)
-RING_LENGTH = 32768
+MIX_HEADS = (32, 8)
+MIX_SHARE = 0.9
+"""Of the causal rate: of rivals' on 64 prompts of 1K as a batch, else of our own over as many tokens."""
+RING_LENGTH = 16384
 DOPS = (2, 4, 8)
 
 Ranges = tuple[np.ndarray, np.ndarray]
 
 
-def prefill_cases(variant: str, shrink: int, *, with_cudnn: bool) -> Iterator[Case]:
-    """Dense masks beside cuDNN where it runs, then packed ones; `shrink` divides the lengths."""
+def prefill_cases(variant: str, shrink: int, rivals: Mapping[str, Rival]) -> Iterator[Case]:
+    """Dense masks beside rivals, then mixes; `shrink` divides the lengths, and there are targets if it is 1."""
+    has_targets = shrink == 1
     for length in LENGTHS:
         num_tokens = max(1, length // shrink)
         for heads in HEADS:
             for is_causal in (True, False):
                 work = f"{length // 1024}K {'causal' if is_causal else 'full'}, {heads[0]}/{heads[1]}"
                 ranges = causal([num_tokens]) if is_causal else full(num_tokens)
-                yield _case(work, variant, ranges, heads)
-                if with_cudnn:
-                    yield _cudnn_case(work, 1, num_tokens, heads, is_causal)
-    long = max(1, 32768 // shrink)
-    short = max(1, 1024 // shrink)
-    packed = {
-        "64 x 1K": [short] * 64,
-        "1 x 32K + 32 x 1K": [long] + [short] * 32,
-        "Zipf mix": zipf_lengths(2 * long),
+                case = _case(work, variant, ranges, heads)
+                yield dataclasses.replace(case, least_share=1.0 if has_targets else None)
+                for name, rival in rivals.items():
+                    yield _rival_case(work, name, rival, 1, num_tokens, heads, is_causal)
+    short, long, ring = (max(1, length // shrink) for length in (1024, 32768, RING_LENGTH))
+    heads = f"{MIX_HEADS[0]}/{MIX_HEADS[1]}"
+    mixes = {
+        "packed 64 x 1K": (causal([short] * 64), 65536),
+        "packed 1 x 32K + 32 x 1K": (causal([long] + [short] * 32), 65536),
+        "packed Zipf mix of 64K": (causal(zipf_lengths(2 * long)), 65536),
+        **{f"ring step of DoP {dop}, 16K a rank": (ring_step([dop * ring], dop), RING_LENGTH) for dop in DOPS},
+        "ring step of DoP 4, Zipf mix, 16K a rank": (ring_step(zipf_lengths(4 * ring), 4), RING_LENGTH),
     }
-    for name, lengths in packed.items():
-        yield _case(f"packed {name}, 32/8", variant, causal(lengths), PACKED_HEADS)
-    if with_cudnn:
-        yield _cudnn_case("packed 64 x 1K, 32/8", 64, short, PACKED_HEADS, True)
-    for dop in DOPS:
-        ranges = ring_step([dop * max(1, RING_LENGTH // shrink)], dop)
-        yield _case(f"ring step of DoP {dop}, {RING_LENGTH // 1024}K a rank, 32/8", variant, ranges, PACKED_HEADS)
+    for name, (ranges, length) in mixes.items():
+        case = _case(f"{name}, {heads}", variant, ranges, MIX_HEADS)
+        baseline = (f"{length // 1024}K causal, {heads}", variant)
+        yield dataclasses.replace(case, baseline=baseline, least_share=MIX_SHARE if has_targets else None)
+    for name, rival in rivals.items():
+        yield _rival_case(f"packed 64 x 1K, {heads}", name, rival, 64, short, MIX_HEADS, True)
 
 
 def causal(lengths: list[int]) -> Ranges:
@@ -92,30 +100,32 @@ def _case(work: str, variant: str, ranges: Ranges, heads: tuple[int, int]) -> Ca
 
     def build() -> Repeat:
         k_start, k_end = map(jnp.asarray, ranges)
-        keys = _random(1, num_tokens, heads[1], HEAD_DIM), _random(2, num_tokens, heads[1], HEAD_DIM)
 
-        def attend(keys: Any, q: jax.Array) -> jax.Array:
+        def attend(keys: Any, q: jax.Array, i: Any) -> jax.Array:
             k, v = keys
             return prefill_attention(q, k, v, k_start, k_end, implementation=variant)[0]
 
-        return chain(attend, keys, _random(0, num_tokens, heads[0], HEAD_DIM))
+        keys = _random(1, num_tokens, heads[1], HEAD_DIM), _random(2, num_tokens, heads[1], HEAD_DIM)
+        return chain(attend, keys, _random(0, num_tokens, heads[0], HEAD_DIM), keeps_queries=True)
 
     flops = 4.0 * num_pairs(ranges) * heads[0] * HEAD_DIM
     return Case(op="prefill_attention", work=work, variant=variant, amount=flops, unit="FLOP", build=build)
 
 
-def _cudnn_case(work: str, batch: int, num_tokens: int, heads: tuple[int, int], is_causal: bool) -> Case:
+def _rival_case(
+    work: str, name: str, rival: Rival, batch_size: int, num_tokens: int, heads: tuple[int, int], is_causal: bool
+) -> Case:
     ranges = causal([num_tokens]) if is_causal else full(num_tokens)
 
     def build() -> Repeat:
-        keys = _random(1, batch, num_tokens, heads[1], HEAD_DIM), _random(2, batch, num_tokens, heads[1], HEAD_DIM)
+        def attend(keys: Any, q: jax.Array, i: Any) -> jax.Array:
+            k, v = keys
+            return rival(q, k, v, is_causal=is_causal)[0]
 
-        def attend(keys: Any, q: jax.Array) -> jax.Array:
-            return jax.nn.dot_product_attention(
-                q, *keys, is_causal=is_causal, implementation="cudnn", return_residual=True
-            )[0]
+        shape = (batch_size, num_tokens)
+        keys = _random(1, *shape, heads[1], HEAD_DIM), _random(2, *shape, heads[1], HEAD_DIM)
+        return chain(attend, keys, _random(0, *shape, heads[0], HEAD_DIM), keeps_queries=True)
 
-        return chain(attend, keys, _random(0, batch, num_tokens, heads[0], HEAD_DIM))
-
-    flops = 4.0 * batch * num_pairs(ranges) * heads[0] * HEAD_DIM
-    return Case(op="prefill_attention", work=work, variant="cudnn", amount=flops, unit="FLOP", build=build)
+    flops = 4.0 * batch_size * num_pairs(ranges) * heads[0] * HEAD_DIM
+    case = Case(op="prefill_attention", work=work, variant=name, amount=flops, unit="FLOP", build=build)
+    return dataclasses.replace(case, is_rival=True)

@@ -25,6 +25,9 @@ HEAD_START_DIM = 8192
 HEAD_START_PRODUCTS = 3
 """Of square bfloat16 matrices, which go first: 4 ms on an H200, in which a host launches some hundreds of kernels."""
 
+WARM_UP_CALLS = 3
+"""In which XLA records what it then launches as CUDA graphs."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelEvent:
@@ -63,7 +66,8 @@ def device_times(repeat: Callable[[int], Callable[[], Any]], num: int) -> Device
     """
     assert num >= 8, num
     call, head_start = repeat(num), _head_start()
-    jax.block_until_ready(call())
+    for _ in range(WARM_UP_CALLS):
+        jax.block_until_ready(call())
     options = ProfileOptions()
     options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:

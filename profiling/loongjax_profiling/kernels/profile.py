@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Sequence
 
 import jax
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.decode_attention import api as decode_api
 from loongjax.pallas_kernels.extend_attention import api as extend_api
+from loongjax.pallas_kernels.kv_update import api as update_api
 from loongjax.pallas_kernels.prefill_attention import api as prefill_api
 from loongjax_profiling.command import KernelsCommand
 from loongjax_profiling.kernels.case import Case
 from loongjax_profiling.kernels.dense import prefill_cases
-from loongjax_profiling.kernels.paged import decode_cases, extend_cases
+from loongjax_profiling.kernels.paged import decode_cases, extend_cases, update_cases
+from loongjax_profiling.kernels.rivals import installed_rivals
 from loongjax_profiling.kernels.table import format_rate, format_table, measure, to_json
 from loongjax_profiling.kernels.timing import copy_bytes_per_second
 from loongjax_profiling.provenance import checked_out_commit
 
 CPU_SHRINK = 256
-APIS = {"decode": decode_api, "extend": extend_api, "prefill": prefill_api}
+APIS = {"decode": decode_api, "extend": extend_api, "kv_update": update_api, "prefill": prefill_api}
 
 
 def profile_kernels(command: KernelsCommand) -> int:
@@ -31,10 +34,10 @@ def profile_kernels(command: KernelsCommand) -> int:
     """
     device = jax.devices()[0]
     is_gpu = device.platform == "gpu"
-    cases = [case for case in choose_cases(command, is_gpu=is_gpu) if command.only in case.work]
+    cases = select(choose_cases(command, is_gpu=is_gpu), command.only)
     if not cases:
         raise ConfigError(f"--only {command.only!r} leaves nothing: it must be part of a row's description")
-    copy_rate = copy_bytes_per_second(2 << 30 if is_gpu else 256 << 20)
+    copy_rate = copy_bytes_per_second(2 << 30 if is_gpu else 64 << 20)
     rows = measure(cases)
     print(f"1 x {device.device_kind}; a copy, read and written: {format_rate(copy_rate, 'B')}")
     print(format_table(rows, copy_rate))
@@ -47,7 +50,7 @@ def profile_kernels(command: KernelsCommand) -> int:
             "copy_bytes_per_second": round(copy_rate),
         }
         command.out.parent.mkdir(parents=True, exist_ok=True)
-        command.out.write_text(to_json(result, rows))
+        command.out.write_text(to_json(result, rows, copy_rate))
     return int(any(row.error is not None for row in rows))
 
 
@@ -62,15 +65,26 @@ def choose_cases(command: KernelsCommand, *, is_gpu: bool) -> list[Case]:
             )
         variants[op] = command.implementation or fastest(op, is_gpu=is_gpu)
     shrink = command.shrink or (1 if is_gpu else CPU_SHRINK)
+    prefill_variant = fastest("prefill", is_gpu=is_gpu)
     made = {
         "decode": lambda variant: decode_cases(variant, shrink),
-        "extend": lambda variant: extend_cases(variant, shrink),
-        "prefill": lambda variant: prefill_cases(variant, shrink, with_cudnn=is_gpu),
+        "extend": lambda variant: extend_cases(variant, shrink, prefill_variant=prefill_variant),
+        "kv_update": lambda variant: update_cases(variant, shrink),
+        "prefill": lambda variant: prefill_cases(variant, shrink, installed_rivals() if is_gpu else {}),
     }
     return list(itertools.chain.from_iterable(made[op](variant) for op, variant in variants.items()))
 
 
+def select(cases: Sequence[Case], only: str) -> list[Case]:
+    """The cases whose work holds `only`, and those that they are compared with."""
+    chosen = [case for case in cases if only in case.work]
+    baselines = {(case.op, *case.baseline) for case in chosen if case.baseline is not None}
+    return [case for case in cases if case in chosen or (case.op, case.work, case.variant) in baselines]
+
+
 def fastest(op: str, *, is_gpu: bool) -> str:
     """The fastest variant, also one that is not the default yet."""
-    kernels = {"decode": "triton", "extend": "triton", "prefill": "mosaic_gpu"}
-    return kernels[op] if is_gpu else "blockwise"
+    kernels = {"decode": "triton", "extend": "triton", "kv_update": "triton", "prefill": "mosaic_gpu"}
+    if is_gpu:
+        return kernels[op]
+    return "reference" if op == "kv_update" else "blockwise"

@@ -1,16 +1,17 @@
-"""Runs cases and lays their rows out as a table."""
+"""Runs cases and lays their rows out as a table, each beside what it is compared with and its target."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 from tqdm import tqdm
 
-from loongjax_profiling.kernels.case import Case, Row
+from loongjax_profiling.kernels.case import Case, Comparison, Row, as_record
+from loongjax_profiling.kernels.device_trace import device_times
 from loongjax_profiling.kernels.timing import device_seconds
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,8 @@ EXPECTED = {"gpu": {"B": 4e12, "FLOP": 5e14}, "cpu": {"B": 1e8, "FLOP": 1e10}}
 """A second, by platform: only to guess how many repetitions are long enough to time."""
 TARGET_S = 0.01
 MAX_REPETITIONS = 64
+TRACED_S = 3e-5
+"""On a GPU, what is expected to be shorter is traced: launching it may take as long."""
 
 
 def measure(cases: Sequence[Case]) -> list[Row]:
@@ -27,38 +30,72 @@ def measure(cases: Sequence[Case]) -> list[Row]:
 
 
 def _measure(case: Case) -> Row:
-    names: dict[str, Any] = {"op": case.op, "work": case.work, "variant": case.variant, "unit": case.unit}
-    expected = EXPECTED["gpu" if jax.default_backend() == "gpu" else "cpu"][case.unit]
-    repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S * expected / case.amount)))
+    is_gpu = jax.default_backend() == "gpu"
+    expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
+    repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
     try:
+        if is_gpu and expected_s < TRACED_S:
+            return Row(case=case, seconds=device_times(case.build(), MAX_REPETITIONS).span_s, method="trace")
         seconds = device_seconds(case.build(), repetitions)
     except Exception as error:
         logger.warning("%s, %s, %s: %s", case.op, case.work, case.variant, error)
-        return Row(**names, error=f"{type(error).__name__}: {error}"[:300])
+        return Row(case=case, error=f"{type(error).__name__}: {error}"[:300])
     if seconds <= 0.0:
-        return Row(**names, error="too short to be timed")
-    return Row(**names, seconds=seconds, rate=case.amount / seconds)
+        return Row(case=case, error="too short to be timed")
+    return Row(case=case, seconds=seconds, method="slope")
 
 
-def format_table(rows: Iterable[Row], copy_rate: float) -> str:
-    """A line a row; bytes are compared with the copy, operations with cuDNN's of the same work where there are some."""
-    rows = list(rows)
-    rivals = {(row.op, row.work): row for row in rows if row.rate is not None and row.variant == "cudnn"}
-    lines = [f"{'op':18} {'work':42} {'variant':11} {'time':>12} {'rate':>15}  beside"]
-    for row in rows:
+def compare(rows: Sequence[Row], copy_rate: float) -> list[Comparison | None]:
+    """Bytes with the copy; operations with the fastest rival at the same work, or else with the row's baseline."""
+    return [_compare(row, rows, copy_rate) for row in rows]
+
+
+def _compare(row: Row, rows: Sequence[Row], copy_rate: float) -> Comparison | None:
+    case, rate = row.case, row.rate
+    if rate is None or case.is_rival:
+        return None
+    if case.unit == "B":
+        return Comparison(share=rate / copy_rate, beside="a copy")
+    rivals = [
+        (other.rate, other.case.variant)
+        for other in rows
+        if other.rate is not None and other.case.is_rival and (other.case.op, other.case.work) == (case.op, case.work)
+    ]
+    baselines = [
+        (other.rate, other.case.work)
+        for other in rows
+        if other.rate is not None
+        and other.case.op == case.op
+        and (other.case.work, other.case.variant) == case.baseline
+    ]
+    for compared in (rivals, baselines):
+        if compared:
+            best, name = max(compared)
+            return Comparison(share=rate / best, beside=name)
+    return None
+
+
+def format_table(rows: Sequence[Row], copy_rate: float) -> str:
+    """A line a row."""
+    lines = [f"{'op':18} {'work':46} {'variant':20} {'time':>12} {'rate':>15}  {'target':11} beside"]
+    for row, comparison in zip(rows, compare(rows, copy_rate), strict=True):
+        case = row.case
+        names = f"{case.op:18} {case.work:46} {case.variant:20}"
         if row.seconds is None or row.rate is None:
-            lines.append(f"{row.op:18} {row.work:42} {row.variant:11} {row.error}")
+            lines.append(f"{names} {row.error}")
             continue
-        rate = format_rate(row.rate, row.unit)
-        rival = rivals.get((row.op, row.work))
-        beside = ""
-        if row.unit == "B":
-            beside = f"{row.rate / copy_rate:.1%} of a copy"
-        elif rival is not None and rival.rate is not None and rival is not row:
-            beside = f"{row.rate / rival.rate:.1%} of {rival.variant}"
+        beside = "" if comparison is None else f"{comparison.share:.1%} of {comparison.beside}"
         time = f"{row.seconds * 1e6:.1f} us"
-        lines.append(f"{row.op:18} {row.work:42} {row.variant:11} {time:>12} {rate:>15}  {beside}".rstrip())
+        line = f"{names} {time:>12} {format_rate(row.rate, case.unit):>15}  {format_target(case):11} {beside}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def format_target(case: Case) -> str:
+    """Empty if the case has none."""
+    if case.most_seconds is not None:
+        return f"<= {case.most_seconds * 1e6:.0f} us"
+    return "" if case.least_share is None else f">= {case.least_share:.0%}"
 
 
 def format_rate(rate: float, unit: str) -> str:
@@ -67,8 +104,9 @@ def format_rate(rate: float, unit: str) -> str:
     return f"{rate / factor:.2f} {prefix}{unit}/s"
 
 
-def to_json(result: dict[str, Any], rows: Iterable[Row]) -> str:
+def to_json(result: dict[str, Any], rows: Sequence[Row], copy_rate: float) -> str:
     """The provenance, and one line a row."""
-    lines = ",\n  ".join(json.dumps({k: v for k, v in vars(row).items() if v is not None}) for row in rows)
+    records = (as_record(row, comparison) for row, comparison in zip(rows, compare(rows, copy_rate), strict=True))
+    lines = ",\n  ".join(map(json.dumps, records))
     head = json.dumps(result, indent=1).removesuffix("\n}")
     return f'{head},\n "rows": [\n  {lines}\n ]\n}}\n'
