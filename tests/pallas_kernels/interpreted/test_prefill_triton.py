@@ -91,6 +91,14 @@ def test_a_sliding_window_is_masked_at_both_ends_of_its_bare_blocks():
     check(random_inputs(40, 130), (begin, begin + 85))
 
 
+@pytest.mark.parametrize("past_edge", [-1, 0, 1])
+def test_rows_that_begin_or_end_beside_a_blocks_edge(past_edge):
+    k_start, k_end = np.full(BLOCK, 3), np.full(BLOCK, 3 + 5 * BLOCK)
+    k_start[4] += BLOCK + past_edge
+    k_end[9] -= BLOCK + past_edge
+    check(random_inputs(BLOCK, 100), (k_start, k_end))
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_any_ranges_at_all(seed):
     bounds = np.random.default_rng(seed).integers(-5, 105, (2, 50))
