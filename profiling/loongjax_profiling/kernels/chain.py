@@ -36,6 +36,7 @@ def chain(attend: Attend, keys: Any, q: jax.Array, *, keeps_queries: bool = Fals
 
 def repeat_step(step: Callable[[Any, jax.Array, Any], jax.Array], operands: Any, carried: jax.Array) -> Repeat:
     """Repetitions of carried = step(operands, carried, i)."""
+    step = jax.jit(step)  # to be traced once
 
     def repeat(num: int) -> Callable[[], jax.Array]:
         def run(operands: Any, carried: jax.Array) -> jax.Array:
