@@ -16,6 +16,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import statistics
 import sys
@@ -23,6 +24,10 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
+
+# NVLink multicast can take GPUs that others share out of service; XLA's CPU client can deadlock in a small thread pool.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+os.environ.setdefault("NPROC", "32")
 
 import jax
 import jax.numpy as jnp
@@ -248,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", nargs="+", type=int, help="GPUs of a ring; all that are here if left out")
     parser.add_argument("--variants", nargs="+", default=["ring", "all_gather", "ring+peer", "loop", "permute"])
     parser.add_argument("--implementation", help="of prefill_attention; mosaic_gpu on a GPU if left out")
-    parser.add_argument("--samples", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=400, help="begin no length after so many seconds")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--commit", default=checked_out_commit(), help="of this code")

@@ -14,8 +14,8 @@ from loongjax.pallas_kernels.varying import vary_as
 from loongjax.parallel.ring_steps import Partial, Ring
 
 MAX_PARTIALS = 4
-"""Float32 outputs that wait to be merged. To merge p of them at once moves p + 1 outputs through memory, one by one
-3 (p - 1); but each that waits takes 4 T N H bytes.
+"""Float32 outputs that wait to be merged, the last one aside. To merge p of them at once moves p + 1 outputs through
+memory, one by one 3 (p - 1); but each that waits takes 4 T N H bytes.
 """
 
 
@@ -23,19 +23,19 @@ def attend_step_by_step[Carry](
     ring: Ring[Carry], k: Float[Array, "T K H"], v: Float[Array, "T K H"], carry: Carry, out_dtype: DTypeLike
 ) -> tuple[Partial, Carry]:
     """The ring with a program of its own for each step: a loop on a GPU copies whatever it carries, keys too."""
-    block = jnp.stack([k, v])
+    # Behind the barrier keys are made in the message; before it they would be made twice, for the first step as well.
+    block = jax.lax.optimization_barrier(jnp.stack([k, v]))
     partials: list[Partial] = []
-    for step in range(ring.num_ranks):
-        is_last = step == ring.num_ranks - 1
-        next_block = block if is_last else _hand_on(ring, block)
+    for step in range(ring.num_ranks - 1):
+        next_block = _hand_on(ring, block)
         partial, carry = ring.take_in(step, block, carry)
         partials.append(partial)
-        if is_last or len(partials) == MAX_PARTIALS:
+        if len(partials) == MAX_PARTIALS:
             partials = [_merge(partials)]
-        if not is_last:
-            # Without it XLA sends all blocks all the way round before it attends to any.
-            block, partials, carry = jax.lax.optimization_barrier((next_block, partials, carry))
-    ((o, lse),) = partials
+        # Without it XLA sends all blocks all the way round before it attends to any.
+        block, partials, carry = jax.lax.optimization_barrier((next_block, partials, carry))
+    last, carry = ring.take_in(ring.num_ranks - 1, block, carry)
+    o, lse = _merge([*partials, last])
     return (o.astype(out_dtype), lse), carry
 
 
