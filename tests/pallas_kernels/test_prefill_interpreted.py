@@ -60,6 +60,8 @@ def causal(num_rows: int, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
         {"overlap": False},
         {"overlap": False, "block_q": 192, "num_stages": 3},
         {"overlap": False, "block_kv": 192},
+        {"cluster": 1},
+        {"cluster": 1, "overlap": False, "num_stages": 3},
     ],
     ids=str,
 )
@@ -67,15 +69,28 @@ def test_every_tuning_gives_the_same_attention(tuning):
     check(random_inputs(200, 500), causal(200, 500), **tuning)
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("take_turns", [True, False])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_no_access_to_shared_memory_races_with_another(overlap, take_turns):
-    check(random_inputs(130, 700), causal(130, 700), overlap=overlap, take_turns=take_turns, detect_races=True)
+def test_no_access_to_shared_memory_races_with_another(overlap, take_turns, cluster):
+    tuning = {"overlap": overlap, "take_turns": take_turns, "cluster": cluster}
+    check(random_inputs(130, 700), causal(130, 700), **tuning, detect_races=True)
 
 
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2)])
-def test_query_heads_share_key_heads(heads):
-    check(random_inputs(70, 150, heads), causal(70, 150))
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=["MHA", "pairs of heads", "pairs of query blocks"])
+def test_query_heads_share_key_heads(heads, cluster):
+    check(random_inputs(270, 350, heads), causal(270, 350), cluster=cluster)
+
+
+@pytest.mark.parametrize("num_rows", [1, 128, 129, 257, 384])
+def test_a_query_block_may_lack_a_neighbour(num_rows):
+    check(random_inputs(num_rows, 500), causal(num_rows, 500), cluster=2)
+
+
+def test_neighbouring_query_blocks_may_see_other_keys():
+    k_start = np.repeat([0, 600], 128)
+    check(random_inputs(256, 900), (k_start, k_start + 70), cluster=2)
 
 
 @pytest.mark.parametrize(

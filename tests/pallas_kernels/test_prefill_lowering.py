@@ -136,7 +136,7 @@ def test_a_gradient_is_refused():
         jax.eval_shape(jax.grad(loss), *arguments((8, 8, 2, 1, 64)))
 
 
-@pytest.mark.parametrize("fields", [{"block_q": 64}, {"block_kv": 100}, {"num_stages": 1}])
+@pytest.mark.parametrize("fields", [{"block_q": 64}, {"block_kv": 100}, {"num_stages": 1}, {"cluster": 4}])
 def test_a_tuning_that_cannot_run_is_refused(fields):
     (name,) = fields
     with pytest.raises(ConfigError, match=f"{name} must be"):

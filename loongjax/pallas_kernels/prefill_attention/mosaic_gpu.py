@@ -81,12 +81,13 @@ def _attend_forward(
     k, v = (_pad_rows(x, at_least=tuning.block_kv) for x in (k, v))
     # Rows beyond T see what the last one sees, so that they change no visit. Their output is cut off.
     bounds = jnp.clip(jnp.stack([k_start, k_end]), 0, S)
-    bounds = jnp.pad(bounds, ((0, 0), (0, -T % tuning.block_q)), mode="edge")
+    clustered_rows = tuning.clustered_rows(q.shape[1] // k.shape[1])
+    bounds = jnp.pad(bounds, ((0, 0), (0, -T % clustered_rows)), mode="edge")
     visits = plan_visits(
         bounds[0],
         bounds[1],
         num_keys=S,
-        block_q=tuning.block_q,
+        block_q=clustered_rows,
         block_kv=tuning.block_kv,
         alignment=TMA_ROWS,
     )
@@ -118,12 +119,13 @@ def _call_kernel(
     k: Float[Array, "padded_S K H"],
     v: Float[Array, "padded_S K H"],
     bounds: Int32[Array, "2 rows"],
-    visits: Int32[Array, "q_blocks 4"],
+    visits: Int32[Array, "clusters 4"],
 ) -> tuple[Float[Array, "padded_T N H"], Float32[Array, "N rows"]]:
     N, H = q.shape[1:]
     K = k.shape[1]
     kernel_dtype = q.dtype if out_dtype == q.dtype else jnp.dtype("float32")
     axes = jax.typeof(q).manual_axis_type
+    clustered_heads = tuning.cluster * tuning.block_q // tuning.clustered_rows(N // K)
     return plgpu.kernel(
         functools.partial(prefill_kernel, scale=sm_scale * math.log2(math.e), tuning=tuning),
         out_type=(
@@ -131,8 +133,10 @@ def _call_kernel(
             jax.ShapeDtypeStruct((N, bounds.shape[1]), jnp.float32, manual_axis_type=axes),
         ),
         scratch_types={"scratch": make_scratch(tuning, H, q.dtype, kernel_dtype)},
-        grid=(N // K, visits.shape[0], K),
+        grid=(N // K // clustered_heads, visits.shape[0], K),
         grid_names=("head_in_group", "q_block", "kv_head"),
+        cluster=(tuning.cluster,),
+        cluster_names=("member",),
         num_threads=tuning.num_compute_warpgroups + 1,
         thread_name="warpgroup",
         kernel_name="prefill_attention",

@@ -9,6 +9,10 @@ output o:
     m' = max(m, c max(s)),    p = exp2(c s - m'),    d' = exp2(m - m') d + sum(p),    o' = exp2(m - m') o + p v
 
 where s = q . k and c = sm_scale log2(e). In the end o is divided by d, and the log-sum-exp is m ln(2) + ln(d).
+
+A cluster of thread blocks visits the same key blocks, for as many query heads of one KV head or else for as many
+neighbouring query blocks. Each brings its part of every key block to the shared memory of all: with 128 rows a thread
+block, the L2 would otherwise have to give 5 TB/s at 650 TFLOP/s.
 """
 
 import dataclasses
@@ -48,6 +52,8 @@ class PrefillTuning:
     """Whether a warpgroup multiplies the values of one key block while the softmax of the next one runs. If not, each
     block's scores, softmax and output follow one another, in fewer registers.
     """
+    cluster: int = 2
+    """Thread blocks that bring key blocks to each other: 1 or 2."""
     take_turns: bool = False
     """Whether the warpgroups issue their matrix products in turn, so that the softmax of one hides behind another's.
     With `overlap` that cost a fifth on an H200: in TFLOP/s, bf16, 16K tokens, 32 query and 8 KV heads of 128, with and
@@ -59,8 +65,14 @@ class PrefillTuning:
             raise ConfigError(f"block_q must be 128 or 192, got {self.block_q}")
         if self.block_kv not in (64, 128, 192, 256):
             raise ConfigError(f"block_kv must be 64, 128, 192 or 256, got {self.block_kv}")
+        if self.cluster not in (1, 2):
+            raise ConfigError(f"cluster must be 1 or 2, got {self.cluster}")
         if self.num_stages < 2:
             raise ConfigError(f"num_stages must be at least 2, got {self.num_stages}")
+
+    def clustered_rows(self, group_size: int) -> int:
+        """Query rows of a cluster whose key blocks are visited together, given the query heads of a KV head."""
+        return self.block_q if group_size % self.cluster == 0 else self.block_q * self.cluster
 
     @property
     def num_compute_warpgroups(self) -> int:
@@ -101,6 +113,9 @@ def make_scratch(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: An
 
     row_tiles = functools.partial(swizzled, warpgroups, WARPGROUP_ROWS, head_dim)
     key_tiles = functools.partial(swizzled, stages, tuning.block_kv, head_dim, dtype=dtype)
+    free: Callable[..., Any] = plgpu.Barrier
+    if tuning.cluster > 1:
+        free = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
     return Scratch(
         q=row_tiles(dtype=dtype),
         k=key_tiles(),
@@ -111,8 +126,8 @@ def make_scratch(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: An
         rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
         k_ready=plgpu.Barrier(num_barriers=stages),
         v_ready=plgpu.Barrier(num_barriers=stages),
-        k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
-        v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        k_free=free(num_arrivals=warpgroups, num_barriers=stages),
+        v_free=free(num_arrivals=warpgroups, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=warpgroups),
     )
 
@@ -137,15 +152,20 @@ class Work(NamedTuple):
         return self.first_key + block_kv * jnp.where(step < self.num_masked, masked, bare)
 
 
-def find_work(visits_gmem: Any, group_size: int) -> Work:
+def find_work(visits_gmem: Any, group_size: int, tuning: PrefillTuning) -> Work:
     """The share of this thread block: heads of a group run side by side, and the last query blocks, which see most
     under a causal mask, first.
     """
     kv_head = lax.axis_index("kv_head")
-    q_block = visits_gmem.shape[0] - 1 - lax.axis_index("q_block")
-    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[q_block, column] for column in range(4))
+    head_in_group = lax.axis_index("head_in_group")
+    q_block = visit = visits_gmem.shape[0] - 1 - lax.axis_index("q_block")
+    if group_size % tuning.cluster == 0:
+        head_in_group = head_in_group * tuning.cluster + lax.axis_index("member")
+    else:
+        q_block = visit * tuning.cluster + lax.axis_index("member")
+    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[visit, column] for column in range(4))
     return Work(
-        q_head=kv_head * group_size + lax.axis_index("head_in_group"),
+        q_head=kv_head * group_size + head_in_group,
         kv_head=kv_head,
         q_block=q_block,
         first_key=first_key,
@@ -160,7 +180,7 @@ def prefill_kernel(
     k_gmem: Any,  # [padded_S, K, H]
     v_gmem: Any,  # [padded_S, K, H]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 4]
+    visits_gmem: Any,  # [clustered q_blocks, 4]
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -168,7 +188,7 @@ def prefill_kernel(
     scale: float,
     tuning: PrefillTuning,
 ) -> None:
-    """The grid is ("head_in_group", "q_block", "kv_head"), the thread axis "warpgroup".
+    """The grid is ("head_in_group", "q_block", "kv_head"), the cluster axis "member", the thread axis "warpgroup".
 
     Args:
         scratch: what `make_scratch` describes.
@@ -176,7 +196,7 @@ def prefill_kernel(
         tuning: that of the grid and of `scratch`.
     """
     warpgroup = lax.axis_index("warpgroup")
-    work = find_work(visits_gmem, q_gmem.shape[1] // k_gmem.shape[1])
+    work = find_work(visits_gmem, q_gmem.shape[1] // k_gmem.shape[1], tuning)
     compute_registers, copy_registers = tuning.registers
 
     @pl.when(warpgroup < tuning.num_compute_warpgroups)
@@ -219,7 +239,12 @@ def copy_key_blocks(k_gmem: Any, v_gmem: Any, scratch: Scratch, work: Work, tuni
             def _(free=free):
                 plgpu.barrier_wait(free.at[stage])
 
-            plgpu.copy_gmem_to_smem(gmem.at[keys, work.kv_head], smem.at[stage], ready.at[stage])
+            plgpu.copy_gmem_to_smem(
+                gmem.at[keys, work.kv_head],
+                smem.at[stage],
+                ready.at[stage],
+                collective_axes="member" if tuning.cluster > 1 else None,
+            )
 
 
 def attend_rows(scratch: Scratch, work: Work, scale: float, tuning: PrefillTuning) -> tuple[jax.Array, jax.Array]:
@@ -270,6 +295,13 @@ class Rows(NamedTuple):
             next_warpgroup = lax.rem(self.warpgroup + 1, jnp.int32(self.tuning.num_compute_warpgroups))
             plgpu.barrier_arrive(self.scratch.turn.at[next_warpgroup])
 
+    def release(self, free: Any, step: jax.Array) -> None:
+        """Gives the stage of this step back, if a later block takes it: a thread block that has ended cannot be told."""
+
+        @pl.when(step + self.tuning.num_stages < self.work.num_blocks)
+        def _():
+            plgpu.barrier_arrive(free.at[self.stage(step)])
+
     def issue_scores(self, step: jax.Array, s_acc: Any) -> None:
         plgpu.wgmma(s_acc, self.q_tile, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
 
@@ -293,7 +325,7 @@ class Rows(NamedTuple):
         s_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self.tuning.block_kv), jnp.float32)
         # The barrier keeps reads of the accumulator behind the wait.
         scores = lax.optimization_barrier(pl.run_scoped(multiply, s_type))
-        plgpu.barrier_arrive(self.scratch.k_free.at[self.stage(step)])
+        self.release(self.scratch.k_free, step)
         return scores
 
     def weigh(
@@ -337,7 +369,7 @@ def attend_overlapped(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax
         denominator = denominator * rescale + new_weights.sum(axis=1)
         # Behind the wait, the weights in half precision can take the registers of those before.
         o, new_weights = lax.optimization_barrier((plgpu.wgmma_accumulator_load(o_acc, wait_n=0), new_weights))
-        plgpu.barrier_arrive(scratch.v_free.at[rows.stage(step - 1)])
+        rows.release(scratch.v_free, step - 1)
         o_acc[...] = o * across(rescale, o)
         return new_weights.astype(weights.dtype), maximum, denominator
 
@@ -374,7 +406,7 @@ def attend_in_order(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax.A
         # Summed here, the weights' shuffles run under the product.
         denominator = denominator * rescale + weights.sum(axis=1)
         plgpu.wgmma_wait(0)
-        plgpu.barrier_arrive(scratch.v_free.at[rows.stage(step)])
+        rows.release(scratch.v_free, step)
         return maximum, denominator
 
     rows.take_turn()
