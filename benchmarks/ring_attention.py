@@ -43,9 +43,12 @@ AXIS = "sp"
 COMPILER_OPTIONS = {
     "": {},
     "peer": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
-    "memory_order": {"xla_gpu_enable_latency_hiding_scheduler": False},
+    "copied": {"xla_gpu_enable_dynamic_slice_fusion": False},
+    "unhidden": {"xla_gpu_disable_async_collectives": "COLLECTIVEPERMUTE,ALLGATHER"},
 }
-"""What follows a variant's "+": "peer" has permutes done by the copy engines, which takes no multiprocessors."""
+"""What follows a variant's "+": "peer" has permutes done by the copy engines, which takes no multiprocessors; "copied"
+has keys and values copied out of their message before each step; "unhidden" has collectives run beside nothing.
+"""
 ASSUMED_FLOPS_PER_SECOND = 600e12
 ASSUMED_LATENCY_S = 3e-4
 
