@@ -55,6 +55,7 @@ MIXES: dict[str, Callable[[], Ranges]] = {
 """Packed prompts, and a rank's step over another's keys in the striped layout; their lengths are their own."""
 TUNINGS = {
     "default": PrefillTuning(),
+    "no_pairs": PrefillTuning(cluster=1),
     "in_order": PrefillTuning(overlap=False),
     "in_order_turns": PrefillTuning(overlap=False, take_turns=True),
     "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4),
