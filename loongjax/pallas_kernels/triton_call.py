@@ -6,6 +6,7 @@ here they are called through jaxlib's typed one, which XLA records: a short deco
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +43,9 @@ def triton_call(
         num_stages: of the kernel's software pipelines.
         aliases: operands whose memory becomes that of a result: place among the operands to place among the results.
         constants: the kernel's `tl.constexpr` parameters.
+
+    Raises:
+        NotImplementedError: a gradient is asked for.
     """
     arrays = [x for x in operands if not isinstance(x, int)]
     scalars = [(i, triton_lib.get_triton_type(x), x) for i, x in enumerate(operands) if isinstance(x, int)]
@@ -75,9 +79,15 @@ def triton_call(
         *(array_parameter(first_result + i) for i in range(len(out_shape))),
     ]
     call = library.TritonKernelCall(compiled, *grid, *(1,) * (3 - len(grid)), parameters)
-    return jax.ffi.ffi_call(TARGET, list(out_shape), input_output_aliases=dict(aliases or {}))(
-        *arrays, opaque=zlib.compress(call.to_proto(name, b""))
-    )
+    opaque = zlib.compress(call.to_proto(name, b""))
+    launch = jax.ffi.ffi_call(TARGET, list(out_shape), input_output_aliases=dict(aliases or {}))
+    forward = jax.custom_jvp(lambda *arrays: launch(*arrays, opaque=opaque))
+    forward.defjvp(functools.partial(_refuse_gradient, name))
+    return forward(*arrays)
+
+
+def _refuse_gradient(name: str, *_: Any) -> Any:
+    raise NotImplementedError(f"{name}: the Triton kernel is forward only; 'reference' has gradients")
 
 
 def _pointer_type(array: jax.Array | jax.ShapeDtypeStruct) -> str:

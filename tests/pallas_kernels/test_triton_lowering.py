@@ -167,7 +167,7 @@ def test_a_gradient_is_refused():
     q = jnp.ones((1, 2, 64), jnp.bfloat16)
     pool = jnp.ones((1, 2, 1, 16, 1, 64), jnp.bfloat16)
     zero, tables = jnp.int32(0), jnp.zeros(1, jnp.int32)
-    with pytest.raises(NotImplementedError, match="automatic differentiation"):
+    with pytest.raises(NotImplementedError, match="forward only"):
         jax.grad(lambda q: triton_decode(q, pool, zero, tables, tables, tables)[0].astype(jnp.float32).sum())(q)
 
 

@@ -31,7 +31,6 @@ def attend_kernel(
     page_starts_ptr,  # int32 [tiles]
     kv_lens_ptr,  # int32 [tiles]: keys, 0 for a tile of no queries
     num_tiles,
-    num_pages,  # P
     o_ptr,  # [T, N, H]: of tiles that are not cut
     lse_ptr,  # float32 [T, N]: natural, likewise
     partial_o_ptr,  # float32 [num_shares + tiles, tile_queries, N, H]: normalised
@@ -40,6 +39,7 @@ def attend_kernel(
     num_shares: tl.constexpr,
     padded_tiles: tl.constexpr,
     tile_queries: tl.constexpr,
+    num_pages: tl.constexpr,  # P
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
     padded_members: tl.constexpr,
@@ -69,7 +69,7 @@ def attend_kernel(
     dim_H = tl.arange(0, head_dim)
     key_S = tl.arange(0, block)
     k_ptr = kv_pool_ptr + 2 * layer * num_pages * (page_size * num_kv_heads * head_dim) + head * head_dim
-    v_ptr = k_ptr + num_pages.to(tl.int64) * (page_size * num_kv_heads * head_dim)
+    v_ptr = k_ptr + num_pages * (page_size * num_kv_heads * head_dim)
     while item < end:
         tile = tl.sum((all_ends <= item).to(tl.int32), 0)
         is_tile = all_tiles == tile

@@ -118,7 +118,6 @@ def attend_tiles(
         page_indices,
         *tiles,
         num_tiles,
-        num_pages,
         kernel=attend_kernel,
         name="paged_attend",
         out_shape=(
@@ -130,6 +129,7 @@ def attend_tiles(
         num_warps=tuning.num_warps,
         num_stages=tuning.stages,
         scale=sm_scale * math.log2(math.e),
+        num_pages=num_pages,
         num_kv_heads=K,
         group_size=group_size,
         padded_members=max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length()),

@@ -39,8 +39,9 @@ def attend(
     interpret(
         attend_kernel,
         (num_kv_heads, num_shares),
-        *(q, case.kv_pool, layer, case.page_indices, *tiles, num_tiles, num_pages, o, lse, partial_o, partial_lse),
+        *(q, case.kv_pool, layer, case.page_indices, *tiles, num_tiles, o, lse, partial_o, partial_lse),
         scale=head_dim**-0.5 * math.log2(math.e),
+        num_pages=num_pages,
         num_kv_heads=num_kv_heads,
         group_size=group_size,
         padded_members=max(16, 1 << (tile_queries * group_size - 1).bit_length()),
