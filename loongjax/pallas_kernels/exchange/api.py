@@ -1,0 +1,192 @@
+"""The public ops, called inside `shard_map`.
+
+Each takes `peers`, the table that `PeerMemory` makes of a mesh, replicated over it, or None. With it, messages that are
+small enough go through kernels of our own, which CUDA graphs can hold; XLA's collectives serve everything else.
+
+All ranks of an axis must make the same exchanges in the same order. Those of one program must follow from each other,
+each taking in something that the one before gave out, or XLA could run them in any order.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
+
+from loongjax.pallas_kernels.exchange.group import group_of, vary_over, varying_axes
+from loongjax.pallas_kernels.exchange.reference import (
+    reference_all_gather,
+    reference_all_reduce,
+    reference_exchange_and_merge,
+    xla_all_reduce,
+)
+from loongjax.pallas_kernels.triton_gpu import require_triton
+from loongjax.pallas_kernels.variants import pick_variant
+
+type Peers = UInt32[Array, "*mesh 3"] | None
+
+MAX_REDUCED_BYTES = 1024 * 1024
+"""Of one rank's operand, which goes to every other rank."""
+MAX_GATHERED_BYTES = 1024 * 1024
+"""Likewise."""
+MAX_MERGED_BYTES = 1024 * 1024
+"""Of one rank's partial outputs of another rank's rows."""
+
+REDUCED_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def all_reduce(
+    x: Float[Array, "*shape"], axis_name: str, peers: Peers = None, *, implementation: str | None = None
+) -> Float[Array, "*shape"]:
+    """The sum of all ranks' arrays, on every rank.
+
+    Args:
+        x: this rank's array.
+        axis_name: the mesh axis.
+        peers: of the mesh.
+        implementation: "reference" (float32, by XLA), "xla" (in x's dtype, by XLA), "triton" (float32, in rank order,
+            rounded once: the same to the last bit on every rank; float32, bfloat16 and float16), or None for "triton"
+            where there are peers and x has at most `MAX_REDUCED_BYTES`, "xla" elsewhere.
+
+    Raises:
+        ValueError: an unknown implementation, "triton" without peers or of another dtype, or peers of another mesh.
+        ConfigError: "triton" without the packages that it needs.
+    """
+    is_small = peers is not None and x.nbytes <= MAX_REDUCED_BYTES and x.dtype.name in REDUCED_DTYPES
+    variant = pick_variant("all_reduce", implementation, ALL_REDUCE, default="triton" if is_small else "xla")
+    return variant(x, axis_name, peers)
+
+
+def all_gather(
+    x: Shaped[Array, "*shape"], axis_name: str, peers: Peers = None, *, implementation: str | None = None
+) -> Shaped[Array, "n *shape"]:
+    """All ranks' arrays, on every rank.
+
+    Args:
+        x: this rank's array.
+        axis_name: the mesh axis.
+        peers: of the mesh.
+        implementation: "reference" (by XLA), "triton" (numbers of 4, 2 or 1 bytes), or None for "triton" where there
+            are peers and x has at most `MAX_GATHERED_BYTES`, "reference" elsewhere.
+
+    Raises:
+        ValueError: an unknown implementation, "triton" without peers, or peers of another mesh.
+        ConfigError: "triton" without the packages that it needs.
+    """
+    is_small = peers is not None and x.nbytes <= MAX_GATHERED_BYTES
+    variant = pick_variant("all_gather", implementation, ALL_GATHER, default="triton" if is_small else "reference")
+    return variant(x, axis_name, peers)
+
+
+def exchange_and_merge(
+    o: Float32[Array, "n B N H"],
+    lse: Float32[Array, "n B N"],
+    axis_name: str,
+    peers: Peers = None,
+    *,
+    out_dtype: DTypeLike = jnp.float32,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
+    """Partial attentions back to the masters of their rows, and there into one, as `merge_partials` does it.
+
+    Args:
+        o: this rank's partial outputs of the B rows that each rank masters; anything where `lse` is -inf.
+        lse: their natural log-sum-exps; -inf where this rank has no keys of a row.
+        axis_name: the mesh axis, of n ranks.
+        peers: of the mesh.
+        out_dtype: of the merged output.
+        implementation: "reference" (by XLA), "triton", or None for "triton" where there are peers and the outputs for
+            one rank have at most `MAX_MERGED_BYTES`, "reference" elsewhere.
+
+    Returns:
+        Output and natural log-sum-exp of this rank's rows; 0 and -inf in rows without keys on any rank.
+
+    Raises:
+        ValueError: an unknown implementation, "triton" without peers or for a head dim above 4096, or peers of another
+            mesh.
+        ConfigError: "triton" without the packages that it needs.
+    """
+    is_small = peers is not None and o.nbytes // o.shape[0] <= MAX_MERGED_BYTES
+    name = "triton" if is_small else "reference"
+    variant = pick_variant("exchange_and_merge", implementation, EXCHANGE_AND_MERGE, default=name)
+    return variant(o, lse, axis_name, peers, jnp.dtype(out_dtype))
+
+
+def exchange_status(after: Shaped[Array, "*shape"], peers: Peers = None) -> Int32[Array, "1"]:
+    """This device's status once `after` is there: 0 if all exchanges so far went well.
+
+    `PeerMemory.check` tells what another number means. A program returns it beside its results, from the last of its
+    exchanges, so that a failure shows without another call.
+
+    Args:
+        after: the result of the last exchange, or something that follows from it.
+        peers: of the mesh; always 0 without.
+    """
+    if peers is None:
+        return vary_over(jnp.zeros(1, jnp.int32), varying_axes(after))
+    require_triton("exchange_status")
+    from loongjax.pallas_kernels.exchange.launch import triton_status
+
+    group = group_of(peers, jax.sharding.get_abstract_mesh().axis_names[0])
+    return vary_over(triton_status(after, group), varying_axes(group))
+
+
+def _triton_all_reduce(x: jax.Array, axis_name: str, peers: jax.Array | None) -> jax.Array:
+    if _is_trivial(x, axis_name):
+        return xla_all_reduce(x, axis_name)
+    if x.dtype.name not in REDUCED_DTYPES:
+        raise ValueError(f"all_reduce: implementation 'triton' takes {', '.join(REDUCED_DTYPES)}, got {x.dtype.name}")
+    group = _group("all_reduce", axis_name, peers)
+    from loongjax.pallas_kernels.exchange.launch import ExchangeTuning, triton_all_reduce
+
+    # Every rank has the same, so it doesn't vary over the axis.
+    return vary_over(triton_all_reduce(x, group, tuning=ExchangeTuning()), varying_axes(x) - {axis_name})
+
+
+def _triton_all_gather(x: jax.Array, axis_name: str, peers: jax.Array | None) -> jax.Array:
+    if _is_trivial(x, axis_name):
+        return reference_all_gather(x, axis_name)
+    group = _group("all_gather", axis_name, peers)
+    from loongjax.pallas_kernels.exchange.launch import ExchangeTuning, triton_all_gather
+
+    return vary_over(triton_all_gather(x, group, tuning=ExchangeTuning()), varying_axes(x) | {axis_name})
+
+
+def _triton_exchange_and_merge(
+    o: jax.Array, lse: jax.Array, axis_name: str, peers: jax.Array | None, out_dtype: jnp.dtype
+) -> tuple[jax.Array, jax.Array]:
+    if _is_trivial(o, axis_name):
+        return reference_exchange_and_merge(o, lse, axis_name, out_dtype)
+    group = _group("exchange_and_merge", axis_name, peers)
+    from loongjax.pallas_kernels.exchange.launch import ExchangeTuning, triton_exchange_and_merge
+
+    merged = triton_exchange_and_merge(o, lse, group, out_dtype=out_dtype, tuning=ExchangeTuning())
+    axes = varying_axes(o) | varying_axes(lse) | {axis_name}
+    return vary_over(merged[0], axes), vary_over(merged[1], axes)
+
+
+def _is_trivial(x: jax.Array, axis_name: str) -> bool:
+    """Whether there is nothing to send, or nobody to send it to."""
+    return x.size == 0 or jax.lax.axis_size(axis_name) == 1
+
+
+def _group(op: str, axis_name: str, peers: jax.Array | None) -> jax.Array:
+    """Imports of kernels follow it: their packages come with the `gpu` extra."""
+    if peers is None:
+        raise ValueError(f"{op}: implementation 'triton' needs peers")
+    require_triton(op)
+    return group_of(peers, axis_name)
+
+
+ALL_REDUCE = {
+    "reference": lambda x, axis_name, _: reference_all_reduce(x, axis_name),
+    "triton": _triton_all_reduce,
+    "xla": lambda x, axis_name, _: xla_all_reduce(x, axis_name),
+}
+ALL_GATHER = {
+    "reference": lambda x, axis_name, _: reference_all_gather(x, axis_name),
+    "triton": _triton_all_gather,
+}
+EXCHANGE_AND_MERGE = {
+    "reference": lambda o, lse, axis_name, _, out_dtype: reference_exchange_and_merge(o, lse, axis_name, out_dtype),
+    "triton": _triton_exchange_and_merge,
+}

@@ -1,0 +1,156 @@
+"""How the kernels are called."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
+
+from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.exchange.kernels import gather_kernel, merge_kernel, reduce_kernel, status_kernel
+from loongjax.pallas_kernels.exchange.workspace import EXTRA_BYTES, MAX_PROGRAMS, MESSAGE_BYTES
+from loongjax.pallas_kernels.triton_call import triton_call
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExchangeTuning:
+    """How a message is cut into chunks. All ranks must use the same."""
+
+    max_programs: int = MAX_PROGRAMS
+    """Of a grid; at most as many as there are channels."""
+    min_chunk_bytes: int = 2048
+    """Small messages are cut no finer: a power of two."""
+    max_chunk_bytes: int = MESSAGE_BYTES
+    """What is larger takes several rounds: a power of two, at most a message."""
+    num_warps: int = 8
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.max_programs <= MAX_PROGRAMS:
+            raise ConfigError(f"max_programs must be 1 to {MAX_PROGRAMS}, got {self.max_programs}")
+        for name in ("min_chunk_bytes", "max_chunk_bytes"):
+            value = getattr(self, name)
+            if not 16 <= value <= MESSAGE_BYTES or value & (value - 1):
+                raise ConfigError(f"{name} must be a power of two from 16 to {MESSAGE_BYTES}, got {value}")
+        if self.min_chunk_bytes > self.max_chunk_bytes:
+            raise ConfigError(
+                f"min_chunk_bytes must not exceed max_chunk_bytes, got {self.min_chunk_bytes} > {self.max_chunk_bytes}"
+            )
+
+    def cut(self, num_items: int, item_bytes: int) -> tuple[int, int, int]:
+        """Items of a chunk, programs, and rounds, for a message of so many items; an item is never cut.
+
+        Raises:
+            ValueError: items larger than a chunk.
+        """
+        fewest = max(1, self.min_chunk_bytes // _power_of_two(item_bytes))
+        most = self.max_chunk_bytes // _power_of_two(item_bytes)
+        if most == 0:
+            raise ValueError(f"items of {item_bytes} bytes do not fit chunks of {self.max_chunk_bytes}")
+        chunk = min(most, max(fewest, _power_of_two(math.ceil(num_items / self.max_programs))))
+        num_chunks = math.ceil(num_items / chunk)
+        programs = min(num_chunks, self.max_programs)
+        return chunk, programs, math.ceil(num_chunks / programs)
+
+
+def triton_all_reduce(
+    x: Float[Array, "*shape"], group: UInt32[Array, "n_plus_1 3"], *, tuning: ExchangeTuning
+) -> Float[Array, "*shape"]:
+    """See `all_reduce`. There is at least one element."""
+    (out,) = _exchange(reduce_kernel, "exchange_reduce", x, group, jax.ShapeDtypeStruct(x.shape, x.dtype), tuning)
+    return out
+
+
+def triton_all_gather(
+    x: Shaped[Array, "*shape"], group: UInt32[Array, "n_plus_1 3"], *, tuning: ExchangeTuning
+) -> Shaped[Array, "n *shape"]:
+    """See `all_gather`. There is at least one element."""
+    result = jax.ShapeDtypeStruct((len(group) - 1, *x.shape), x.dtype)
+    (out,) = _exchange(gather_kernel, "exchange_gather", x, group, result, tuning)
+    return out
+
+
+def triton_exchange_and_merge(
+    o: Float32[Array, "n B N H"],
+    lse: Float32[Array, "n B N"],
+    group: UInt32[Array, "n_plus_1 3"],
+    *,
+    out_dtype: DTypeLike,
+    tuning: ExchangeTuning,
+) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
+    """See `exchange_and_merge`. There is at least one row.
+
+    Raises:
+        ValueError: a head dim beyond a message.
+    """
+    num_ranks, B, N, H = o.shape
+    padded_dim = _power_of_two(H)
+    # The log-sum-exps of a chunk's rows have to fit beside them.
+    most_rows = EXTRA_BYTES // 4 * 4 * padded_dim
+    tuning = dataclasses.replace(tuning, max_chunk_bytes=min(tuning.max_chunk_bytes, max(most_rows, 16)))
+    tuning = dataclasses.replace(tuning, min_chunk_bytes=min(tuning.min_chunk_bytes, tuning.max_chunk_bytes))
+    block, programs, num_rounds = tuning.cut(B * N, 4 * padded_dim)
+    merged_o, merged_lse = triton_call(
+        o,
+        lse,
+        group,
+        kernel=merge_kernel,
+        name="exchange_merge",
+        out_shape=[jax.ShapeDtypeStruct((B, N, H), out_dtype), jax.ShapeDtypeStruct((B, N), jnp.float32)],
+        grid=(programs,),
+        num_warps=tuning.num_warps,
+        num_rows=B * N,
+        head_dim=H,
+        padded_dim=padded_dim,
+        num_ranks=num_ranks,
+        padded_ranks=_padded_ranks(num_ranks),
+        block=block,
+        num_rounds=num_rounds,
+    )
+    return merged_o, merged_lse
+
+
+def triton_status(after: Shaped[Array, "*shape"], group: UInt32[Array, "n_plus_1 3"]) -> Int32[Array, "1"]:
+    """See `exchange_status`."""
+    (status,) = triton_call(
+        after,
+        group,
+        kernel=status_kernel,
+        name="exchange_status",
+        out_shape=[jax.ShapeDtypeStruct((1,), jnp.int32)],
+        grid=(1,),
+        num_warps=1,
+    )
+    return status
+
+
+def _exchange(
+    kernel: Any, name: str, x: jax.Array, group: jax.Array, result: jax.ShapeDtypeStruct, tuning: ExchangeTuning
+) -> Any:
+    block, programs, num_rounds = tuning.cut(x.size, x.dtype.itemsize)
+    num_ranks = len(group) - 1
+    return triton_call(
+        x,
+        group,
+        kernel=kernel,
+        name=name,
+        out_shape=[result],
+        grid=(programs,),
+        num_warps=tuning.num_warps,
+        size=x.size,
+        num_ranks=num_ranks,
+        padded_ranks=_padded_ranks(num_ranks),
+        block=block,
+        num_rounds=num_rounds,
+    )
+
+
+def _padded_ranks(num_ranks: int) -> int:
+    return max(2, _power_of_two(num_ranks))
+
+
+def _power_of_two(number: int) -> int:
+    """The least that is not less."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,137 @@
+"""The memory through which the GPUs of one process exchange messages."""
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int32, UInt32
+
+from loongjax.errors import ConfigError, EngineError
+from loongjax.pallas_kernels.exchange.workspace import (
+    DEFAULT_POLL_LIMIT,
+    MAX_DEVICES,
+    POLL_LIMIT,
+    STATUS,
+    Failure,
+    workspace_bytes,
+)
+
+
+class PeerMemory:
+    """A workspace on each of some GPUs, and the table that tells programs where they are.
+
+    It has to live as long as programs run that were given a table: they write to the workspaces behind jax's back. One
+    GPU may be in only one of these at a time in a program, but any mesh over its devices can use it.
+
+    Args:
+        devices: GPUs of this process, at most 16.
+        poll_limit: polls before a wait for a peer ends and is reported; one takes 0.7 us or more.
+
+    Raises:
+        ConfigError: devices that are no GPUs, are of several processes, or cannot all reach each other's memory.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], *, poll_limit: int = DEFAULT_POLL_LIMIT) -> None:
+        check_reachable(devices)
+        self.devices = tuple(devices)
+        self.poll_limit = poll_limit
+        self._allocate()
+
+    def table(self, mesh: Mesh) -> UInt32[Array, "*mesh 3"]:
+        """What the ops take as `peers` inside a `shard_map` over this mesh; the same array each time until `reset`.
+
+        For every device of the mesh, its place in `devices`, and its workspace's address: the lower half, the higher.
+        Replicated over the mesh: its PartitionSpec is `P()`.
+
+        Raises:
+            ConfigError: a device that is not among `devices`.
+        """
+        table = self._tables.get(mesh)
+        if table is None:
+            if strangers := [device for device in mesh.devices.flat if device not in self.devices]:
+                raise ConfigError(f"no peer memory on {strangers[0]}: make PeerMemory with all devices of any mesh")
+            places = [self.devices.index(device) for device in mesh.devices.flat]
+            words = [(place, *divmod(self._addresses[place], 2**32)[::-1]) for place in places]
+            entries = np.array(words, np.uint32).reshape(*mesh.devices.shape, 3)
+            table = self._tables[mesh] = jax.device_put(entries, NamedSharding(mesh, P()))
+        return table
+
+    def check(self) -> None:
+        """Waits for all programs so far, and raises EngineError if a device gave up waiting for another in any."""
+        headers = [_read_header(workspace) for workspace in self._workspaces]
+        for header in headers:
+            if status := int(np.asarray(header)[STATUS // 4]):
+                raise EngineError(self.describe(status))
+
+    def describe(self, status: int) -> str:
+        """What a status that is not 0 means: the status words of all devices tell of the same failure."""
+        failure = Failure.from_status(status)
+        return (
+            f"{self.devices[failure.waiting]} gave up waiting for {self.devices[failure.missing]} "
+            f"(message {failure.number} between them): all results since are void"
+        )
+
+    def reset(self) -> None:
+        """Begins anew after a failure. No program may be running; tables made before must not be used again."""
+        for workspace in self._workspaces:
+            jax.block_until_ready(_read_header(workspace))
+        self._allocate()
+
+    def _allocate(self) -> None:
+        self._tables: dict[Mesh, jax.Array] = {}
+        num_words = workspace_bytes(len(self.devices)) // 4
+        self._workspaces = [_new_workspace(num_words, self.poll_limit, device) for device in self.devices]
+        self._addresses = [workspace.unsafe_buffer_pointer() for workspace in self._workspaces]
+
+
+def check_reachable(devices: Sequence[jax.Device]) -> None:
+    """Raises ConfigError unless these are GPUs of this process that can all read and write each other's memory.
+
+    XLA opens that way for every pair that has it.
+    """
+    if not 0 < len(devices) <= MAX_DEVICES or len(set(devices)) < len(devices):
+        raise ConfigError(f"peer memory needs 1 to {MAX_DEVICES} different devices, got {list(devices)}")
+    for device in devices:
+        if device.platform != "gpu":
+            raise ConfigError(f"peer memory needs GPUs, got {device} of platform {device.platform!r}")
+        if device.process_index != jax.process_index():
+            raise ConfigError(f"peer memory needs devices of one process, got {device} of another")
+    for device, peer in itertools.permutations(devices, 2):
+        if not _can_access(device.local_hardware_id, peer.local_hardware_id):
+            raise ConfigError(f"{device} cannot reach the memory of {peer}: peer memory needs NVLink or PCIe P2P")
+
+
+@functools.cache
+def _can_access(ordinal: int, peer_ordinal: int) -> bool:
+    """Whether one GPU can read and write another's memory, by CUDA's driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    handles = [ctypes.c_int(), ctypes.c_int()]
+    can_access = ctypes.c_int()
+    results = [driver.cuInit(0)]
+    results += [driver.cuDeviceGet(ctypes.byref(h), o) for h, o in zip(handles, (ordinal, peer_ordinal), strict=True)]
+    results.append(driver.cuDeviceCanAccessPeer(ctypes.byref(can_access), *handles))
+    return not any(results) and bool(can_access.value)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _zeros_with_limit(num_words: int, poll_limit: Int32[Array, ""]) -> Int32[Array, "words"]:
+    return jnp.zeros(num_words, jnp.int32).at[POLL_LIMIT // 4].set(poll_limit)
+
+
+def _new_workspace(num_words: int, poll_limit: int, device: jax.Device) -> Int32[Array, "words"]:
+    return jax.block_until_ready(_zeros_with_limit(num_words, jax.device_put(np.int32(poll_limit), device)))
+
+
+@jax.jit
+def _read_header(workspace: Int32[Array, "words"]) -> Int32[Array, "header"]:
+    """As it is now: what jax has copied to the host before may be older."""
+    return workspace[: POLL_LIMIT // 4 + 1]

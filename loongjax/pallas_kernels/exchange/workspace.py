@@ -1,0 +1,84 @@
+"""What one GPU's workspace holds, and why two buffers and one flag a channel are enough.
+
+Every ordered pair of GPUs and every program of a kernel's grid have a channel of their own, a queue of messages that
+lies in the receiver's workspace: two buffers and one flag. The receiver also keeps a count for each peer and program.
+A program that exchanges message number s = count + 1 with a peer
+
+1. writes its message into buffer s mod 2 at the peer, and then, released, s into the flag there;
+2. waits, acquiring, until its own flag of that peer is no longer s - 1;
+3. reads buffer s mod 2 of its own workspace.
+
+Every exchange goes both ways, so one number serves both directions. Whoever has received s has proof that the peer had
+read s - 1, since the peer read before it sent. So when message s + 1 is written, over s - 1, nobody reads there any
+more; and while a program waits for s, the flag is s - 1, s, or s + 1, never further.
+
+The state belongs to pairs and programs, not to groups: groups may overlap and change from one exchange to the next.
+Both ends of a pair must only take part in the same exchanges, of the same shapes, in the same order. Programs that are
+dispatched in one order to all their devices do, as NCCL asks too, and within a program the order is that of data:
+exchanges that do not depend on each other could run in any order, or at once, which is not allowed.
+
+A program waits for nothing but the same program on its peers, and the grid is small enough that all of it is resident
+at once; so exchanges end if every device comes. One that does not come ends the wait too, after `poll_limit` polls:
+the waiting device then writes its status word and goes on with whatever its buffers hold. A device with a status writes
+it to its peers before every message, and waits no more. So whoever has read a message that is not what it should be has
+a status from then on, and one failure does not cost one wait after another.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+MAX_DEVICES = 16
+"""Of one process."""
+
+MAX_PROGRAMS = 128
+"""Programs of a grid: all run at once on any GPU that this is for."""
+
+MESSAGE_BYTES = 16 * 1024
+"""The most that one message carries, but for `EXTRA_BYTES`."""
+
+EXTRA_BYTES = 1024
+"""Room behind it, for the log-sum-exps of the rows whose outputs are the message."""
+
+BUFFER_BYTES = MESSAGE_BYTES + EXTRA_BYTES
+
+SECTOR_BYTES = 32
+"""Every flag has a memory sector of its own."""
+
+NUMBER_MASK = 2**30 - 1
+"""Message numbers begin again at 0 after it."""
+
+DEFAULT_POLL_LIMIT = 2**25
+"""Half a minute, at 0.7 us or more a poll: a peer may be late by a whole prefill."""
+
+STATUS = 0
+"""int32: 0, or what `Failure.from_status` reads."""
+POLL_LIMIT = 4
+"""int32"""
+FLAGS = 128
+"""int32 [device, program], a sector each"""
+COUNTS = FLAGS + MAX_DEVICES * MAX_PROGRAMS * SECTOR_BYTES
+"""int32 [device, program]: messages exchanged so far; only its own device touches it."""
+BUFFERS = COUNTS + MAX_DEVICES * MAX_PROGRAMS * 4
+"""[device, program, 2, BUFFER_BYTES]"""
+
+
+def workspace_bytes(num_devices: int) -> int:
+    """Of each device."""
+    return BUFFERS + num_devices * MAX_PROGRAMS * 2 * BUFFER_BYTES
+
+
+class Failure(NamedTuple):
+    """A wait that ended before the peer came."""
+
+    waiting: int
+    """The device that gave up, by its place in the workspaces."""
+    missing: int
+    """The device that did not come."""
+    number: int
+    """The message's number, its lowest 15 bits."""
+
+    @classmethod
+    def from_status(cls, status: int) -> Failure:
+        """The meaning of a status word that is not 0."""
+        return cls(waiting=(status >> 8) & 0xFF, missing=(status & 0xFF) - 1, number=status >> 16)

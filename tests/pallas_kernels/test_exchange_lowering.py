@@ -1,0 +1,137 @@
+"""The exchange kernels lower for CUDA without a GPU, inside shard_map on a part of the devices, as they should be."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jax_triton import triton_lib
+
+from loongjax.pallas_kernels.exchange import all_gather, all_reduce, exchange_and_merge, exchange_status
+
+Shape = jax.ShapeDtypeStruct
+TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
+
+
+def lower(body, mesh: Mesh, *arguments: Shape, out_specs=P("sp"), check_vma: bool = True) -> str:
+    """The module that GPUs would be given, for a body of (peers, *arguments), cut over "sp"."""
+    peers = Shape((*mesh.devices.shape, 3), "uint32")
+    in_specs = (P(), *(P("sp") for _ in arguments))
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    exported = jax.export.export(jax.jit(mapped), platforms=["cuda"], disabled_checks=[TRITON_CALL])
+    return exported(peers, *arguments).mlir_module()
+
+
+def num_kernels(module: str) -> int:
+    return module.count("custom_call @triton_kernel_call_ffi")
+
+
+def line(num_ranks: int) -> Mesh:
+    return Mesh(np.array(jax.devices())[[1, 4, 6, 0, 7, 2, 3, 5][:num_ranks]], ("sp",))
+
+
+@pytest.fixture
+def compiled(monkeypatch) -> list[str]:
+    """The PTX of what a test compiles."""
+    compile_kernel, found = triton_lib.compile_ttir_to_ptx_inplace, []
+
+    def record(*arguments):
+        result = compile_kernel(*arguments)
+        found.append(result.binary.decode() if isinstance(result.binary, bytes) else result.binary)
+        return result
+
+    monkeypatch.setattr(triton_lib, "compile_ttir_to_ptx_inplace", record)
+    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    return found
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize(("num_ranks", "shape"), [(2, (1,)), (3, (32, 4096)), (8, (5, 77))])
+def test_all_reduce_is_one_kernel_whose_result_is_the_same_on_all_ranks(num_ranks, shape, dtype, check_vma):
+    def body(peers, x):
+        return all_reduce(x[0], "sp", peers)
+
+    operand = Shape((num_ranks, *shape), dtype)
+    module = lower(body, line(num_ranks), operand, out_specs=P(), check_vma=check_vma)
+    assert num_kernels(module) == 1
+    assert "stablehlo.all_reduce" not in module
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32", "int8"])
+def test_all_gather_is_one_kernel(dtype, check_vma):
+    def body(peers, x):
+        return all_gather(x[0], "sp", peers)[None]
+
+    module = lower(body, line(3), Shape((3, 33, 8, 128), dtype), check_vma=check_vma)
+    assert num_kernels(module) == 1
+    assert "stablehlo.all_gather" not in module
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize(("rows", "head_dim"), [((1, 1), 128), ((32, 32), 128), ((5, 3), 80), ((3, 2), 8)])
+def test_exchange_and_merge_is_one_kernel(rows, head_dim, check_vma):
+    def body(peers, o, lse):
+        merged = exchange_and_merge(o[0], lse[0], "sp", peers, out_dtype="bfloat16")
+        return merged[0][None], merged[1][None]
+
+    o, lse = Shape((3, 3, *rows, head_dim), "float32"), Shape((3, 3, *rows), "float32")
+    module = lower(body, line(3), o, lse, out_specs=(P("sp"), P("sp")), check_vma=check_vma)
+    assert num_kernels(module) == 1
+    assert "stablehlo.all_to_all" not in module
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_a_program_on_two_axes_may_mix_them_and_return_its_status(check_vma):
+    mesh = Mesh(np.array(jax.devices())[[5, 2, 0, 7]].reshape(2, 2), ("sp", "tp"))
+
+    def body(peers, x):
+        y = all_reduce(x, "tp", peers)
+        y = all_gather(y, "sp", peers).sum(axis=0)
+        return y, exchange_status(y, peers)
+
+    module = lower(body, mesh, Shape((4, 100), "float32"), out_specs=(P("sp"), P(("sp", "tp"))), check_vma=check_vma)
+    assert num_kernels(module) == 3
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_flags_are_released_and_acquired_for_the_whole_system(compiled, num_ranks):
+    lower(lambda peers, x: all_reduce(x[0], "sp", peers), line(num_ranks), Shape((num_ranks, 64, 4096), "bfloat16"))
+    (ptx,) = compiled
+    assert re.findall(r"atom\S*exch\S*", ptx).count("atom.global.sys.release.exch.b32") >= 2  # status and flag
+    assert "atom.global.sys.acquire.add.u32" in ptx
+    flag = max(m.start() for m in re.finditer(r"atom.global.sys.release.exch", ptx))
+    poll = ptx.index("atom.global.sys.acquire.add.u32")
+    sends = [m.start() for m in re.finditer(r"st\.global", ptx) if m.start() < flag]
+    assert "bar.sync" in ptx[max(sends) : flag]
+    received = [m.start() for m in re.finditer(r"ld\.global\.cg", ptx)]
+    assert poll < min(received)
+    assert "bar.sync" in ptx[poll : min(received)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_messages_move_in_pieces_of_16_bytes(compiled, dtype):
+    lower(lambda peers, x: all_reduce(x[0], "sp", peers), line(2), Shape((2, 64, 4096), dtype))
+    (ptx,) = compiled
+    assert re.findall(r"ld\.global\.cg\S*", ptx)
+    assert set(re.findall(r"ld\.global\.cg\S*", ptx)) == {"ld.global.cg.v4.b32"}
+    assert ptx.count("st.global.v4.b32") >= 2
+
+
+def test_partial_outputs_move_in_pieces_of_16_bytes(compiled):
+    def body(peers, o, lse):
+        merged = exchange_and_merge(o[0], lse[0], "sp", peers)
+        return merged[0][None], merged[1][None]
+
+    o, lse = Shape((2, 2, 32, 32, 128), "float32"), Shape((2, 2, 32, 32), "float32")
+    lower(body, line(2), o, lse, out_specs=(P("sp"), P("sp")))
+    (ptx,) = compiled
+    assert ptx.count("ld.global.cg.v4.b32") >= 2
+    assert ptx.count("st.global.v4.b32") >= 2
+    log_sum_exps = {"ld.global.cg.b32"}
+    assert set(re.findall(r"ld\.global\.cg\S*", ptx)) == {"ld.global.cg.v4.b32"} | log_sum_exps
