@@ -3,9 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Float32, Int32
+from jaxtyping import Array, Float, Float32, Int32, UInt32
 
-from loongjax.pallas_kernels import decode_attention, merge_partials
+from loongjax.pallas_kernels import decode_attention
+from loongjax.pallas_kernels.exchange import all_gather, exchange_and_merge
 
 
 def multi_master_decode(
@@ -20,12 +21,13 @@ def multi_master_decode(
     sm_scale: float | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
+    peers: UInt32[Array, "*mesh 3"] | None = None,
 ) -> tuple[Float[Array, "B_m N H"], Float32[Array, "B_m N"]]:
     """Attention of each master's requests over their keys on all n instances of a mesh axis.
 
-    Called inside `shard_map`. Every rank's queries go to every rank (one all-gather), each attends to the keys that it
-    holds itself, and outputs and log-sum-exps go back to the rows' masters (one all-to-all, float32), who merge them.
-    With n = 1 there is no collective.
+    Called inside `shard_map`. Every rank's queries go to every rank (`all_gather`), each attends to the keys that it
+    holds itself, and outputs and log-sum-exps go back in float32 to the rows' masters, who merge them
+    (`exchange_and_merge`). With n = 1 there is no collective.
 
     Args:
         q: this rank's rows. A rank that masters fewer than B_m, or none, pads with rows that have no keys anywhere.
@@ -38,12 +40,14 @@ def multi_master_decode(
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: of `decode_attention`.
+        peers: `PeerMemory.table` of the mesh, replicated, for exchanges by kernels of our own where messages are small;
+            by XLA's collectives if None.
 
     Returns:
         Output and natural log-sum-exp of this rank's rows; 0 and -inf in rows without keys anywhere.
 
     Raises:
-        ValueError: tables of another number of rows than n * B_m.
+        ValueError: tables of another number of rows than n * B_m, or peers of another mesh.
     """
     num_ranks = jax.lax.axis_size(axis_name)
     B_m, N, H = q.shape
@@ -66,9 +70,7 @@ def multi_master_decode(
 
     if num_ranks == 1:
         return attend(q, out_dtype)
-    o, lse = attend(jax.lax.all_gather(q, axis_name, tiled=True), jnp.float32)
-    # One message: the log-sum-exp travels as one more element of each head.
-    sent = jnp.concatenate([o, lse[..., None]], axis=-1).reshape(num_ranks, B_m, N, H + 1)
-    received = jax.lax.all_to_all(sent, axis_name, split_axis=0, concat_axis=0)
-    o, lse = merge_partials(received[..., :H], received[..., H])
-    return o.astype(out_dtype), lse
+    all_q = all_gather(q, axis_name, peers).reshape(num_ranks * B_m, N, H)
+    o, lse = attend(all_q, jnp.float32)
+    partial_o, partial_lse = o.reshape(num_ranks, B_m, N, H), lse.reshape(num_ranks, B_m, N)
+    return exchange_and_merge(partial_o, partial_lse, axis_name, peers, out_dtype=out_dtype)
