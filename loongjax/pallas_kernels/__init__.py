@@ -9,3 +9,5 @@ from loongjax.pallas_kernels.kv_update.api import kv_update as kv_update
 from loongjax.pallas_kernels.merge import merge_attention as merge_attention
 from loongjax.pallas_kernels.merge import merge_partials as merge_partials
 from loongjax.pallas_kernels.prefill_attention.api import prefill_attention as prefill_attention
+from loongjax.pallas_kernels.projection.api import project as project
+from loongjax.pallas_kernels.projection.api import project_gated as project_gated
