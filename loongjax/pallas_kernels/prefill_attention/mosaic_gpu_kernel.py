@@ -35,6 +35,7 @@ TMA_ROWS = 8
 """Rows in a tile of swizzled shared memory: copies begin at multiples of it, and arrays end at one."""
 LOWEST = float(np.finfo(np.float32).min)
 """The maximum before the first visible key: finite, so that differences of maxima are never NaN."""
+HIGHEST = -LOWEST
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -101,8 +102,10 @@ class Scratch(NamedTuple):
     turn: Any  # [warpgroups]
 
 
-def make_scratch(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: Any) -> Scratch:
-    """What a thread block allocates."""
+def make_scratch(
+    tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: Any, *, copies_per_block: int = 1
+) -> Scratch:
+    """What a thread block allocates, if every block of keys, or of values, comes in so many copies."""
     warpgroups, stages = tuning.num_compute_warpgroups, tuning.num_stages
 
     def swizzled(*shape: int, dtype: Any) -> Any:
@@ -124,12 +127,57 @@ def make_scratch(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: An
         bounds=plgpu.SMEM((warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
         lse=plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
         rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
-        k_ready=plgpu.Barrier(num_barriers=stages),
-        v_ready=plgpu.Barrier(num_barriers=stages),
+        k_ready=plgpu.Barrier(num_arrivals=copies_per_block, num_barriers=stages),
+        v_ready=plgpu.Barrier(num_arrivals=copies_per_block, num_barriers=stages),
         k_free=free(num_arrivals=warpgroups, num_barriers=stages),
         v_free=free(num_arrivals=warpgroups, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=warpgroups),
     )
+
+
+class DenseKeys(NamedTuple):
+    """Keys and values that lie in order."""
+
+    k_gmem: Any  # [padded_S, K, H]
+    v_gmem: Any  # [padded_S, K, H]
+
+    def copies_per_block(self, block_kv: int) -> int:
+        return 1
+
+    def copy(self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+        """Brings the block of keys, or values, that begins there to a tile of shared memory."""
+        keys = pl.ds(pl.multiple_of(begin, TMA_ROWS), tile.shape[0])
+        gmem = self.v_gmem if values else self.k_gmem
+        plgpu.copy_gmem_to_smem(gmem.at[keys, kv_head], tile, ready, **options)
+
+
+class PagedKeys(NamedTuple):
+    """Keys and values in pages of a pool. Entry i of the table holds keys i * page_size and on: a block's keys are
+    fetched in as many pieces as it has pages, or parts of pages.
+    """
+
+    pool_gmem: Any  # [L * 2 * P * page_size, K, H]
+    page_indices_gmem: Any  # [I]
+    layer_gmem: Any  # [1]
+    num_pages: int
+    page_size: int
+
+    def copies_per_block(self, block_kv: int) -> int:
+        return block_kv // math.gcd(self.page_size, block_kv)
+
+    def copy(self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+        """As `DenseKeys.copy`, with as many copies as `copies_per_block` says."""
+        piece = math.gcd(self.page_size, tile.shape[0])
+        first_page = (self.layer_gmem[0] * 2 + values) * self.num_pages
+        for place in range(0, tile.shape[0], piece):
+            key = begin + place
+            entry = jnp.minimum(key // self.page_size, self.page_indices_gmem.shape[0] - 1)
+            # Entries that no request names may hold anything.
+            page = jnp.clip(self.page_indices_gmem[entry], 0, self.num_pages - 1)
+            slot = (first_page + page) * self.page_size + lax.rem(key, jnp.int32(self.page_size))
+            slots = pl.ds(pl.multiple_of(slot, TMA_ROWS), piece)
+            piece_of_tile = tile.at[pl.ds(place, piece)]
+            plgpu.copy_gmem_to_smem(self.pool_gmem.at[slots, kv_head], piece_of_tile, ready, **options)
 
 
 class Work(NamedTuple):
@@ -188,15 +236,64 @@ def prefill_kernel(
     scale: float,
     tuning: PrefillTuning,
 ) -> None:
-    """The grid is ("head_in_group", "q_block", "kv_head"), the cluster axis "member", the thread axis "warpgroup".
+    """Over keys that lie in order. See `attend_query_block`."""
+    keys = DenseKeys(k_gmem, v_gmem)
+    group_size = q_gmem.shape[1] // k_gmem.shape[1]
+    rows = RowMemory(q_gmem, bounds_gmem, o_gmem, lse_gmem)
+    attend_query_block(rows, keys, visits_gmem, Setting(scratch, scale, tuning, group_size))
 
-    Args:
-        scratch: what `make_scratch` describes.
-        scale: of scores, into base 2.
-        tuning: that of the grid and of `scratch`.
+
+def extend_kernel(
+    q_gmem: Any,  # [padded_T, N, H]
+    pool_gmem: Any,  # [L * 2 * P * page_size, K, H]
+    page_indices_gmem: Any,  # [I]
+    layer_gmem: Any,  # [1]
+    bounds_gmem: Any,  # [2, q_blocks * block_q]
+    visits_gmem: Any,  # [clustered q_blocks, 4]
+    o_gmem: Any,  # [padded_T, N, H]
+    lse_gmem: Any,  # [N, q_blocks * block_q]
+    *,
+    scratch: Scratch,
+    scale: float,
+    tuning: PrefillTuning,
+    num_pages: int,
+    page_size: int,
+) -> None:
+    """Over pages of a pool, where key i is at place i % page_size of entry i // page_size. See `attend_query_block`."""
+    keys = PagedKeys(pool_gmem, page_indices_gmem, layer_gmem, num_pages, page_size)
+    group_size = q_gmem.shape[1] // pool_gmem.shape[1]
+    rows = RowMemory(q_gmem, bounds_gmem, o_gmem, lse_gmem)
+    attend_query_block(rows, keys, visits_gmem, Setting(scratch, scale, tuning, group_size, drops_junk=True))
+
+
+class RowMemory(NamedTuple):
+    """What there is of each row in global memory."""
+
+    q: Any
+    bounds: Any
+    o: Any
+    lse: Any
+
+
+class Setting(NamedTuple):
+    """What is the same for all thread blocks."""
+
+    scratch: Scratch
+    scale: float
+    """Of scores, into base 2."""
+    tuning: PrefillTuning
+    group_size: int
+    drops_junk: bool = False
+    """Whether values that are not finite count as zero in masked blocks, where slots that nobody named may be."""
+
+
+def attend_query_block(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_gmem: Any, setting: Setting) -> None:
+    """The whole of a thread block. The grid is ("head_in_group", "q_block", "kv_head"), the cluster axis "member", the
+    thread axis "warpgroup".
     """
     warpgroup = lax.axis_index("warpgroup")
-    work = find_work(visits_gmem, q_gmem.shape[1] // k_gmem.shape[1], tuning)
+    scratch, tuning = setting.scratch, setting.tuning
+    work = find_work(visits_gmem, setting.group_size, tuning)
     compute_registers, copy_registers = tuning.registers
 
     @pl.when(warpgroup < tuning.num_compute_warpgroups)
@@ -204,54 +301,52 @@ def prefill_kernel(
         plgpu.set_max_registers(compute_registers, action="increase")
         rows = pl.ds(work.q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
         ready = scratch.rows_ready.at[warpgroup]
-        plgpu.copy_gmem_to_smem(q_gmem.at[rows, work.q_head], scratch.q.at[warpgroup], ready)
-        plgpu.copy_gmem_to_smem(bounds_gmem.at[:, rows], scratch.bounds.at[warpgroup], ready)
+        plgpu.copy_gmem_to_smem(memory.q.at[rows, work.q_head], scratch.q.at[warpgroup], ready)
+        plgpu.copy_gmem_to_smem(memory.bounds.at[:, rows], scratch.bounds.at[warpgroup], ready)
         plgpu.barrier_wait(ready)
 
-        o, lse = attend_rows(scratch, work, scale, tuning)
+        o, lse = attend_rows(setting, work)
         o_tile = (scratch.q if scratch.o is None else scratch.o).at[warpgroup]
         o_tile[...] = o.astype(o_tile.dtype)
         scratch.lse[warpgroup] = lse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_tile, o_gmem.at[rows, work.q_head])
-        plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse_gmem.at[work.q_head, rows])
+        plgpu.copy_smem_to_gmem(o_tile, memory.o.at[rows, work.q_head])
+        plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], memory.lse.at[work.q_head, rows])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(copy_registers, action="decrease")
-        copy_key_blocks(k_gmem, v_gmem, scratch, work, tuning)
+        copy_key_blocks(keys, scratch, work, tuning)
 
 
-def copy_key_blocks(k_gmem: Any, v_gmem: Any, scratch: Scratch, work: Work, tuning: PrefillTuning) -> None:
+def copy_key_blocks(keys: DenseKeys | PagedKeys, scratch: Scratch, work: Work, tuning: PrefillTuning) -> None:
     """Brings the visited key and value blocks to shared memory, each as soon as its stage is free."""
+    axes = "member" if tuning.cluster > 1 else None
 
     @pl.loop(0, work.num_blocks)
     def _(step):
         stage = lax.rem(step, jnp.int32(tuning.num_stages))
-        keys = pl.ds(pl.multiple_of(work.block_begin(step, tuning.block_kv), TMA_ROWS), tuning.block_kv)
-        for gmem, smem, ready, free in (
-            (k_gmem, scratch.k, scratch.k_ready, scratch.k_free),
-            (v_gmem, scratch.v, scratch.v_ready, scratch.v_free),
+        begin = work.block_begin(step, tuning.block_kv)
+        for tiles, ready, free in (
+            (scratch.k, scratch.k_ready, scratch.k_free),
+            (scratch.v, scratch.v_ready, scratch.v_free),
         ):
 
             @pl.when(step >= tuning.num_stages)
             def _(free=free):
                 plgpu.barrier_wait(free.at[stage])
 
-            plgpu.copy_gmem_to_smem(
-                gmem.at[keys, work.kv_head],
-                smem.at[stage],
-                ready.at[stage],
-                collective_axes="member" if tuning.cluster > 1 else None,
-            )
+            tile, is_values = tiles.at[stage], tiles is scratch.v
+            keys.copy(begin, work.kv_head, tile, ready.at[stage], values=is_values, collective_axes=axes)
 
 
-def attend_rows(scratch: Scratch, work: Work, scale: float, tuning: PrefillTuning) -> tuple[jax.Array, jax.Array]:
+def attend_rows(setting: Setting, work: Work) -> tuple[jax.Array, jax.Array]:
     """Output [64, H] and log-sum-exp [64] of this warpgroup's rows."""
     warpgroup = lax.axis_index("warpgroup")
+    scratch, tuning = setting.scratch, setting.tuning
     k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
-    rows = Rows(scratch, work, scale, tuning, warpgroup, k_start, k_end)
+    rows = Rows(setting, work, warpgroup, k_start, k_end)
 
     @pl.when(warpgroup == 0)
     def _():
@@ -271,13 +366,19 @@ def attend_rows(scratch: Scratch, work: Work, scale: float, tuning: PrefillTunin
 class Rows(NamedTuple):
     """The 64 rows of a warpgroup that computes, and its steps over the key blocks."""
 
-    scratch: Scratch
+    setting: Setting
     work: Work
-    scale: float
-    tuning: PrefillTuning
     warpgroup: jax.Array
     k_start: jax.Array  # [64]
     k_end: jax.Array  # [64]
+
+    @property
+    def scratch(self) -> Scratch:
+        return self.setting.scratch
+
+    @property
+    def tuning(self) -> PrefillTuning:
+        return self.setting.tuning
 
     @property
     def q_tile(self) -> Any:
@@ -301,6 +402,23 @@ class Rows(NamedTuple):
         @pl.when(step + self.tuning.num_stages < self.work.num_blocks)
         def _():
             plgpu.barrier_arrive(free.at[self.stage(step)])
+
+    def await_values(self, step: jax.Array) -> None:
+        """Waits for the values of a step, of which a masked block may hold some that nobody named."""
+        plgpu.barrier_wait(self.scratch.v_ready.at[self.stage(step)])
+        if not self.setting.drops_junk:
+            return
+
+        # Every warpgroup does it for itself, and writes what the others do: zero times what is not finite is not zero.
+        @pl.when(step < self.work.num_masked)
+        def _():
+            tile = self.scratch.v.at[self.stage(step)]
+            for first in range(0, self.tuning.block_kv, WARPGROUP_ROWS):
+                part = tile.at[pl.ds(first, WARPGROUP_ROWS)]
+                values = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+                is_finite = (values <= HIGHEST) & (values >= LOWEST)
+                part[...] = jnp.where(is_finite, values, 0.0).astype(part.dtype)
+            plgpu.commit_smem()
 
     def issue_scores(self, step: jax.Array, s_acc: Any) -> None:
         plgpu.wgmma(s_acc, self.q_tile, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
@@ -337,8 +455,8 @@ class Rows(NamedTuple):
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
             visible = (key >= across(self.k_start - begin, scores)) & (key < across(self.k_end - begin, scores))
             scores = jnp.where(visible, scores, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, scores.max(axis=1) * self.scale)
-        weights = jnp.exp2(scores * self.scale - across(new_maximum, scores))
+        new_maximum = jnp.maximum(maximum, scores.max(axis=1) * self.setting.scale)
+        weights = jnp.exp2(scores * self.setting.scale - across(new_maximum, scores))
         return weights, new_maximum, jnp.exp2(maximum - new_maximum)
 
     def loop(self, attend_block: Callable[..., Any], carry: Any, *, first: int) -> Any:
@@ -357,7 +475,7 @@ def attend_overlapped(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax
     def attend_block(step, carry, *, masked):
         weights, maximum, denominator = carry
         plgpu.barrier_wait(scratch.k_ready.at[rows.stage(step)])
-        plgpu.barrier_wait(scratch.v_ready.at[rows.stage(step - 1)])
+        rows.await_values(step - 1)
         rows.take_turn()
 
         def issue(s_acc):
@@ -382,7 +500,7 @@ def attend_overlapped(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax
     weights, maximum, denominator = rows.loop(attend_block, carry, first=1)
 
     last = rows.work.num_blocks - 1
-    plgpu.barrier_wait(scratch.v_ready.at[rows.stage(last)])
+    rows.await_values(last)
     rows.issue_output(last, weights, o_acc)
     return lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0)), maximum, denominator
 
@@ -400,7 +518,7 @@ def attend_in_order(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax.A
         weights, maximum, rescale = rows.weigh(step, scores, maximum, masked=masked)
         o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
         o_acc[...] = o * across(rescale, o)
-        plgpu.barrier_wait(scratch.v_ready.at[rows.stage(step)])
+        rows.await_values(step)
         rows.take_turn()
         rows.issue_output(step, weights, o_acc)
         # Summed here, the weights' shuffles run under the product.

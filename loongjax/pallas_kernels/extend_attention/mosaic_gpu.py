@@ -1,0 +1,107 @@
+"""Extend attention on Hopper: prefill attention's kernel, which fetches the keys page by page.
+
+The table is the order of the keys: entry i holds the keys i * page_size and on, whatever request it belongs to. So each
+request's keys are one contiguous range, and so are those that a query row sees.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float32, Int32
+
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import TMA_ROWS, PrefillTuning, extend_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import Launch, attend_rows_over
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import check_supported as check_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import is_supported as has_kernel
+from loongjax.pallas_kernels.varying import vary_as, vary_together
+
+DEFAULT_TUNING = PrefillTuning()
+
+
+def is_supported(dtype: str, head_dim: int, page_size: int) -> bool:
+    """Whether there is a kernel for queries of this dtype and head dim, and pages of this size."""
+    return has_kernel(dtype, head_dim) and page_size % TMA_ROWS == 0
+
+
+@functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
+def mosaic_gpu_extend_attention(
+    q: Float[Array, "T N H"],
+    cu_q_lens: Int32[Array, "B_plus_1"],
+    kv_pool: Float[Array, "L 2 P page_size K H"],
+    layer: Int32[Array, ""],
+    page_indices: Int32[Array, "I"],
+    page_starts: Int32[Array, "B"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    sm_scale: float,
+    out_dtype: np.dtype,
+    tuning: PrefillTuning = DEFAULT_TUNING,
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
+    """See `extend_attention`. Forward only.
+
+    A block of query rows reads all keys between the first and the last that any of its rows sees, so it is fast for
+    requests of many query tokens. In blocks where keys are masked, values that are not finite count as zero.
+
+    Raises:
+        ValueError: a dtype, head dim or page size that there is no kernel for.
+        NotImplementedError: a gradient is asked for.
+    """
+    T, N, H = q.shape
+    num_layers, _, num_pages, page_size, K, _ = kv_pool.shape
+    check_kernel("extend_attention", q.dtype, H)
+    if page_size % TMA_ROWS:
+        raise ValueError(
+            f"extend_attention: implementation 'mosaic_gpu' takes page sizes that are multiples of {TMA_ROWS}, got "
+            f"{page_size}; 'triton' takes any"
+        )
+    operands = vary_together(q, cu_q_lens, kv_pool, layer, page_indices, page_starts, kv_lens)
+    if T == 0 or kv_lens.shape[0] == 0 or page_indices.shape[0] == 0 or kv_pool.size == 0:
+        nothing = jnp.zeros((T, N, H), out_dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
+        return vary_as(nothing, operands)
+    q, cu_q_lens, kv_pool, layer, page_indices, page_starts, kv_lens = operands
+    launch = Launch(
+        body=functools.partial(extend_kernel, num_pages=num_pages, page_size=page_size),
+        name="extend_attention",
+        num_keys=page_indices.shape[0] * page_size,
+        num_kv_heads=K,
+        key_alignment=math.gcd(page_size, tuning.block_kv),
+        copies_per_block=tuning.block_kv // math.gcd(page_size, tuning.block_kv),
+        sm_scale=sm_scale,
+        out_dtype=out_dtype,
+        tuning=tuning,
+    )
+    slots = kv_pool.reshape(num_layers * 2 * num_pages * page_size, K, H)
+    ranges = row_ranges(cu_q_lens, page_starts, kv_lens, num_rows=T, page_size=page_size)
+    return _attend(launch, q, slots, page_indices, layer[None], *ranges)
+
+
+def row_ranges(
+    cu_q_lens: Int32[Array, "B_plus_1"],
+    page_starts: Int32[Array, "B"],
+    kv_lens: Int32[Array, "B"],
+    *,
+    num_rows: int,
+    page_size: int,
+) -> tuple[Int32[Array, "T"], Int32[Array, "T"]]:
+    """The keys that each row sees, in the order of the table; none in padding."""
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+    request = jnp.searchsorted(cu_q_lens[1:], rows, side="right", method="compare_all")
+    has_keys = kv_lens > 0
+    starts = jnp.where(has_keys, page_starts * page_size, 0)
+    k_start, lens = (jnp.pad(x, (0, 1))[request] for x in (starts, jnp.where(has_keys, kv_lens, 0)))
+    return k_start, k_start + lens
+
+
+def _attend_forward(launch: Launch, q, slots, page_indices, layer, k_start, k_end):
+    return attend_rows_over(launch, q, (slots, page_indices, layer), k_start, k_end)
+
+
+def _refuse_gradient(*_):
+    raise NotImplementedError("extend_attention: implementation 'mosaic_gpu' is forward only; 'reference' has gradients")
+
+
+_attend = jax.custom_vjp(_attend_forward, nondiff_argnums=(0,))
+_attend.defvjp(_refuse_gradient, _refuse_gradient)

@@ -1,0 +1,131 @@
+"""How the kernels for Hopper are called: prefill over keys in order, extend over keys in pages."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Float32, Int32
+
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import TMA_ROWS, PrefillTuning, make_scratch
+from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
+
+HEAD_DIMS = (64, 128)
+DTYPES = ("bfloat16", "float16")
+
+
+def is_supported(dtype: DTypeLike, head_dim: int) -> bool:
+    """Whether there is a kernel for queries of this dtype and head dim."""
+    return jnp.dtype(dtype).name in DTYPES and head_dim in HEAD_DIMS
+
+
+def check_supported(op: str, dtype: DTypeLike, head_dim: int) -> None:
+    """Raises ValueError for a dtype or head dim that there is no kernel for."""
+    if not is_supported(dtype, head_dim):
+        raise ValueError(
+            f"{op}: implementation 'mosaic_gpu' takes {' and '.join(DTYPES)} with head_dim "
+            f"{' and '.join(map(str, HEAD_DIMS))}, got {jnp.dtype(dtype).name} with {head_dim}; 'blockwise' takes any"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What a call is made of, its arrays apart."""
+
+    body: Callable[..., None]
+    """Takes the queries, the operands that hold the keys, bounds, visits and the results, as `prefill_kernel` does."""
+    name: str
+    """What profiles show."""
+    num_keys: int
+    """Rows' ranges are cut to [0, num_keys)."""
+    num_kv_heads: int
+    key_alignment: int
+    """Key blocks begin at multiples of it."""
+    copies_per_block: int
+    """In which a block of keys comes, and one of values."""
+    sm_scale: float
+    out_dtype: np.dtype
+    tuning: PrefillTuning
+
+
+def attend_rows_over(
+    launch: Launch,
+    q: Float[Array, "T N H"],
+    keys: tuple[jax.Array, ...],
+    k_start: Int32[Array, "T"],
+    k_end: Int32[Array, "T"],
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
+    """Output and natural log-sum-exp of rows that see the keys [k_start, k_end). T and the number of keys are at least 1.
+
+    Args:
+        launch: the call.
+        q: the queries.
+        keys: the operands of the kernel that hold the keys.
+        k_start: each row's first key.
+        k_end: one past each row's last key.
+    """
+    T, N, _ = q.shape
+    tuning, sm_scale = launch.tuning, launch.sm_scale
+    if sm_scale <= 0:
+        # The running maximum is taken before scaling, which only a positive factor allows.
+        q, sm_scale = q * jnp.sign(sm_scale).astype(q.dtype), abs(sm_scale) or 1.0
+    q = pad_rows(q, at_least=tuning.block_q)
+    # Rows beyond T see what the last one sees, so that they change no visit. Their output is cut off.
+    bounds = jnp.clip(jnp.stack([k_start, k_end]), 0, launch.num_keys)
+    clustered_rows = tuning.clustered_rows(N // launch.num_kv_heads)
+    bounds = jnp.pad(bounds, ((0, 0), (0, -T % clustered_rows)), mode="edge")
+    visits = plan_visits(
+        bounds[0],
+        bounds[1],
+        num_keys=launch.num_keys,
+        block_q=clustered_rows,
+        block_kv=tuning.block_kv,
+        alignment=launch.key_alignment,
+    )
+    o, lse = _call(launch, sm_scale, q, keys, bounds, jnp.stack(visits, axis=1))
+    return o[:T].astype(launch.out_dtype), lse[:, :T].T
+
+
+def pad_rows(x: Float[Array, "rows heads H"], *, at_least: int) -> Float[Array, "padded_rows heads H"]:
+    """As many rows as a copy to shared memory wants."""
+    rows = x.shape[0]
+    missing = max(at_least - rows, -rows % TMA_ROWS)
+    return jnp.pad(x, ((0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _call(
+    launch: Launch,
+    sm_scale: float,
+    q: Float[Array, "padded_T N H"],
+    keys: tuple[jax.Array, ...],
+    bounds: Int32[Array, "2 rows"],
+    visits: Int32[Array, "clusters 4"],
+) -> Any:
+    N, H = q.shape[1:]
+    K, tuning = launch.num_kv_heads, launch.tuning
+    kernel_dtype = q.dtype if launch.out_dtype == q.dtype else jnp.dtype("float32")
+    axes = jax.typeof(q).manual_axis_type
+    clustered_heads = tuning.cluster * tuning.block_q // tuning.clustered_rows(N // K)
+    scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
+    return plgpu.kernel(
+        functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning),
+        out_type=(
+            jax.ShapeDtypeStruct(q.shape, kernel_dtype, manual_axis_type=axes),
+            jax.ShapeDtypeStruct((N, bounds.shape[1]), jnp.float32, manual_axis_type=axes),
+        ),
+        scratch_types={"scratch": scratch},
+        grid=(N // K // clustered_heads, visits.shape[0], K),
+        grid_names=("head_in_group", "q_block", "kv_head"),
+        cluster=(tuning.cluster,),
+        cluster_names=("member",),
+        num_threads=tuning.num_compute_warpgroups + 1,
+        thread_name="warpgroup",
+        kernel_name=launch.name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+    )(q, *keys, bounds, visits)
