@@ -1,10 +1,8 @@
 """The exchange kernels lower for CUDA without a GPU, inside shard_map on a part of the devices, as they should be."""
 
-import functools
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
@@ -17,10 +15,13 @@ Shape = jax.ShapeDtypeStruct
 TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
 
 
-def lower(body, mesh: Mesh, *arguments: Shape, out_specs=P("sp"), check_vma: bool = True) -> str:
+CUT = P("sp")
+
+
+def lower(body, mesh: Mesh, *arguments: Shape, out_specs=CUT, check_vma: bool = True) -> str:
     """The module that GPUs would be given, for a body of (peers, *arguments), cut over "sp"."""
     peers = Shape((*mesh.devices.shape, 3), "uint32")
-    in_specs = (P(), *(P("sp") for _ in arguments))
+    in_specs = (P(), *(CUT for _ in arguments))
     mapped = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
     exported = jax.export.export(jax.jit(mapped), platforms=["cuda"], disabled_checks=[TRITON_CALL])
     return exported(peers, *arguments).mlir_module()
@@ -81,7 +82,7 @@ def test_exchange_and_merge_is_one_kernel(rows, head_dim, check_vma):
         return merged[0][None], merged[1][None]
 
     o, lse = Shape((3, 3, *rows, head_dim), "float32"), Shape((3, 3, *rows), "float32")
-    module = lower(body, line(3), o, lse, out_specs=(P("sp"), P("sp")), check_vma=check_vma)
+    module = lower(body, line(3), o, lse, out_specs=(CUT, CUT), check_vma=check_vma)
     assert num_kernels(module) == 1
     assert "stablehlo.all_to_all" not in module
 
@@ -129,7 +130,7 @@ def test_partial_outputs_move_in_pieces_of_16_bytes(compiled):
         return merged[0][None], merged[1][None]
 
     o, lse = Shape((2, 2, 32, 32, 128), "float32"), Shape((2, 2, 32, 32), "float32")
-    lower(body, line(2), o, lse, out_specs=(P("sp"), P("sp")))
+    lower(body, line(2), o, lse, out_specs=(CUT, CUT))
     (ptx,) = compiled
     assert ptx.count("ld.global.cg.v4.b32") >= 2
     assert ptx.count("st.global.v4.b32") >= 2

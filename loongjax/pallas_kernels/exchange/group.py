@@ -7,8 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Shaped, UInt32
 
 
-def group_of(peers: UInt32[Array, "*mesh 3"], axis_name: str) -> UInt32[Array, "n_plus_1 3"]:
-    """What the kernels take as a group: this device's rank, then the table's entries for the ranks along an axis.
+def group_of(peers: UInt32[Array, "*mesh 3"], axis_name: str) -> UInt32[Array, "two_n 4"]:
+    """What the kernels take as a group: rank, device and address of every rank along an axis, twice.
+
+    First in rank order, then from this rank on and round.
 
     Args:
         peers: `PeerMemory.table` of the mesh of the `shard_map` in which this is called.
@@ -24,8 +26,10 @@ def group_of(peers: UInt32[Array, "*mesh 3"], axis_name: str) -> UInt32[Array, "
     for dim, name in reversed(list(enumerate(sizes))):
         if name != axis_name:
             entries = jax.lax.dynamic_index_in_dim(entries, jax.lax.axis_index(name), dim, keepdims=False)
-    rank = jax.lax.axis_index(axis_name).astype(jnp.uint32)
-    return jnp.concatenate([jnp.zeros((1, 3), jnp.uint32).at[0, 0].set(rank), entries])
+    n = sizes[axis_name]
+    rows = jnp.concatenate([jnp.arange(n, dtype=jnp.uint32)[:, None], entries], axis=1)
+    from_this = (jnp.arange(n, dtype=jnp.int32) + jax.lax.axis_index(axis_name)) % n
+    return jnp.concatenate([rows, rows[from_this]])
 
 
 def varying_axes(array: Shaped[Array, "..."]) -> Set[str]:

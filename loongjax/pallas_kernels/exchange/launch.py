@@ -56,7 +56,7 @@ class ExchangeTuning:
 
 
 def triton_all_reduce(
-    x: Float[Array, "*shape"], group: UInt32[Array, "n_plus_1 3"], *, tuning: ExchangeTuning
+    x: Float[Array, "*shape"], group: UInt32[Array, "two_n 4"], *, tuning: ExchangeTuning
 ) -> Float[Array, "*shape"]:
     """See `all_reduce`. There is at least one element."""
     (out,) = _exchange(reduce_kernel, "exchange_reduce", x, group, jax.ShapeDtypeStruct(x.shape, x.dtype), tuning)
@@ -64,10 +64,10 @@ def triton_all_reduce(
 
 
 def triton_all_gather(
-    x: Shaped[Array, "*shape"], group: UInt32[Array, "n_plus_1 3"], *, tuning: ExchangeTuning
+    x: Shaped[Array, "*shape"], group: UInt32[Array, "two_n 4"], *, tuning: ExchangeTuning
 ) -> Shaped[Array, "n *shape"]:
     """See `all_gather`. There is at least one element."""
-    result = jax.ShapeDtypeStruct((len(group) - 1, *x.shape), x.dtype)
+    result = jax.ShapeDtypeStruct((len(group) // 2, *x.shape), x.dtype)
     (out,) = _exchange(gather_kernel, "exchange_gather", x, group, result, tuning)
     return out
 
@@ -75,7 +75,7 @@ def triton_all_gather(
 def triton_exchange_and_merge(
     o: Float32[Array, "n B N H"],
     lse: Float32[Array, "n B N"],
-    group: UInt32[Array, "n_plus_1 3"],
+    group: UInt32[Array, "two_n 4"],
     *,
     out_dtype: DTypeLike,
     tuning: ExchangeTuning,
@@ -112,7 +112,7 @@ def triton_exchange_and_merge(
     return merged_o, merged_lse
 
 
-def triton_status(after: Shaped[Array, "*shape"], group: UInt32[Array, "n_plus_1 3"]) -> Int32[Array, "1"]:
+def triton_status(after: Shaped[Array, "*shape"], group: UInt32[Array, "two_n 4"]) -> Int32[Array, "1"]:
     """See `exchange_status`."""
     (status,) = triton_call(
         after,
@@ -122,6 +122,7 @@ def triton_status(after: Shaped[Array, "*shape"], group: UInt32[Array, "n_plus_1
         out_shape=[jax.ShapeDtypeStruct((1,), jnp.int32)],
         grid=(1,),
         num_warps=1,
+        num_ranks=len(group) // 2,
     )
     return status
 
@@ -130,7 +131,7 @@ def _exchange(
     kernel: Any, name: str, x: jax.Array, group: jax.Array, result: jax.ShapeDtypeStruct, tuning: ExchangeTuning
 ) -> Any:
     block, programs, num_rounds = tuning.cut(x.size, x.dtype.itemsize)
-    num_ranks = len(group) - 1
+    num_ranks = len(group) // 2
     return triton_call(
         x,
         group,

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,9 +64,11 @@ class Device:
         """What the kernels take as a group of these devices, in this order."""
         addresses = [self.memory[member].ctypes.data for member in members]
         entries = [
-            (member, address % 2**32, address // 2**32) for member, address in zip(members, addresses, strict=True)
+            (rank, member, address % 2**32, address // 2**32)
+            for rank, (member, address) in enumerate(zip(members, addresses, strict=True))
         ]
-        return np.array([(members.index(self.place), 0, 0), *entries], np.uint32)
+        rank = members.index(self.place)
+        return np.array(entries + entries[rank:] + entries[:rank], np.uint32)
 
     def all_reduce(self, x: np.ndarray, members: Sequence[int], cut: Cut) -> np.ndarray:
         out = np.full(x.shape, np.nan, x.dtype)
@@ -88,7 +91,7 @@ class Device:
 
     def read_status(self, members: Sequence[int]) -> int:
         out = np.full(1, -1, np.int32)
-        interpret(status_kernel, (1,), np.zeros(1, np.float32), self.group(members), out)
+        interpret(status_kernel, (1,), np.zeros(1, np.float32), self.group(members), out, num_ranks=len(members))
         return int(out[0])
 
     def _run(self, kernel: Any, members: Sequence[int], cut: Cut, *arguments: np.ndarray, **shape: int) -> None:
@@ -122,7 +125,7 @@ class World:
     def __init__(self, num_devices: int) -> None:
         context = multiprocessing.get_context("spawn")
         self._ends: list[Connection] = []
-        self._processes: list[multiprocessing.process.BaseProcess] = []
+        self._processes: list[SpawnProcess] = []
         for place in range(num_devices):
             end, other = context.Pipe()
             process = context.Process(target=_serve, args=(place, num_devices, other), daemon=True)
