@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int32
 
 from loongjax.models.config import ModelConfig
 from loongjax.models.rope import apply_rope, rotation
+from loongjax.pallas_kernels import project, project_gated
 
 Carry = Any
 """A pytree that the attention callback threads through the layers: the KV pool, most often."""
@@ -42,8 +43,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x_TI: Float[Array, "T I"]) -> Float[Array, "T O"]:
         """For weights split by rows, or not at all: the local part of the output."""
-        y_TO = matmul(x_TI, self.weight[...]).astype(x_TI.dtype)
-        return y_TO if self.bias is None else y_TO + self.bias[...][None, :]
+        return apply_linears(x_TI, self)[0]
 
     def reduce(self, x_TI: Float[Array, "T I"], tp_axis: str | None) -> Float[Array, "T O"]:
         """For weights split by columns: the whole output, summed over `tp_axis`.
@@ -51,10 +51,18 @@ class Linear(nnx.Module):
         Partial sums travel in the model's dtype: that halves the bytes, and rounding each of them costs no more than
         rounding the result does.
         """
-        y_TO = matmul(x_TI, self.weight[...]).astype(x_TI.dtype)
-        if tp_axis is not None:
-            y_TO = jax.lax.psum(y_TO, tp_axis)
+        (y_TO,) = project(x_TI, (self.weight[...],))
+        return self.add_bias(y_TO if tp_axis is None else jax.lax.psum(y_TO, tp_axis))
+
+    def add_bias(self, y_TO: Float[Array, "T O"]) -> Float[Array, "T O"]:
+        """The product with the bias added, if there is one."""
         return y_TO if self.bias is None else y_TO + self.bias[...][None, :]
+
+
+def apply_linears(x_TI: Float[Array, "T I"], *linears: Linear) -> tuple[Float[Array, "T _"], ...]:
+    """What each of them gives for the same input, by one product where that is faster."""
+    products = project(x_TI, tuple(linear.weight[...] for linear in linears))
+    return tuple(linear.add_bias(y_TO) for linear, y_TO in zip(linears, products, strict=True))
 
 
 class RMSNorm(nnx.Module):
@@ -94,9 +102,10 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "T D"], Carry]:
         num_tokens = x_TD.shape[0]
         with jax.named_scope("qkv_proj"):
-            q_TNH = self.q_proj(x_TD).reshape(num_tokens, -1, self.head_dim)
-            k_TKH = self.k_proj(x_TD).reshape(num_tokens, -1, self.head_dim)
-            v_TKH = self.v_proj(x_TD).reshape(num_tokens, -1, self.head_dim)
+            q_TNH, k_TKH, v_TKH = (
+                y.reshape(num_tokens, -1, self.head_dim)
+                for y in apply_linears(x_TD, self.q_proj, self.k_proj, self.v_proj)
+            )
         with jax.named_scope("rope"):
             q_TNH, k_TKH = apply_rope(q_TNH, rotation_TR), apply_rope(k_TKH, rotation_TR)
         with jax.named_scope("attend"):
@@ -117,7 +126,11 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_TD: Float[Array, "T D"]) -> Float[Array, "T D"]:
         with jax.named_scope("gate_up_proj"):
-            x_TF = jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD)
+            if self.gate_proj.bias is None:
+                x_TF = project_gated(x_TD, self.gate_proj.weight[...], self.up_proj.weight[...])
+            else:
+                gate_TF, up_TF = apply_linears(x_TD, self.gate_proj, self.up_proj)
+                x_TF = jax.nn.silu(gate_TF) * up_TF
         with jax.named_scope("down_proj"):
             return self.down_proj.reduce(x_TF, self.tp_axis)
 
@@ -224,14 +237,8 @@ class Llama(nnx.Module):
         """float32 logits of this device's part of the vocabulary; ids beyond `config.vocab_size` get -inf."""
         with jax.named_scope("lm_head"):
             weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-            logits_TV = matmul(hidden, weight[...])
+            (logits_TV,) = project(hidden, (weight[...],), out_dtype=jnp.float32)
             num_columns = logits_TV.shape[1]
             first = 0 if self.tp_axis is None else jax.lax.axis_index(self.tp_axis) * num_columns
             is_padding_V = first + jnp.arange(num_columns) >= self.config.vocab_size
             return jnp.where(is_padding_V[None, :], -jnp.inf, logits_TV)
-
-
-def matmul(x_TI: Float[Array, "T I"], weight_OI: Float[Array, "O I"]) -> Float[Array, "T O"]:
-    """x @ weight.T with float32 accumulation and result."""
-    precision = jax.lax.Precision.HIGHEST if x_TI.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-    return jnp.einsum("TI,OI->TO", x_TI, weight_OI, precision=precision, preferred_element_type=jnp.float32)
