@@ -1,6 +1,7 @@
 """The exchange kernels lower for CUDA without a GPU, inside shard_map on a part of the devices, as they should be."""
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from jax_triton import triton_lib
 
 from loongjax.pallas_kernels.exchange import all_gather, all_reduce, exchange_and_merge, exchange_status
+from loongjax.parallel import multi_master_decode
 
 Shape = jax.ShapeDtypeStruct
 TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
@@ -18,7 +20,7 @@ TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi
 CUT = P("sp")
 
 
-def lower(body, mesh: Mesh, *arguments: Shape, out_specs=CUT, check_vma: bool = True) -> str:
+def lower(body, mesh: Mesh, *arguments: Shape, out_specs: Any = CUT, check_vma: bool = True) -> str:
     """The module that GPUs would be given, for a body of (peers, *arguments), cut over "sp"."""
     peers = Shape((*mesh.devices.shape, 3), "uint32")
     in_specs = (P(), *(CUT for _ in arguments))
@@ -98,6 +100,42 @@ def test_a_program_on_two_axes_may_mix_them_and_return_its_status(check_vma):
 
     module = lower(body, mesh, Shape((4, 100), "float32"), out_specs=(P("sp"), P(("sp", "tp"))), check_vma=check_vma)
     assert num_kernels(module) == 3
+
+
+def decode_arguments(num_ranks: int) -> list[Shape]:
+    """For `multi_master_decode`, stacked over ranks: 3 rows a master, and 3 n tables on every rank."""
+    rows, pool = Shape((num_ranks, 3 * num_ranks), "int32"), Shape((num_ranks, 2, 2, 30, 16, 2, 64), "bfloat16")
+    q, layer, indices = (
+        Shape((num_ranks, 3, 8, 64), "bfloat16"),
+        Shape((num_ranks,), "int32"),
+        Shape((num_ranks, 50), "int32"),
+    )
+    return [q, pool, layer, indices, rows, rows]
+
+
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_multi_master_decode_is_two_kernels_and_those_of_attention(check_vma):
+    def body(peers, *operands):
+        operands = (x[0] for x in operands)
+        o, lse = multi_master_decode(*operands, axis_name="sp", implementation="triton", peers=peers)
+        return o[None], lse[None]
+
+    module = lower(body, line(3), *decode_arguments(3), out_specs=(CUT, CUT), check_vma=check_vma)
+    assert num_kernels(module) == 4
+    assert "stablehlo.all_" not in module
+
+
+def test_large_messages_are_left_to_xla():
+    def body(peers, x, o, lse):
+        y = all_reduce(x[0], "sp", peers)
+        z = all_gather(x[0] + y, "sp", peers)
+        return (exchange_and_merge(o[0], lse[0] + z[0, 0], "sp", peers)[0])[None]
+
+    rows = Shape((2, 2, 300, 8), "float32")
+    module = lower(body, line(2), Shape((2, 300_000), "float32"), Shape((*rows.shape, 128), "float32"), rows)
+    assert num_kernels(module) == 0
+    for name in ("all_reduce", "all_gather", "all_to_all"):
+        assert f"stablehlo.{name}" in module
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
