@@ -162,10 +162,11 @@ def test_without_a_gpu_plain_jax_serves():
 @pytest.mark.parametrize("num_tokens", [1, 4])
 def test_a_tuning_may_deal_rows_out_evenly(num_tokens, stages):
     tuning = ProjectionTuning(
-        block_o=16, block_i=64, num_warps=2, stages=stages, programs_per_processor=2, uses_tensor_cores=num_tokens > 1
+        block_o=2, block_i=64, num_warps=2, stages=stages, programs_per_processor=2, uses_tensor_cores=num_tokens > 1
     )
     x, weight = Shape((num_tokens, 128), "bfloat16"), Shape((1000, 128), "bfloat16")
     plain = functools.partial(triton_project, out_dtype=np.dtype(jnp.float32), tuning=tuning)
     assert lower(plain, x, (weight,)).count(CALL) == 1
     assert lower(functools.partial(triton_project_gated, tuning=tuning), x, weight, weight).count(CALL) == 1
     assert tuning.rows_per_program(1000) == 4
+    assert tuning.rows_per_program(100) == 2

@@ -36,7 +36,7 @@ class ProjectionTuning:
     stages: int
     """Blocks in flight: 1 loads to registers, more to shared memory."""
     programs_per_processor: int | None = None
-    """Rows are dealt out evenly to so many, which should all fit at once; None: each program has one block of rows."""
+    """Where there are more blocks of rows, rows are dealt out evenly to so many; None: each program has one block."""
     uses_tensor_cores: bool = True
     """Only for one token may it be False."""
 
@@ -49,12 +49,12 @@ class ProjectionTuning:
         """Of so many rows of all matrices."""
         if self.programs_per_processor is None:
             return self.block_o
-        return -(-num_rows // (num_multiprocessors() * self.programs_per_processor))
+        return max(self.block_o, -(-num_rows // (num_multiprocessors() * self.programs_per_processor)))
 
 
-ONE_TOKEN = ProjectionTuning(block_o=4, block_i=1024, num_warps=4, stages=1, uses_tensor_cores=False)
-FEW_TOKENS = ProjectionTuning(block_o=16, block_i=256, num_warps=2, stages=4)
-MORE_TOKENS = ProjectionTuning(block_o=32, block_i=256, num_warps=4, stages=4)
+ONE_TOKEN = ProjectionTuning(block_o=4, block_i=2048, num_warps=8, stages=1, uses_tensor_cores=False)
+FEW_TOKENS = ProjectionTuning(block_o=16, block_i=256, num_warps=2, stages=4, programs_per_processor=3)
+MORE_TOKENS = ProjectionTuning(block_o=32, block_i=256, num_warps=4, stages=4, programs_per_processor=2)
 
 
 def default_tuning(num_tokens: int) -> ProjectionTuning:
