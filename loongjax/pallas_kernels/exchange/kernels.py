@@ -53,8 +53,9 @@ def reduce_kernel(
         outboxes = all_outboxes(group_ptr, round, num_ranks)
         inboxes = all_inboxes(group_ptr, round, num_ranks)
         status = read_status(group_ptr, num_ranks)
+        is_sent = is_there & (status == 0)
         for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], dtype) + place, own, mask=is_there)
+            tl.store(pointer(outboxes[i], dtype) + place, own, mask=is_sent)
         signal_and_wait(link, status, round, group_ptr, num_ranks, padded_ranks)
         total = tl.zeros([block], tl.float32)
         for r in tl.static_range(num_ranks):
@@ -89,8 +90,9 @@ def gather_kernel(
         outboxes = all_outboxes(group_ptr, round, num_ranks)
         inboxes = all_inboxes(group_ptr, round, num_ranks)
         status = read_status(group_ptr, num_ranks)
+        is_sent = is_there & (status == 0)
         for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], dtype) + place, own, mask=is_there)
+            tl.store(pointer(outboxes[i], dtype) + place, own, mask=is_sent)
         signal_and_wait(link, status, round, group_ptr, num_ranks, padded_ranks)
         for r in tl.static_range(num_ranks):
             message = pointer(inboxes[r], dtype) + place
@@ -134,8 +136,9 @@ def merge_kernel(
             first_row = ((rank + i + 1) % num_ranks).to(tl.int64) * num_rows
             sent_o = tl.load(o_ptr + first_row * head_dim + element, mask=is_there)
             sent_lse = tl.load(lse_ptr + first_row + row, mask=is_row)
-            tl.store(pointer(outboxes[i], tl.float32) + place, sent_o, mask=is_there)
-            tl.store(pointer(outboxes[i] + MESSAGE_BYTES, tl.float32) + message_row, sent_lse, mask=is_row)
+            is_sent = status == 0
+            tl.store(pointer(outboxes[i], tl.float32) + place, sent_o, mask=is_there & is_sent)
+            tl.store(pointer(outboxes[i] + MESSAGE_BYTES, tl.float32) + message_row, sent_lse, mask=is_row & is_sent)
         own_lse = tl.load(lse_ptr + own_row + row, mask=is_row, other=float("-inf"))
         own_o = tl.load(o_ptr + own_row * head_dim + element, mask=is_there, other=0.0)
         signal_and_wait(link, status, round, group_ptr, num_ranks, padded_ranks)

@@ -87,10 +87,9 @@ def triton_exchange_and_merge(
     """
     num_ranks, B, N, H = o.shape
     padded_dim = _power_of_two(H)
-    # The log-sum-exps of a chunk's rows have to fit beside them.
-    most_rows = EXTRA_BYTES // 4 * 4 * padded_dim
-    tuning = dataclasses.replace(tuning, max_chunk_bytes=min(tuning.max_chunk_bytes, max(most_rows, 16)))
-    tuning = dataclasses.replace(tuning, min_chunk_bytes=min(tuning.min_chunk_bytes, tuning.max_chunk_bytes))
+    # The log-sum-exps of a chunk's rows have to fit beside it.
+    most = min(tuning.max_chunk_bytes, EXTRA_BYTES * padded_dim)
+    tuning = dataclasses.replace(tuning, max_chunk_bytes=most, min_chunk_bytes=min(tuning.min_chunk_bytes, most))
     block, programs, num_rounds = tuning.cut(B * N, 4 * padded_dim)
     merged_o, merged_lse = triton_call(
         o,

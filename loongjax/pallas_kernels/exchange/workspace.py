@@ -19,9 +19,10 @@ exchanges that do not depend on each other could run in any order, or at once, w
 
 A program waits for nothing but the same program on its peers, and the grid is small enough that all of it is resident
 at once; so exchanges end if every device comes. One that does not come ends the wait too, after `poll_limit` polls:
-the waiting device then writes its status word and goes on with whatever its buffers hold. A device with a status writes
-it to its peers before every message, and waits no more. So whoever has read a message that is not what it should be has
-a status from then on, and one failure does not cost one wait after another.
+the waiting device then sets its status word and goes on with whatever its buffers hold. A device with a status waits no
+more and writes no messages, which somebody could still be reading, but before every flag it sets the peer's status too.
+So whoever has taken something for a message that is none has a status from then on, and one failure does not cost one
+wait after another.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -202,6 +203,18 @@ def test_a_message_from_who_has_failed_brings_the_news(devices):
     assert devices[2].status == 0
     devices[1].all_gather(ONE, (2, 1), CUT)
     assert devices[2].status == devices[0].status
+
+
+@pytest.mark.parametrize("act", [check_all_reduce, check_all_gather, check_exchange_and_merge])
+def test_who_has_failed_writes_over_nothing(devices, act):
+    """Its peer could still be reading what it was sent before."""
+    devices[0].header(workspace.STATUS)[:] = 1
+    buffers = devices[1].memory[1, workspace.BUFFERS :]
+    for step in range(2):
+        with contextlib.suppress(AssertionError):
+            act(devices[0], (0, 1), 3, rounds(3, 4, 1), step)
+    assert not buffers.any()
+    assert devices[1].status == 1
 
 
 def test_a_failure_in_one_round_ends_the_waits_of_the_others(devices, num_polls):
