@@ -137,14 +137,6 @@ def test_replicated_queries_against_a_pool_for_each_device_inside_shard_map(chec
         assert_matches((o[rank], lse[rank]), expected(q, q_lens, case))
 
 
-def test_a_variant_that_is_not_built_says_so():
-    case = make_case(0, [3], page_size=4)
-    with pytest.raises(NotImplementedError, match="extend_attention has no variant 'mosaic_gpu' yet"):
-        extend_attention(
-            random_queries(0, 1, N, H), jnp.array([0, 1], jnp.int32), *case.arguments, implementation="mosaic_gpu"
-        )
-
-
 def test_tuning_is_positive():
     with pytest.raises(ConfigError, match=r"self\.block_q=0"):
         blockwise.ExtendTuning(block_q=0)

@@ -1,5 +1,7 @@
 """The public op."""
 
+import functools
+import logging
 from typing import Any
 
 import jax
@@ -8,9 +10,11 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.extend_attention.blockwise import blockwise_extend_attention
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import is_supported as has_mosaic_kernel
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
-from loongjax.pallas_kernels.triton_gpu import require_triton
+from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
 
@@ -22,7 +26,17 @@ def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array
     return triton_extend_attention(*operands, **settings)
 
 
-VARIANTS = {"blockwise": blockwise_extend_attention, "reference": reference_extend_attention, "triton": _triton}
+VARIANTS = {
+    "blockwise": blockwise_extend_attention,
+    "mosaic_gpu": mosaic_gpu_extend_attention,
+    "reference": reference_extend_attention,
+    "triton": _triton,
+}
+LEAST_QUERIES = 64
+"""Query tokens a request, on average, from which Hopper's kernel is the faster one: it reads the keys of all requests
+that share a block of 128 rows for every row."""
+
+logger = logging.getLogger(__name__)
 
 
 def extend_attention(
@@ -54,8 +68,9 @@ def extend_attention(
         kv_lens: each request's number of keys.
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
-        implementation: "reference", "blockwise" (forward only), "triton" (on a GPU, bfloat16 and float16, head dims 32
-            to 256; forward only), or None for the best here.
+        implementation: "reference", "blockwise" (forward only), "mosaic_gpu" (on Hopper, bfloat16 and float16, head
+            dims 64 and 128, page sizes that are multiples of 8; forward only), "triton" (on a GPU, bfloat16 and
+            float16, head dims 32 to 256; forward only), or None for the best here.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
@@ -65,7 +80,16 @@ def extend_attention(
         NotImplementedError: an implementation that is not built.
         ConfigError: "triton" without the packages that it needs.
     """
-    variant = pick_variant("extend_attention", implementation, VARIANTS, default="blockwise")
+    device = jax.local_devices()[0]
+    default = default_variant(
+        device.platform,
+        getattr(device, "compute_capability", ""),
+        q.dtype.name,
+        q.shape[-1],
+        page_size=kv_pool.shape[3],
+        is_long=q.shape[0] >= LEAST_QUERIES * kv_lens.shape[0],
+    )
+    variant = pick_variant("extend_attention", implementation, VARIANTS, default=default)
     check_heads("extend_attention", q.shape, kv_pool.shape)
     check_dtypes("extend_attention", q.dtype, kv_pool.dtype)
     return variant(
@@ -79,3 +103,30 @@ def extend_attention(
         sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
         out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
     )
+
+
+@functools.cache
+def default_variant(
+    platform: str, compute_capability: str, dtype: str, head_dim: int, *, page_size: int, is_long: bool
+) -> str:
+    """The fastest variant for queries of this dtype and head dim.
+
+    Args:
+        platform: of the device, such as "gpu".
+        compute_capability: of a GPU, such as "9.0" for Hopper; empty elsewhere.
+        dtype: its name.
+        head_dim: H.
+        page_size: of the pool.
+        is_long: whether there are `LEAST_QUERIES` query tokens a request.
+    """
+    if platform != "gpu":
+        return "blockwise"
+    if is_long and compute_capability == "9.0" and has_mosaic_kernel(dtype, head_dim, page_size):
+        return "mosaic_gpu"
+    if is_triton_usable():
+        from loongjax.pallas_kernels.paged_triton.launch import is_supported
+
+        if is_supported(dtype, head_dim):
+            return "triton"
+    logger.info("extend_attention: no kernel for %s with head_dim %d, using the slower 'blockwise'", dtype, head_dim)
+    return "blockwise"

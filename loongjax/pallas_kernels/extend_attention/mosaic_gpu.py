@@ -100,7 +100,9 @@ def _attend_forward(launch: Launch, q, slots, page_indices, layer, k_start, k_en
 
 
 def _refuse_gradient(*_):
-    raise NotImplementedError("extend_attention: implementation 'mosaic_gpu' is forward only; 'reference' has gradients")
+    raise NotImplementedError(
+        "extend_attention: implementation 'mosaic_gpu' is forward only; 'reference' has gradients"
+    )
 
 
 _attend = jax.custom_vjp(_attend_forward, nondiff_argnums=(0,))

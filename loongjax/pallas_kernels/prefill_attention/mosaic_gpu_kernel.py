@@ -144,7 +144,9 @@ class DenseKeys(NamedTuple):
     def copies_per_block(self, block_kv: int) -> int:
         return 1
 
-    def copy(self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+    def copy(
+        self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any
+    ) -> None:
         """Brings the block of keys, or values, that begins there to a tile of shared memory."""
         keys = pl.ds(pl.multiple_of(begin, TMA_ROWS), tile.shape[0])
         gmem = self.v_gmem if values else self.k_gmem
@@ -165,18 +167,23 @@ class PagedKeys(NamedTuple):
     def copies_per_block(self, block_kv: int) -> int:
         return block_kv // math.gcd(self.page_size, block_kv)
 
-    def copy(self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+    def copy(
+        self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any
+    ) -> None:
         """As `DenseKeys.copy`, with as many copies as `copies_per_block` says."""
         piece = math.gcd(self.page_size, tile.shape[0])
-        first_page = (self.layer_gmem[0] * 2 + values) * self.num_pages
-        for place in range(0, tile.shape[0], piece):
+        first_page = (self.layer_gmem[0] * 2 + int(values)) * self.num_pages
+
+        # A loop, since what is unrolled takes minutes to compile.
+        @pl.loop(0, tile.shape[0], step=piece)
+        def _(place):
             key = begin + place
             entry = jnp.minimum(key // self.page_size, self.page_indices_gmem.shape[0] - 1)
             # Entries that no request names may hold anything.
             page = jnp.clip(self.page_indices_gmem[entry], 0, self.num_pages - 1)
             slot = (first_page + page) * self.page_size + lax.rem(key, jnp.int32(self.page_size))
             slots = pl.ds(pl.multiple_of(slot, TMA_ROWS), piece)
-            piece_of_tile = tile.at[pl.ds(place, piece)]
+            piece_of_tile = tile.at[pl.ds(pl.multiple_of(place, piece), piece)]
             plgpu.copy_gmem_to_smem(self.pool_gmem.at[slots, kv_head], piece_of_tile, ready, **options)
 
 
@@ -397,7 +404,7 @@ class Rows(NamedTuple):
             plgpu.barrier_arrive(self.scratch.turn.at[next_warpgroup])
 
     def release(self, free: Any, step: jax.Array) -> None:
-        """Gives the stage of this step back, if a later block takes it: a thread block that has ended cannot be told."""
+        """Gives the stage of this step back, if a later block takes it: thread blocks may have ended otherwise."""
 
         @pl.when(step + self.tuning.num_stages < self.work.num_blocks)
         def _():

@@ -61,7 +61,7 @@ def attend_rows_over(
     k_start: Int32[Array, "T"],
     k_end: Int32[Array, "T"],
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
-    """Output and natural log-sum-exp of rows that see the keys [k_start, k_end). T and the number of keys are at least 1.
+    """Output and natural log-sum-exp of rows that see the keys [k_start, k_end). There is a row, and a key.
 
     Args:
         launch: the call.

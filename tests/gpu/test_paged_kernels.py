@@ -1,4 +1,4 @@
-"""Triton variants on a GPU against loops in float64, over pools poisoned wherever no table points."""
+"""Variants over the paged pool on a GPU against loops in float64, over pools poisoned wherever no table points."""
 
 import functools
 
@@ -50,18 +50,22 @@ EXTENSIONS = {
 }
 
 
-@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize(
+    ("implementation", "page_size"), [("triton", 1), ("triton", 16), ("mosaic_gpu", 16), ("mosaic_gpu", 64)]
+)
 @pytest.mark.parametrize("lengths", EXTENSIONS)
-def test_extend_attention_is_float64s(lengths, page_size):
+def test_extend_attention_is_float64s(lengths, implementation, page_size):
+    if implementation == "mosaic_gpu" and getattr(jax.devices()[0], "compute_capability", "") != "9.0":
+        pytest.skip("needs a Hopper GPU")
     q_lens, kv_lens = EXTENSIONS[lengths]
-    for seed, (num_q_heads, num_kv_heads, head_dim) in enumerate(HEADS[:4]):
+    for seed, (num_q_heads, num_kv_heads, head_dim) in enumerate(HEADS[: 4 if implementation == "triton" else 3]):
         case = make_case(seed, kv_lens, page_size=page_size, heads=(num_kv_heads, head_dim), dtype="bfloat16")
         q = random_queries(seed, sum(q_lens) + 5, num_q_heads, head_dim, "bfloat16")
         o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
         for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
             o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
         operands = (q, jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32), *case.arguments)
-        extend = functools.partial(extend_attention, implementation="triton", out_dtype=jnp.float32)
+        extend = functools.partial(extend_attention, implementation=implementation, out_dtype=jnp.float32)
         found = extend(*operands)
         assert_matches(found, (o, lse), "bfloat16")
         for first, second in zip(found, extend(*operands), strict=True):

@@ -1,0 +1,139 @@
+"""Extend attention's Hopper variant on the CPU: interpreted against float64 over poisoned pools, and lowered."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from loongjax.pallas_kernels import extend_attention
+from loongjax.pallas_kernels.extend_attention import api
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention, row_ranges
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from tests.pallas_kernels.brute_force import attend_row
+from tests.pallas_kernels.mosaic_interpreter import interpreted
+from tests.pallas_kernels.paged_case import make_case, random_queries
+from tests.pallas_kernels.tolerance import assert_matches
+
+H = 64
+MOSAIC_CALL = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+Shape = jax.ShapeDtypeStruct
+extend = functools.partial(extend_attention, implementation="mosaic_gpu")
+
+
+def check(q_lens: list[int], kv_lens: list[int], page_size: int, heads: tuple[int, int] = (2, 1), **tuning) -> None:
+    """The variant gives what loops in float64 give; what no table names is NaN, and so is junk in tables' slack."""
+    num_q_heads, num_kv_heads = heads
+    case = make_case(0, kv_lens, page_size=page_size, heads=(num_kv_heads, H), dtype="bfloat16")
+    q = random_queries(0, sum(q_lens) + 5, num_q_heads, H, "bfloat16")
+    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
+        o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
+    cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
+    # jax's interpreter hangs in clusters whose barriers take several copies; clusters of these run on GPUs.
+    settings = {"tuning": PrefillTuning(cluster=1, **tuning), "sm_scale": H**-0.5, "out_dtype": jnp.dtype("float32")}
+    with interpreted():
+        found = mosaic_gpu_extend_attention(q, cu_q_lens, *case.arguments, **settings)
+    assert_matches(found, (o, lse), "bfloat16")
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 128, 256])
+def test_every_page_size(page_size):
+    check([70], [300], page_size)
+
+
+@pytest.mark.parametrize("tuning", [{"overlap": False}, {"block_kv": 64, "num_stages": 4}], ids=str)
+def test_other_tunings(tuning):
+    check([130], [330], 16, **tuning)
+
+
+def test_requests_of_any_length_share_blocks_of_rows():
+    check([70, 1, 0, 29, 100], [300, 17, 40, 0, 425], 16)
+    check([3] * 9, [37 * i % 300 for i in range(9)], 8, heads=(4, 2))
+
+
+def test_lengths_at_the_edges_of_pages_and_blocks():
+    check([5] * 8, [1, 15, 16, 17, 127, 128, 129, 256], 16)
+
+
+def test_values_that_nobody_named_are_dropped_even_in_a_block_without_overlap():
+    check([40], [100], 16, overlap=False)
+
+
+def test_a_request_without_keys_may_have_any_table():
+    cu_q_lens, starts, lens = (jnp.asarray(x, jnp.int32) for x in ([0, 2, 5], [2**31 - 1, 3], [0, 20]))
+    k_start, k_end = row_ranges(cu_q_lens, starts, lens, num_rows=7, page_size=16)
+    np.testing.assert_array_equal(k_end - k_start, [0, 0, 20, 20, 20, 0, 0])
+    np.testing.assert_array_equal(k_start[2:5], 48)
+
+
+def arguments(num_rows: int, num_requests: int, page_size: int, dtype: str = "bfloat16", head_dim: int = 128):
+    int32 = functools.partial(Shape, dtype="int32")
+    pool = Shape((2, 2, 40, page_size, 8, head_dim), dtype)
+    tables = int32(()), int32((50,)), int32((num_requests,)), int32((num_requests,))
+    return Shape((num_rows, 32, head_dim), dtype), int32((num_requests + 1,)), pool, *tables
+
+
+def lower(function, *operands) -> str:
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[MOSAIC_CALL])(*operands)
+    return exported.mlir_module()
+
+
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (512, 8), (512, 16), (300, 64)])
+def test_it_lowers_to_one_kernel(num_rows, page_size):
+    assert lower(extend, *arguments(num_rows, 3, page_size)).count("custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_it_lowers_inside_shard_map_on_a_part_of_the_devices(check_vma):
+    mesh = Mesh(np.array(jax.devices())[[1, 4, 6]], ("sp",))
+    q, _, pool, *_ = arguments(96, 3, 16)
+    int32 = functools.partial(Shape, dtype="int32")
+    pool = Shape((2, 2, 39, *pool.shape[3:]), pool.dtype)
+    specs = (P("sp"), P("sp"), P(None, None, "sp"), P(), P("sp"), P("sp"), P("sp"))
+    mapped = jax.shard_map(
+        lambda *operands: extend(*operands)[0], mesh=mesh, in_specs=specs, out_specs=P("sp"), check_vma=check_vma
+    )
+    module = lower(mapped, q, int32((6,)), pool, int32(()), int32((51,)), int32((3,)), int32((3,)))
+    assert module.count("custom_call @mosaic_gpu_v2") == 1
+
+
+@pytest.mark.parametrize(("num_rows", "num_requests"), [(0, 3), (5, 0)])
+def test_without_rows_or_requests_there_is_no_kernel(num_rows, num_requests):
+    assert "mosaic_gpu_v2" not in lower(extend, *arguments(num_rows, num_requests, 16))
+
+
+@pytest.mark.parametrize(
+    ("page_size", "dtype", "head_dim", "message"),
+    [(1, "bfloat16", 128, "multiples of 8"), (16, "float32", 128, "takes any"), (16, "bfloat16", 32, "takes any")],
+)
+def test_what_it_does_not_take_is_told_with_what_does(page_size, dtype, head_dim, message):
+    with pytest.raises(ValueError, match=message):
+        lower(extend, *arguments(8, 1, page_size, dtype, head_dim))
+
+
+def test_a_gradient_is_refused():
+    q, cu_q_lens, pool, *tables = (jnp.zeros(x.shape, x.dtype) for x in arguments(8, 1, 16))
+    with pytest.raises(NotImplementedError, match="forward only"):
+        jax.grad(lambda q: extend(q, cu_q_lens, pool, *tables)[0].astype(jnp.float32).sum())(q)
+
+
+@pytest.mark.parametrize(
+    ("where", "is_long", "expected"),
+    [
+        (("cpu", "", "bfloat16", 128), True, "blockwise"),
+        (("gpu", "9.0", "bfloat16", 128), True, "mosaic_gpu"),
+        (("gpu", "9.0", "bfloat16", 128), False, "triton"),
+        (("gpu", "9.0", "bfloat16", 256), True, "triton"),
+        (("gpu", "8.0", "float16", 64), True, "triton"),
+        (("gpu", "9.0", "float32", 128), True, "blockwise"),
+    ],
+)
+def test_the_default_is_the_fastest_that_takes_the_queries(where, is_long, expected, monkeypatch):
+    monkeypatch.setattr(api, "is_triton_usable", lambda: True)
+    api.default_variant.cache_clear()
+    assert api.default_variant(*where, page_size=16, is_long=is_long) == expected
+    api.default_variant.cache_clear()
