@@ -1,4 +1,4 @@
-"""Speed of extend attention's Triton variant beside prefill attention over the same pairs, on random data.
+"""Speed of extend attention beside prefill attention over the same pairs, on random data.
 
 python -m benchmarks.extend_kernel --out benchmarks/results/extend_kernel_1xH200.json
 """
@@ -18,9 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import DEFAULT_TUNING as MOSAIC_TUNING
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
 from loongjax_profiling.kernels.timing import device_seconds
 from loongjax_profiling.provenance import checked_out_commit
 
@@ -29,10 +32,8 @@ CASES = [(512, 32768, (32, 8)), (512, 131072, (32, 8)), (4, 131072, (32, 8)), (5
 """New tokens, keys before them, heads."""
 TUNINGS = [
     TUNING,
-    PagedTuning(block=64, stages=3, num_warps=8, programs_per_processor=1),
+    PagedTuning(block=64, stages=2, num_warps=8, programs_per_processor=2),
     PagedTuning(block=128, stages=2, num_warps=8, programs_per_processor=1),
-    PagedTuning(block=64, stages=2, num_warps=4, programs_per_processor=2),
-    PagedTuning(block=32, stages=3, num_warps=8, programs_per_processor=2),
 ]
 Attend = Callable[[Any, jax.Array], jax.Array]
 """The op, given its keys and values and the queries."""
@@ -42,8 +43,11 @@ def random_normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def extend(num_keys: int, num_kv_heads: int, page_size: int, tuning: PagedTuning) -> tuple[Attend, jax.Array]:
-    """The op over a randomly permuted table, given its pool."""
+def extend(
+    num_keys: int, num_kv_heads: int, page_size: int, tuning: PagedTuning | PrefillTuning
+) -> tuple[Attend, jax.Array]:
+    """The op over a randomly permuted table, given its pool, by the variant whose tuning it is."""
+    variant = triton_extend_attention if isinstance(tuning, PagedTuning) else mosaic_gpu_extend_attention
     num_pages = num_keys // page_size
     pool = random_normal(0, 1, 2, num_pages, page_size, num_kv_heads, HEAD_DIM)
     table = jnp.asarray(np.random.default_rng(0).permutation(num_pages), jnp.int32)
@@ -52,7 +56,7 @@ def extend(num_keys: int, num_kv_heads: int, page_size: int, tuning: PagedTuning
         cu_q_lens, start = jnp.array([0, q.shape[0]], jnp.int32), jnp.zeros(1, jnp.int32)
         tables = (table, start, start + num_keys)
         settings = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype), "tuning": tuning}
-        return triton_extend_attention(q, cu_q_lens, pool, jnp.int32(0), *tables, **settings)[0]
+        return variant(q, cu_q_lens, pool, jnp.int32(0), *tables, **settings)[0]
 
     return attend, pool
 
@@ -82,6 +86,7 @@ def measure(attend: Attend, keys: Any, num_new: int, num_q_heads: int, flops: fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tune", action="store_true", help="every tuning of the Triton variant, on the first case")
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
@@ -91,10 +96,13 @@ def main() -> None:
         variants: dict[str, Callable[[], tuple[Attend, Any]]] = {
             "prefill_attention": lambda n=num_keys, k=num_kv_heads: prefill(n, k)
         }
-        for tuning in TUNINGS if number == 0 else TUNINGS[:1]:
-            for page_size in (16, 1):
-                name = f"page size {page_size}, {dataclasses.astuple(tuning)}"
-                variants[name] = lambda n=num_keys, k=num_kv_heads, p=page_size, t=tuning: extend(n, k, p, t)
+        tunings = [(MOSAIC_TUNING, page_size) for page_size in (16, 64)]
+        chosen = TUNINGS if args.tune and number == 0 else TUNINGS[:1]
+        tunings += [(tuning, page_size) for tuning in chosen for page_size in (16, 1)]
+        for tuning, page_size in tunings:
+            implementation = "triton" if isinstance(tuning, PagedTuning) else "mosaic_gpu"
+            name = f"{implementation}, page size {page_size}, {dataclasses.astuple(tuning)}"
+            variants[name] = lambda n=num_keys, k=num_kv_heads, p=page_size, t=tuning: extend(n, k, p, t)
         prefill_s = None
         for name, make in variants.items():
             row: dict[str, Any] = {

@@ -202,7 +202,7 @@ def main() -> None:
                 continue
             weights = make_weights(case)
             for num_tokens in args.tokens:
-                candidates = tunings(num_tokens) if args.tune else [default_tuning(num_tokens)]
+                candidates = tunings(num_tokens) if args.tune else [default_tuning(num_tokens, is_gated=case.is_gated)]
                 for tuning in [None, *candidates]:
                     if time.monotonic() - started > args.seconds:
                         continue

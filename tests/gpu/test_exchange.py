@@ -279,14 +279,15 @@ def test_the_check_of_varying_axes_takes_them(peers):
 
 
 @jax.jit
-def _multiply(num_products: jax.Array) -> jax.Array:
-    x = jax.random.normal(jax.random.key(0), (8192, 8192), jnp.bfloat16)
-    return jax.lax.fori_loop(0, num_products, lambda _, x: x @ x / 90, x)[0, 0]
+def _multiply(seed: jax.Array) -> jax.Array:
+    x = jax.random.normal(jax.random.key(seed), (16_384, 16_384), jnp.bfloat16)
+    # The number is static, and small: loops of any other kind hold the dispatching thread until they are nearly over.
+    return jax.lax.fori_loop(0, 150, lambda _, x: x @ x / 128, x)[0, 0]
 
 
-def keep_busy(device: jax.Device, num_products: int) -> jax.Array:
-    """Nearly 2 ms of an H200 each."""
-    return _multiply(jax.device_put(np.int32(num_products), device))
+def keep_busy(device: jax.Device) -> jax.Array:
+    """Nearly 2 s of an H200."""
+    return _multiply(jax.device_put(np.int32(0), device))
 
 
 @pytest.mark.parametrize("late", [0, 1])
@@ -294,9 +295,10 @@ def test_a_late_peer_is_waited_for(peers, late):
     mesh = mesh_of((0, 1))
     three = chained(ERRORS, (5000, 5000, 700), 1)
     three(mesh, peers.table(mesh), np.int32(0))
-    keep_busy(jax.devices()[late], 1).block_until_ready()
-    blocked = keep_busy(jax.devices()[late], 1000)
+    keep_busy(jax.devices()[late]).block_until_ready()
+    blocked = keep_busy(jax.devices()[late])
     num_errors, status = three(mesh, peers.table(mesh), np.int32(1))
+    assert not blocked.is_ready(), "the peer is not late"  # pyright: ignore[reportAttributeAccessIssue]
     assert np.asarray(num_errors).tolist() == np.asarray(status).tolist() == [0, 0]
     blocked.block_until_ready()
 
@@ -309,9 +311,10 @@ def test_a_peer_that_does_not_come_is_reported_and_a_reset_mends_it(peers):
     program(mesh, peers.table(mesh), np.int32(0))[1].block_until_ready()
     assert not np.asarray(program(mesh, memory.table(mesh), np.int32(0))[1]).any()
     memory.check()
-    keep_busy(jax.devices()[1], 1).block_until_ready()
-    blocked = keep_busy(jax.devices()[1], 1000)
+    keep_busy(jax.devices()[1]).block_until_ready()
+    blocked = keep_busy(jax.devices()[1])
     _, status = program(mesh, memory.table(mesh), np.int32(1))
+    assert not blocked.is_ready(), "the peer is not late"  # pyright: ignore[reportAttributeAccessIssue]
     # The first gives up; the second hears of it with the next message.
     assert np.asarray(status).all()
     first, second = jax.devices()[:2]

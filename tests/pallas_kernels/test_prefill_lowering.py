@@ -143,8 +143,7 @@ def test_a_tuning_that_cannot_run_is_refused(fields):
         PrefillTuning(**fields)
 
 
-def test_only_hopper_prefers_its_kernel_and_only_where_there_is_one(monkeypatch):
-    monkeypatch.setattr(api, "BEST_ON_HOPPER", "mosaic_gpu")
+def test_only_hopper_prefers_its_kernel_and_only_where_there_is_one():
     api.default_variant.cache_clear()
     assert api.default_variant("gpu", "9.0", "bfloat16", 128) == "mosaic_gpu"
     assert api.default_variant("gpu", "9.0", "float16", 64) == "mosaic_gpu"

@@ -231,8 +231,7 @@ def test_prefill_attention_takes_this_kernel_where_hoppers_cannot_serve(gpu_mach
     assert prefill_api.default_variant("gpu", capability, dtype, head_dim) == "triton"
 
 
-def test_prefill_attention_takes_hoppers_kernel_where_it_can(gpu_machine, monkeypatch):
-    monkeypatch.setattr(prefill_api, "BEST_ON_HOPPER", "mosaic_gpu")
+def test_prefill_attention_takes_hoppers_kernel_where_it_can(gpu_machine):
     assert prefill_api.default_variant("gpu", "9.0", "bfloat16", 128) == "mosaic_gpu"
 
 

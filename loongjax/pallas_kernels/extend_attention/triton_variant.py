@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int32
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning, Tiles, attend_tiles, check_supported
 from loongjax.pallas_kernels.varying import vary_as
 
-TUNING = PagedTuning(block=64, stages=2, num_warps=8, programs_per_processor=2)
+TUNING = PagedTuning(block=64, stages=2, num_warps=4, programs_per_processor=2)
 TILE_MEMBERS = 128
 """Queries of a tile times query heads of a KV head: enough for the tensor cores, few enough for the registers."""
 

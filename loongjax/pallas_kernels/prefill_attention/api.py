@@ -33,7 +33,6 @@ VARIANTS = {
     "reference": reference_prefill_attention,
     "triton": _triton,
 }
-BEST_ON_HOPPER = "blockwise"
 
 
 def prefill_attention(
@@ -106,7 +105,7 @@ def default_variant(platform: str, compute_capability: str, dtype: str, head_dim
     if platform != "gpu":
         return "blockwise"
     if compute_capability == "9.0" and is_supported(dtype, head_dim):
-        return BEST_ON_HOPPER
+        return "mosaic_gpu"
     # Before Ampere, Triton uses no tensor cores, and its kernel's blocks do not fit the shared memory.
     major = compute_capability.partition(".")[0]
     if major.isdigit() and int(major) >= 8 and is_triton_usable():

@@ -53,7 +53,7 @@ def project(
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
-    default = _default_variant(x, len(weights))
+    default = _default_variant(x, tuple(weights), is_gated=False)
     variant = pick_variant("project", implementation, PROJECT_VARIANTS, default=default)
     _check("project", x, weights)
     return variant(x, tuple(weights), out_dtype=jnp.dtype(x.dtype if out_dtype is None else out_dtype))
@@ -79,7 +79,7 @@ def project_gated(
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
-    default = _default_variant(x, 2)
+    default = _default_variant(x, (gate, up), is_gated=True)
     variant = pick_variant("project_gated", implementation, PROJECT_GATED_VARIANTS, default=default)
     _check("project_gated", x, (gate, up))
     if gate.shape != up.shape:
@@ -87,13 +87,16 @@ def project_gated(
     return variant(x, gate, up)
 
 
-def _default_variant(x: jax.Array, num_weights: int) -> str:
+def _default_variant(x: jax.Array, weights: tuple[jax.Array, ...], *, is_gated: bool) -> str:
     """The fastest variant on the devices of this process."""
     if not is_triton_usable():
         return "reference"
-    from loongjax.pallas_kernels.projection.triton_variant import is_supported
+    from loongjax.pallas_kernels.projection.triton_variant import is_fastest, is_supported
 
-    return "triton" if is_supported(x.dtype.name, x.shape[0], x.shape[1], num_weights) else "reference"
+    num_tokens, in_dim = x.shape
+    num_rows = sum(weight.shape[0] for weight in weights)
+    is_taken = is_supported(x.dtype.name, num_tokens, in_dim, len(weights))
+    return "triton" if is_taken and is_fastest(num_tokens, num_rows, is_gated=is_gated) else "reference"
 
 
 def _check(op: str, x: jax.Array, weights: tuple[jax.Array, ...]) -> None:
