@@ -141,21 +141,19 @@ class DenseKeys(NamedTuple):
     k_gmem: Any  # [padded_S, K, H]
     v_gmem: Any  # [padded_S, K, H]
 
-    def copies_per_block(self, block_kv: int) -> int:
-        return 1
+    def locate(self, begin: jax.Array, block_kv: int) -> jax.Array:
+        """Where the block of keys is that begins there."""
+        return pl.multiple_of(begin, TMA_ROWS)
 
-    def copy(
-        self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any
-    ) -> None:
-        """Brings the block of keys, or values, that begins there to a tile of shared memory."""
-        keys = pl.ds(pl.multiple_of(begin, TMA_ROWS), tile.shape[0])
+    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+        """Brings the located block of keys, or of values, to a tile of shared memory."""
         gmem = self.v_gmem if values else self.k_gmem
-        plgpu.copy_gmem_to_smem(gmem.at[keys, kv_head], tile, ready, **options)
+        plgpu.copy_gmem_to_smem(gmem.at[pl.ds(place, tile.shape[0]), kv_head], tile, ready, **options)
 
 
 class PagedKeys(NamedTuple):
-    """Keys and values in pages of a pool. Entry i of the table holds keys i * page_size and on: a block's keys are
-    fetched in as many pieces as it has pages, or parts of pages.
+    """Keys and values in pages of a pool. Entry i of the table holds the keys i * page_size and on: a block is fetched
+    in as many pieces as it has pages, or parts of pages.
     """
 
     pool_gmem: Any  # [L * 2 * P * page_size, K, H]
@@ -164,26 +162,30 @@ class PagedKeys(NamedTuple):
     num_pages: int
     page_size: int
 
-    def copies_per_block(self, block_kv: int) -> int:
-        return block_kv // math.gcd(self.page_size, block_kv)
-
-    def copy(
-        self, begin: jax.Array, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any
-    ) -> None:
-        """As `DenseKeys.copy`, with as many copies as `copies_per_block` says."""
-        piece = math.gcd(self.page_size, tile.shape[0])
-        first_page = (self.layer_gmem[0] * 2 + int(values)) * self.num_pages
-
-        # A loop, since what is unrolled takes minutes to compile.
-        @pl.loop(0, tile.shape[0], step=piece)
-        def _(place):
-            key = begin + place
+    def locate(self, begin: jax.Array, block_kv: int) -> list[jax.Array]:
+        """The slots, of the first layer's keys, at which the block's pieces begin: all entries are loaded at once."""
+        slots = []
+        for offset in range(0, block_kv, math.gcd(self.page_size, block_kv)):
+            key = begin + offset
             entry = jnp.minimum(key // self.page_size, self.page_indices_gmem.shape[0] - 1)
             # Entries that no request names may hold anything.
             page = jnp.clip(self.page_indices_gmem[entry], 0, self.num_pages - 1)
-            slot = (first_page + page) * self.page_size + lax.rem(key, jnp.int32(self.page_size))
+            slots.append(page * self.page_size + lax.rem(key, jnp.int32(self.page_size)))
+        return slots
+
+    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+        """As `DenseKeys.copy`, in as many copies as there are pieces."""
+        piece = tile.shape[0] // len(place)
+        first_slot = (self.layer_gmem[0] * 2 + int(values)) * self.num_pages * self.page_size
+
+        # A loop, since copies that are unrolled take minutes to compile.
+        @pl.loop(0, len(place))
+        def _(number):
+            slot = first_slot + functools.reduce(
+                lambda found, i: jnp.where(number == i, place[i], found), range(1, len(place)), place[0]
+            )
             slots = pl.ds(pl.multiple_of(slot, TMA_ROWS), piece)
-            piece_of_tile = tile.at[pl.ds(pl.multiple_of(place, piece), piece)]
+            piece_of_tile = tile.at[pl.ds(pl.multiple_of(number * piece, piece), piece)]
             plgpu.copy_gmem_to_smem(self.pool_gmem.at[slots, kv_head], piece_of_tile, ready, **options)
 
 
@@ -334,7 +336,7 @@ def copy_key_blocks(keys: DenseKeys | PagedKeys, scratch: Scratch, work: Work, t
     @pl.loop(0, work.num_blocks)
     def _(step):
         stage = lax.rem(step, jnp.int32(tuning.num_stages))
-        begin = work.block_begin(step, tuning.block_kv)
+        place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
         for tiles, ready, free in (
             (scratch.k, scratch.k_ready, scratch.k_free),
             (scratch.v, scratch.v_ready, scratch.v_free),
@@ -345,7 +347,7 @@ def copy_key_blocks(keys: DenseKeys | PagedKeys, scratch: Scratch, work: Work, t
                 plgpu.barrier_wait(free.at[stage])
 
             tile, is_values = tiles.at[stage], tiles is scratch.v
-            keys.copy(begin, work.kv_head, tile, ready.at[stage], values=is_values, collective_axes=axes)
+            keys.copy(place, work.kv_head, tile, ready.at[stage], values=is_values, collective_axes=axes)
 
 
 def attend_rows(setting: Setting, work: Work) -> tuple[jax.Array, jax.Array]:
