@@ -16,7 +16,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import statistics
 import sys
@@ -24,10 +23,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
-
-# NVLink multicast can take GPUs that others share out of service; XLA's CPU client can deadlock in a small thread pool.
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
-os.environ.setdefault("NPROC", "32")
 
 import jax
 import jax.numpy as jnp

@@ -9,6 +9,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # XLA's CPU client can deadlock on few cores when collective programs are queued: it sizes its pool by this variable.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault("JAX_NUM_CPU_DEVICES", "8")
+# NVLink multicast can take GPUs that others share out of service.
+os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 if not os.path.exists("/dev/nvidiactl"):
     # Tests compile much and run little: on the CPU this takes a third off the time.
     os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"

@@ -1,11 +1,7 @@
 """Ring attention on all GPUs, in both variants for GPUs, against the float32 reference on one."""
 
 import functools
-import os
 from collections.abc import Iterator
-
-# NVLink multicast can take GPUs that others share out of service.
-os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
 
 import jax
 import jax.numpy as jnp
