@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.core import ShapedArray
 from jax_triton import triton_lib
 
@@ -42,7 +43,7 @@ def triton_call(
         num_warps: of one program.
         num_stages: of the kernel's software pipelines.
         aliases: operands whose memory becomes that of a result: place among the operands to place among the results.
-        constants: the kernel's `tl.constexpr` parameters.
+        constants: the kernel's `tl.constexpr` parameters; Triton does not know numpy's numbers, so they are converted.
 
     Raises:
         NotImplementedError: a gradient is asked for.
@@ -62,7 +63,7 @@ def triton_call(
         num_ctas=1,
         compute_capability=compute_capability(),
         enable_fp_fusion=True,
-        metaparams=constants,
+        metaparams={k: x.item() if isinstance(x, np.generic) else x for k, x in constants.items()},
         dump=False,
     )
     library = triton_lib.triton_kernel_call_lib

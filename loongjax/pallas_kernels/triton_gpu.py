@@ -13,6 +13,8 @@ from loongjax.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 HOPPER_NUM_PROCESSORS = 132
+LEAST_MAJOR = 8
+"""Ampere's compute capability: the oldest GPUs that Triton compiles for, and whose shared memory the blocks fit."""
 
 
 def num_multiprocessors() -> int:
@@ -38,11 +40,17 @@ def _any_gpu() -> jax.Device | None:
 
 @functools.cache
 def is_triton_usable() -> bool:
-    """Whether there is a GPU, and the packages that Triton variants need; told once if only they are missing."""
-    if _any_gpu() is None:
+    """Whether there is an NVIDIA GPU from Ampere on, and the packages that Triton variants need; told once if not."""
+    gpu = _any_gpu()
+    if gpu is None:
+        return False
+    capability = str(getattr(gpu, "compute_capability", ""))
+    major = capability.partition(".")[0]
+    if not major.isdigit() or int(major) < LEAST_MAJOR:
+        logger.warning("no Triton kernels for compute capability %r, so slower variants are used", capability)
         return False
     if missing := _missing_packages():
-        logger.warning("%s is not installed, so slower attention is used: pip install 'loongjax[gpu]'", missing[0])
+        logger.warning("%s is not installed, so slower variants are used: pip install 'loongjax[gpu]'", missing[0])
     return not missing
 
 

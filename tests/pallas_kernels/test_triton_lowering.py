@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,22 @@ from jax.sharding import PartitionSpec as P
 from jax_triton import triton_lib
 
 from loongjax.errors import ConfigError
-from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update, prefill_attention, triton_gpu
+from loongjax.pallas_kernels import (
+    decode_attention,
+    extend_attention,
+    kv_update,
+    prefill_attention,
+    project,
+    triton_gpu,
+)
 from loongjax.pallas_kernels.decode_attention import api as decode_api
+from loongjax.pallas_kernels.extend_attention import api as extend_api
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention import api as prefill_api
 from loongjax.pallas_kernels.prefill_attention import triton_variant as prefill_variant
+from loongjax.pallas_kernels.prefill_attention.triton_kernel import prefill_kernel
 from loongjax.pallas_kernels.prefill_attention.triton_variant import TritonPrefillTuning
+from loongjax.pallas_kernels.triton_call import triton_call
 
 Shape = jax.ShapeDtypeStruct
 TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
@@ -150,6 +161,20 @@ def test_they_lower_inside_shard_map_on_a_part_of_the_devices(check_vma):
     assert module.count("custom_call @triton_kernel_call_ffi") == 3
 
 
+def test_a_constant_of_a_kernel_may_be_a_number_of_numpys():
+    q, *others, out = (Shape((16, 1, 32), "float16"),) * 4
+    bounds, lse = Shape((16,), "int32"), Shape((16, 1), "float32")
+    sizes = {"num_kv_heads": 1, "group_size": 1, "head_dim": 32, "block_q": 16, "block_k": 16, "stages": 1}
+
+    def call(*arrays):
+        settings = {"scale": np.float32(0.3), **sizes}
+        return triton_call(
+            *arrays, 16, 16, kernel=prefill_kernel, name="prefill", out_shape=[out, lse], grid=(1, 1), **settings
+        )
+
+    assert "triton_kernel_call_ffi" in lower(call, q, *others, bounds, bounds)
+
+
 def test_rows_or_tables_that_are_not_there_need_no_kernel():
     for num_rows, num_entries in ((0, 50), (3, 0)):
         q, pool, layer, _, starts, lens = decode_arguments(num_rows, (4, 2, 64), 16, "bfloat16")
@@ -188,12 +213,18 @@ def test_a_block_that_cannot_work_is_refused(block):
 
 @pytest.fixture
 def gpu_machine(monkeypatch):
-    """As far as choosing variants goes."""
-    monkeypatch.setattr(triton_gpu, "_any_gpu", lambda: jax.devices()[0])
-    caches = (triton_gpu.is_triton_usable, decode_api.default_variant, prefill_api.default_variant)
+    """As far as choosing variants goes: a GPU, whose `compute_capability` a test may change before it asks."""
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+    monkeypatch.setattr(triton_gpu, "_any_gpu", lambda: gpu)
+    caches = (
+        triton_gpu.is_triton_usable,
+        decode_api.default_variant,
+        extend_api.default_variant,
+        prefill_api.default_variant,
+    )
     for function in caches:
         function.cache_clear()
-    yield
+    yield gpu
     monkeypatch.undo()
     for function in caches:
         function.cache_clear()
@@ -241,8 +272,6 @@ def test_prefill_attention_takes_hoppers_kernel_where_it_can(gpu_machine):
         ("9.0", "float32", 128),
         ("8.0", "float32", 64),
         ("8.0", "bfloat16", 96),
-        ("7.5", "float16", 64),
-        ("gfx942", "bfloat16", 64),
     ],
 )
 def test_prefill_attention_says_once_that_no_kernel_serves(gpu_machine, caplog, capability, dtype, head_dim):
@@ -251,6 +280,19 @@ def test_prefill_attention_says_once_that_no_kernel_serves(gpu_machine, caplog, 
             assert prefill_api.default_variant("gpu", capability, dtype, head_dim) == "blockwise"
     message = f"no kernel for {dtype} with head_dim {head_dim}, using the slower 'blockwise'"
     assert caplog.text.count(message) == 1
+
+
+@pytest.mark.parametrize("capability", ["7.5", "gfx942", ""])
+def test_no_op_takes_a_triton_kernel_where_triton_compiles_for_none(gpu_machine, caplog, capability):
+    gpu_machine.compute_capability = capability
+    assert decode_api.default_variant("bfloat16", 128) == "blockwise"
+    assert prefill_api.default_variant("gpu", capability, "bfloat16", 128) == "blockwise"
+    for is_long in (False, True):
+        found = extend_api.default_variant("gpu", capability, "bfloat16", 128, page_size=16, is_long=is_long)
+        assert found == "blockwise"
+    x, weight = Shape((1, 64), "bfloat16"), Shape((16, 64), "bfloat16")
+    assert "triton_kernel_call_ffi" not in lower(lambda x, weight: project(x, (weight,)), x, weight)
+    assert caplog.text.count(f"no Triton kernels for compute capability {capability!r}") == 1
 
 
 def test_a_gpu_without_the_packages_is_told_what_to_install(gpu_machine, monkeypatch, caplog):

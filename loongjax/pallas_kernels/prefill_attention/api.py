@@ -106,9 +106,7 @@ def default_variant(platform: str, compute_capability: str, dtype: str, head_dim
         return "blockwise"
     if compute_capability == "9.0" and is_supported(dtype, head_dim):
         return "mosaic_gpu"
-    # Before Ampere, Triton uses no tensor cores, and its kernel's blocks do not fit the shared memory.
-    major = compute_capability.partition(".")[0]
-    if major.isdigit() and int(major) >= 8 and is_triton_usable():
+    if is_triton_usable():
         from loongjax.pallas_kernels.prefill_attention import triton_variant
 
         if triton_variant.is_supported(dtype, head_dim):
