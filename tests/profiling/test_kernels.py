@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.extend_attention import api as extend_api
 from loongjax_profiling.command import KernelsCommand, main
 from loongjax_profiling.kernels import profile
 from loongjax_profiling.kernels.case import Case, Row
@@ -112,6 +113,19 @@ def test_full_lengths_have_the_targets_of_the_project_and_shrunk_ones_none():
     assert targets["512 on 128K, 32/8, page size 1"] == ">= 80%"
     assert targets["4 on 128K, 32/8, page size 1"] == ""
     assert {format_target(case) for case in cases(256)} == {""}
+
+
+def test_every_extension_is_timed_in_the_variant_that_it_takes_by_itself(monkeypatch):
+    def default_variant(*where, page_size, is_long):
+        return f"pages of {page_size}, {'long' if is_long else 'short'}"
+
+    monkeypatch.setattr(extend_api, "default_variant", default_variant)
+    cases = extend_cases(None, 1, prefill_variant="reference")
+    variants = {case.work: case.variant for case in cases}
+    assert variants["512 on 32K, 32/8, page size 16"] == "pages of 16, long"
+    assert variants["512 on 32K, 32/8, page size 1"] == "pages of 1, long"
+    assert variants["4 on 128K, 32/8, page size 16"] == "pages of 16, short"
+    assert variants["4 on 128K, 32/8, no pages"] == "prefill reference"
 
 
 def test_what_is_compared_with_a_baseline_brings_it_along():

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update, prefill_attention
+from loongjax.pallas_kernels.extend_attention import api as extend_api
 from loongjax_profiling.kernels.case import Case, Repeat
 from loongjax_profiling.kernels.chain import chain, repeat_step
 
@@ -58,22 +59,25 @@ def decode_cases(variant: str, shrink: int) -> Iterator[Case]:
             )
 
 
-def extend_cases(variant: str, shrink: int, *, prefill_variant: str) -> Iterator[Case]:
-    """Every extension at page sizes 16 and 1, beside prefill attention; `shrink` divides the lengths."""
+def extend_cases(variant: str | None, shrink: int, *, prefill_variant: str) -> Iterator[Case]:
+    """Every extension at page sizes 16 and 1, beside prefill attention; `shrink` divides the lengths. Without a variant
+    each case takes its default here.
+    """
     heads = (32, 8)
     for new, old in EXTENSIONS:
         num_new, num_old = max(1, new // shrink), max(1, old // shrink)
         unpaged = f"{new} on {old // 1024}K, 32/8, no pages"
         amount = 4.0 * num_new * num_old * heads[0] * HEAD_DIM
         for page_size in (16, 1):
+            chosen = variant or default_extend_variant(page_size, num_new)
             yield Case(
                 op="extend_attention",
                 work=f"{new} on {old // 1024}K, 32/8, page size {page_size}",
-                variant=variant,
+                variant=chosen,
                 amount=amount,
                 unit="FLOP",
-                build=lambda num_new=num_new, num_old=num_old, page_size=page_size: _extend(
-                    variant, num_new, num_old, heads, page_size
+                build=lambda chosen=chosen, num_new=num_new, num_old=num_old, page_size=page_size: _extend(
+                    chosen, num_new, num_old, heads, page_size
                 ),
                 baseline=(unpaged, f"prefill {prefill_variant}"),
                 least_share=EXTEND_SHARE if shrink == 1 and new == 512 else None,
@@ -86,6 +90,14 @@ def extend_cases(variant: str, shrink: int, *, prefill_variant: str) -> Iterator
             unit="FLOP",
             build=lambda num_new=num_new, num_old=num_old: _prefill(prefill_variant, num_new, num_old, heads),
         )
+
+
+def default_extend_variant(page_size: int, num_new: int) -> str:
+    """What extend attention takes here by itself for one request of so many new tokens."""
+    device = jax.local_devices()[0]
+    where = device.platform, getattr(device, "compute_capability", ""), "bfloat16", HEAD_DIM
+    is_long = num_new >= extend_api.LEAST_QUERIES
+    return extend_api.default_variant(*where, page_size=page_size, is_long=is_long)
 
 
 def update_cases(variant: str, shrink: int) -> Iterator[Case]:

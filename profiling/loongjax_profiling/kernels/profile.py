@@ -13,10 +13,11 @@ from loongjax.pallas_kernels.decode_attention import api as decode_api
 from loongjax.pallas_kernels.extend_attention import api as extend_api
 from loongjax.pallas_kernels.kv_update import api as update_api
 from loongjax.pallas_kernels.prefill_attention import api as prefill_api
+from loongjax.pallas_kernels.triton_gpu import is_triton_usable
 from loongjax_profiling.command import KernelsCommand
 from loongjax_profiling.kernels.case import Case
 from loongjax_profiling.kernels.dense import prefill_cases
-from loongjax_profiling.kernels.paged import decode_cases, extend_cases, update_cases
+from loongjax_profiling.kernels.paged import HEAD_DIM, decode_cases, extend_cases, update_cases
 from loongjax_profiling.kernels.rivals import installed_rivals
 from loongjax_profiling.kernels.table import format_rate, format_table, measure, to_json
 from loongjax_profiling.kernels.timing import copy_bytes_per_second
@@ -56,23 +57,20 @@ def profile_kernels(command: KernelsCommand) -> int:
 
 def choose_cases(command: KernelsCommand, *, is_gpu: bool) -> list[Case]:
     """Raises ConfigError for a variant that an op to be timed does not have."""
-    variants: dict[str, str] = {}
+    chosen = command.implementation
     for op in command.ops:
         names = APIS[op].VARIANTS
-        if command.implementation is not None and command.implementation not in names:
-            raise ConfigError(
-                f"--implementation {command.implementation}: {op} has {', '.join(names)}; --ops leaves ops out"
-            )
-        variants[op] = command.implementation or fastest(op, is_gpu=is_gpu)
+        if chosen is not None and chosen not in names:
+            raise ConfigError(f"--implementation {chosen}: {op} has {', '.join(names)}; --ops leaves ops out")
     shrink = command.shrink or (1 if is_gpu else CPU_SHRINK)
-    prefill_variant = fastest("prefill", is_gpu=is_gpu)
+    prefill_variant = default_variant("prefill")
     made = {
-        "decode": lambda variant: decode_cases(variant, shrink),
-        "extend": lambda variant: extend_cases(variant, shrink, prefill_variant=prefill_variant),
-        "kv_update": lambda variant: update_cases(variant, shrink),
-        "prefill": lambda variant: prefill_cases(variant, shrink, installed_rivals() if is_gpu else {}),
+        "decode": lambda: decode_cases(chosen or default_variant("decode"), shrink),
+        "extend": lambda: extend_cases(chosen, shrink, prefill_variant=prefill_variant),
+        "kv_update": lambda: update_cases(chosen or default_variant("kv_update"), shrink),
+        "prefill": lambda: prefill_cases(chosen or prefill_variant, shrink, installed_rivals() if is_gpu else {}),
     }
-    return list(itertools.chain.from_iterable(made[op](variant) for op, variant in variants.items()))
+    return list(itertools.chain.from_iterable(made[op]() for op in dict.fromkeys(command.ops)))
 
 
 def select(cases: Sequence[Case], only: str) -> list[Case]:
@@ -82,9 +80,14 @@ def select(cases: Sequence[Case], only: str) -> list[Case]:
     return [case for case in cases if case in chosen or (case.op, case.work, case.variant) in baselines]
 
 
-def fastest(op: str, *, is_gpu: bool) -> str:
-    """The fastest variant, also one that is not the default yet."""
-    kernels = {"decode": "triton", "extend": "triton", "kv_update": "triton", "prefill": "mosaic_gpu"}
-    if is_gpu:
-        return kernels[op]
-    return "reference" if op == "kv_update" else "blockwise"
+def default_variant(op: str) -> str:
+    """What decode or prefill attention or kv_update takes here by itself."""
+    match op:
+        case "decode":
+            return decode_api.default_variant("bfloat16", HEAD_DIM)
+        case "kv_update":
+            return "triton" if is_triton_usable() else "reference"
+        case _:
+            device = jax.local_devices()[0]
+            capability = getattr(device, "compute_capability", "")
+            return prefill_api.default_variant(device.platform, capability, "bfloat16", HEAD_DIM)
