@@ -125,6 +125,19 @@ def test_multi_master_decode_is_two_kernels_and_those_of_attention(check_vma):
     assert "stablehlo.all_" not in module
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "complex64"])
+def test_what_the_kernels_do_not_take_is_left_to_xla_unless_they_are_named(dtype):
+    x, o, lse = Shape((6, 8), dtype), Shape((9, 1, 2, 4100), "float32"), Shape((9, 1, 2), "float32")
+    assert num_kernels(lower(lambda peers, x: all_gather(x, "sp", peers)[None], line(3), x)) == 0
+    assert num_kernels(lower(lambda peers, o, lse: exchange_and_merge(o, lse, "sp", peers)[0], line(3), o, lse)) == 0
+    with pytest.raises(ValueError, match=f"takes bfloat16.* got {dtype}"):
+        lower(lambda peers, x: all_gather(x, "sp", peers, implementation="triton")[None], line(3), x)
+    with pytest.raises(ValueError, match="do not fit"):
+        lower(
+            lambda peers, o, lse: exchange_and_merge(o, lse, "sp", peers, implementation="triton")[0], line(3), o, lse
+        )
+
+
 def test_large_messages_are_left_to_xla():
     def body(peers, x, o, lse):
         y = all_reduce(x[0], "sp", peers)

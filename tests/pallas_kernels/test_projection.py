@@ -153,6 +153,17 @@ def test_with_a_gpu_the_kernel_serves_what_it_takes(monkeypatch, shape, dtype, n
     assert lower(lambda x, weights: project(x, weights), Shape(shape, dtype), weights).count(CALL) == is_kernel
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "out_dim", "plain", "gated"),
+    [(1, 32_000, True, True), (8, 24_000, True, True), (8, 24_008, False, True), (9, 24_000, True, False)],
+)
+def test_with_a_gpu_the_kernel_serves_where_it_was_the_faster(monkeypatch, num_tokens, out_dim, plain, gated):
+    monkeypatch.setattr(projection_api, "is_triton_usable", lambda: True)
+    x, weight = Shape((num_tokens, 64), "bfloat16"), Shape((out_dim, 64), "bfloat16")
+    assert lower(lambda x, weight: project(x, (weight,)), x, weight).count(CALL) == plain
+    assert lower(lambda *operands: project_gated(*operands), x, weight, weight).count(CALL) == gated
+
+
 def test_without_a_gpu_plain_jax_serves():
     weight = Shape((16, 64), "bfloat16")
     assert CALL not in lower(project_gated, Shape((1, 64), "bfloat16"), weight, weight)

@@ -32,6 +32,10 @@ MAX_MERGED_BYTES = 1024 * 1024
 """Of one rank's partial outputs of another rank's rows."""
 
 REDUCED_DTYPES = ("bfloat16", "float16", "float32")
+GATHERED_DTYPES = (*REDUCED_DTYPES, "bool", "int8", "int16", "int32", "uint8", "uint16", "uint32")
+"""Others can travel as an integer of their size (`jax.lax.bitcast_convert_type`)."""
+MAX_HEAD_DIM = 4096
+"""Of a row that is merged: it has to fit a message."""
 
 
 def all_reduce(
@@ -65,14 +69,14 @@ def all_gather(
         x: this rank's array.
         axis_name: the mesh axis.
         peers: of the mesh.
-        implementation: "reference" (by XLA), "triton" (numbers of 4, 2 or 1 bytes), or None for "triton" where there
-            are peers and x has at most `MAX_GATHERED_BYTES`, "reference" elsewhere.
+        implementation: "reference" (by XLA), "triton" (`GATHERED_DTYPES`), or None for "triton" where there are peers
+            and x has at most `MAX_GATHERED_BYTES`, "reference" elsewhere.
 
     Raises:
-        ValueError: an unknown implementation, "triton" without peers, or peers of another mesh.
+        ValueError: an unknown implementation, "triton" without peers or of another dtype, or peers of another mesh.
         ConfigError: "triton" without the packages that it needs.
     """
-    is_small = peers is not None and x.nbytes <= MAX_GATHERED_BYTES
+    is_small = peers is not None and x.nbytes <= MAX_GATHERED_BYTES and x.dtype.name in GATHERED_DTYPES
     variant = pick_variant("all_gather", implementation, ALL_GATHER, default="triton" if is_small else "reference")
     return variant(x, axis_name, peers)
 
@@ -105,7 +109,7 @@ def exchange_and_merge(
             mesh.
         ConfigError: "triton" without the packages that it needs.
     """
-    is_small = peers is not None and o.nbytes // o.shape[0] <= MAX_MERGED_BYTES
+    is_small = peers is not None and o.nbytes // o.shape[0] <= MAX_MERGED_BYTES and o.shape[-1] <= MAX_HEAD_DIM
     name = "triton" if is_small else "reference"
     variant = pick_variant("exchange_and_merge", implementation, EXCHANGE_AND_MERGE, default=name)
     return variant(o, lse, axis_name, peers, jnp.dtype(out_dtype))
@@ -145,6 +149,8 @@ def _triton_all_reduce(x: jax.Array, axis_name: str, peers: jax.Array | None) ->
 def _triton_all_gather(x: jax.Array, axis_name: str, peers: jax.Array | None) -> jax.Array:
     if _is_trivial(x, axis_name):
         return reference_all_gather(x, axis_name)
+    if x.dtype.name not in GATHERED_DTYPES:
+        raise ValueError(f"all_gather: implementation 'triton' takes {', '.join(GATHERED_DTYPES)}, got {x.dtype.name}")
     group = _group("all_gather", axis_name, peers)
     from loongjax.pallas_kernels.exchange.launch import ExchangeTuning, triton_all_gather
 
