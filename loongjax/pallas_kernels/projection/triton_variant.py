@@ -121,8 +121,8 @@ def _launch(
     is_gated = len(out_dims) < len(weights)
     tuning = default_tuning(num_tokens, is_gated=is_gated) if tuning is None else tuning
     rows_per_program = tuning.rows_per_program(sum(out_dims))
-    is_missing = MOST_WEIGHTS - len(out_dims)
-    a_rows, b_rows, c_rows = *out_dims, *(0,) * is_missing
+    num_missing = MOST_WEIGHTS - len(out_dims)
+    a_rows, b_rows, c_rows = *out_dims, *(0,) * num_missing
     # In place of matrices that are not there: the first again, of which no rows are read, and results of one element.
     results = [jax.ShapeDtypeStruct((num_tokens, rows), out_dtype) for rows in out_dims]
     padded_tokens = max(LEAST_PADDED_TOKENS, 1 << (num_tokens - 1).bit_length())
@@ -132,7 +132,7 @@ def _launch(
         *weights[:1] * (MOST_WEIGHTS - len(weights)),
         kernel=project_kernel,
         name="project_gated" if is_gated else "project",
-        out_shape=[*results, *[jax.ShapeDtypeStruct((1,), out_dtype)] * is_missing],
+        out_shape=[*results, *[jax.ShapeDtypeStruct((1,), out_dtype)] * num_missing],
         grid=(sum(-(-rows // rows_per_program) for rows in out_dims),),
         num_warps=tuning.num_warps,
         num_stages=tuning.stages,
