@@ -1,0 +1,36 @@
+"""What all the forms of time hold to: coefficients that are not negative, and sizes padded to buckets."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from loongjax.errors import ConfigError
+
+
+def check_coefficients(form: Any) -> None:
+    """Raises ConfigError unless every float of this dataclass instance is finite and at least 0."""
+    for field in dataclasses.fields(form):
+        value = getattr(form, field.name)
+        if isinstance(value, float) and not (math.isfinite(value) and value >= 0.0):
+            raise ConfigError(
+                f"{field.name} of {type(form).__name__} must be a finite number, not negative, got {value}: fit again"
+            )
+
+
+def check_buckets(name: str, buckets: tuple[int, ...]) -> None:
+    """Raises ConfigError unless the buckets are at least 1 and ascending."""
+    if any(a >= b for a, b in zip((0, *buckets), buckets, strict=False)):
+        raise ConfigError(f"{name} must be at least 1 and ascending, got {list(buckets)}")
+
+
+def pad(sizes: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
+    """Each size, rounded up to the smallest bucket that holds it, or as it is beyond the largest: float64."""
+    if not buckets:
+        return sizes
+    ascending = np.asarray(buckets, np.float64)
+    index = np.searchsorted(ascending, sizes)
+    return np.where(index < len(buckets), ascending[np.minimum(index, len(buckets) - 1)], sizes)

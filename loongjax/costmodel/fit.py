@@ -1,0 +1,175 @@
+"""From measurements to a model: fits for each strategy, with errors on points that the fit has not seen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Sequence
+
+import numpy as np
+
+from loongjax.costmodel.decode_time import DecodeTime
+from loongjax.costmodel.floor import fit_with_floor
+from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint
+from loongjax.costmodel.migration_time import MigrationTime
+from loongjax.costmodel.model import FittedModel, StrategyTimes
+from loongjax.costmodel.model_shape import ModelShape
+from loongjax.costmodel.nonnegative import fit_nonnegative
+from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
+from loongjax.costmodel.relative_error import FitErrors, RelativeErrors
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
+from loongjax.errors import ConfigError
+
+HELD_OUT_EVERY = 5
+"""One distinct work in so many is held out."""
+LEAST_POINTS = 5
+"""Fewer points of a strategy say nothing about it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Padding:
+    """The sizes to which the measured engine pads; empty: it does not."""
+
+    token_buckets: tuple[int, ...] = ()
+    """Prefill tokens on one rank."""
+    row_buckets: tuple[int, ...] = ()
+    """Requests of one sub-batch."""
+
+
+def fit(measurements: Measurements, padding: Padding = Padding()) -> FittedModel:
+    """The model of all strategies that were measured.
+
+    Raises:
+        ConfigError: a strategy with fewer than 5 prefills without past tokens, or fewer than 5 decode steps.
+    """
+    strategies = sorted({point.strategy for point in (*measurements.prefills, *measurements.decodes)})
+    if not strategies:
+        raise ConfigError("there are no measured points: measure some, and fit again")
+    migration, migration_errors = _fit_migration(measurements.migrations, measurements.provenance.model)
+    return FittedModel(
+        provenance=measurements.provenance,
+        strategies={
+            strategy: _fit_strategy(
+                strategy,
+                [point for point in measurements.prefills if point.strategy == strategy],
+                [point for point in measurements.decodes if point.strategy == strategy],
+                padding,
+            )
+            for strategy in strategies
+        },
+        migration=migration,
+        migration_errors=migration_errors,
+    )
+
+
+def held_out(works: Sequence[Hashable], sizes: np.ndarray) -> np.ndarray:
+    """Which points to keep from the fit: bool [points].
+
+    Every fifth distinct work in order of size (float64 [points]; equal works have equal sizes), so that all scales are
+    tested and repeated measurements of one work stay on one side; never the smallest or the largest, which span the
+    range. None of fewer than 8 works.
+    """
+    distinct = {works[index]: None for index in np.argsort(sizes, kind="stable").tolist()}
+    if len(distinct) < 8:
+        return np.zeros(len(works), bool)
+    ranks = {work: rank for rank, work in enumerate(distinct)}
+    last = len(distinct) - 1
+    return np.asarray([ranks[w] % HELD_OUT_EVERY == HELD_OUT_EVERY // 2 and ranks[w] != last for w in works])
+
+
+def _fit_strategy(
+    strategy: Strategy, prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], padding: Padding
+) -> StrategyTimes:
+    fresh = [point for point in prefills if point.work.new_times_past == 0]
+    for kind, count in (("prefills without past tokens", len(fresh)), ("decode steps", len(decodes))):
+        if count < LEAST_POINTS:
+            raise ConfigError(
+                f"{strategy} has {count} {kind}, and a fit needs at least {LEAST_POINTS}: measure more of them"
+            )
+    paper, paper_errors = _fit_paper(fresh)
+    refined, refined_errors = _fit_refined(strategy, prefills, padding)
+    decode, decode_errors = _fit_decode(strategy, decodes, padding)
+    return StrategyTimes(
+        paper_prefill=paper,
+        paper_prefill_errors=paper_errors,
+        refined_prefill=refined,
+        refined_prefill_errors=refined_errors,
+        decode=decode,
+        decode_errors=decode_errors,
+    )
+
+
+def _fit_paper(points: Sequence[PrefillPoint]) -> tuple[PaperPrefillTime, FitErrors]:
+    totals = PrefillTotals.of([point.work for point in points])
+    measured_s, kept_out = _measured_and_held_out(points, totals.twice_num_pairs)
+    features = PaperPrefillTime.features(totals)
+    constant, per_token, per_square = fit_nonnegative(features[~kept_out], measured_s[~kept_out]).tolist()
+    paper = PaperPrefillTime(constant_s=constant, per_token_s=per_token, per_squared_token_s=per_square)
+    return paper, _errors(paper.seconds(totals), measured_s, kept_out)
+
+
+def _fit_refined(
+    strategy: Strategy, points: Sequence[PrefillPoint], padding: Padding
+) -> tuple[RefinedPrefillTime, FitErrors]:
+    totals = PrefillTotals.of([point.work for point in points])
+    measured_s, kept_out = _measured_and_held_out(points, totals.twice_num_pairs)
+    features = RefinedPrefillTime.features(totals, strategy.sp, padding.token_buckets)
+    floor, coefficients = fit_with_floor(features[~kept_out], measured_s[~kept_out])
+    constant, per_token, per_square, per_past = coefficients.tolist()
+    has_past = bool(totals.new_times_past.any())
+    refined = RefinedPrefillTime(
+        floor_s=floor,
+        constant_s=constant,
+        per_padded_token_s=per_token,
+        per_squared_token_s=per_square,
+        # Without chunks to learn from, a pair costs what it costs within a prompt.
+        per_new_times_past_s=per_past if has_past else 2.0 * per_square,
+        sp=strategy.sp,
+        token_buckets=padding.token_buckets,
+    )
+    return refined, _errors(refined.seconds(totals), measured_s, kept_out)
+
+
+def _fit_decode(strategy: Strategy, points: Sequence[DecodePoint], padding: Padding) -> tuple[DecodeTime, FitErrors]:
+    totals = DecodeTotals.of([point.work for point in points])
+    measured_s, kept_out = _measured_and_held_out(points, totals.busiest_keys + totals.num_rows)
+    features = DecodeTime.features(totals, strategy.sp, padding.row_buckets)
+    constant, per_row, per_key, per_exchange, per_master = fit_nonnegative(
+        features[~kept_out], measured_s[~kept_out]
+    ).tolist()
+    decode = DecodeTime(
+        constant_s=constant,
+        per_padded_row_s=per_row,
+        per_key_s=per_key,
+        per_exchanged_row_s=per_exchange,
+        per_extra_master_s=per_master,
+        sp=strategy.sp,
+        row_buckets=padding.row_buckets,
+    )
+    return decode, _errors(decode.seconds(totals), measured_s, kept_out)
+
+
+def _fit_migration(
+    points: Sequence[MigrationPoint], model: ModelShape
+) -> tuple[MigrationTime | None, FitErrors | None]:
+    if not points:
+        return None, None
+    sizes = np.asarray([MigrationTime.device_bytes(p.num_tokens, model, p.tp).item() for p in points])
+    measured_s = np.asarray([point.measured_s for point in points])
+    kept_out = held_out([(point.num_tokens, point.tp) for point in points], sizes)
+    features = np.column_stack([np.ones(len(points)), sizes])
+    latency, per_byte = fit_nonnegative(features[~kept_out], measured_s[~kept_out]).tolist()
+    migration = MigrationTime(latency_s=latency, per_byte_s=per_byte)
+    return migration, _errors(latency + per_byte * sizes, measured_s, kept_out)
+
+
+def _measured_and_held_out(
+    points: Sequence[PrefillPoint] | Sequence[DecodePoint], sizes: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    measured_s = np.asarray([point.measured_s for point in points])
+    return measured_s, held_out([point.work for point in points], sizes)
+
+
+def _errors(predicted_s: np.ndarray, measured_s: np.ndarray, kept_out: np.ndarray) -> FitErrors:
+    training = RelativeErrors.of(predicted_s[~kept_out], measured_s[~kept_out])
+    assert training is not None, "points are left to fit"
+    return FitErrors(training=training, held_out=RelativeErrors.of(predicted_s[kept_out], measured_s[kept_out]))

@@ -1,0 +1,108 @@
+"""The analytical model: times of iterations, from coefficients that were fitted to measurements."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from loongjax.costmodel.decode_time import DecodeTime
+from loongjax.costmodel.measurement import Provenance
+from loongjax.costmodel.migration_time import MigrationTime
+from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
+from loongjax.costmodel.relative_error import FitErrors
+from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy
+from loongjax.errors import ConfigError
+
+Source = Literal["fitted", "roofline"]
+
+
+@runtime_checkable
+class CostModel(Protocol):
+    """Predicted times, in seconds; many candidate batches in one call."""
+
+    @property
+    def source(self) -> Source:
+        """Whether the times come from measurements or are an estimate."""
+        ...
+
+    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+        """Times of prefills: float64, of the totals' broadcast shape."""
+        ...
+
+    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+        """Times of decode steps: float64, of the totals' broadcast shape."""
+        ...
+
+    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+        """Times of moving so many tokens' keys between instances of `tp` devices: float64, of the tokens' shape, [1] of
+        a number.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StrategyTimes:
+    """Everything known of one strategy, with the errors of each fit (None: coefficients that were not fitted here)."""
+
+    paper_prefill: PaperPrefillTime
+    decode: DecodeTime
+    refined_prefill: RefinedPrefillTime | None = None
+    """What predictions use; None: the paper's form."""
+    paper_prefill_errors: FitErrors | None = None
+    refined_prefill_errors: FitErrors | None = None
+    decode_errors: FitErrors | None = None
+
+    @property
+    def prefill(self) -> PaperPrefillTime | RefinedPrefillTime:
+        return self.refined_prefill or self.paper_prefill
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FittedModel:
+    """A `CostModel` of measured coefficients.
+
+    Every method raises ConfigError for what was not measured.
+    """
+
+    provenance: Provenance
+    strategies: Mapping[Strategy, StrategyTimes]
+    migration: MigrationTime | None = None
+    """None: no migration was measured."""
+    migration_errors: FitErrors | None = None
+
+    @property
+    def source(self) -> Source:
+        return "fitted"
+
+    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+        return self.times(strategy).prefill.seconds(totals)
+
+    def paper_prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+        """As `prefill_s`, in the paper's form."""
+        return self.times(strategy).paper_prefill.seconds(totals)
+
+    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+        return self.times(strategy).decode.seconds(totals)
+
+    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+        if self.migration is None:
+            raise ConfigError("the cost model has no migration time: measure migrations, and fit again")
+        return self.migration.seconds(num_tokens, self.provenance.model, tp)
+
+    def times(self, strategy: Strategy) -> StrategyTimes:
+        """What is known of this strategy."""
+        self.require([strategy])
+        return self.strategies[strategy]
+
+    def require(self, strategies: Iterable[Strategy]) -> None:
+        """Raises ConfigError unless all of these were measured."""
+        missing = [str(strategy) for strategy in strategies if strategy not in self.strategies]
+        if missing:
+            known = ", ".join(map(str, sorted(self.strategies))) or "none"
+            raise ConfigError(
+                f"the cost model knows nothing of {', '.join(missing)}, only of {known}: "
+                "measure those too, and fit again"
+            )

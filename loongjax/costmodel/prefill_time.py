@@ -1,0 +1,85 @@
+"""The time of a prefill on one strategy, in the paper's form and in one closer to what the engine runs."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from loongjax.costmodel.coefficients import check_buckets, check_coefficients, pad
+from loongjax.costmodel.work import PrefillTotals
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaperPrefillTime:
+    """Equation 7 of the paper: A + B sum(len) + C sum(len^2).
+
+    A chunk has no place in it; its len^2 is taken to be twice its query and key pairs, the same where nothing is past.
+    """
+
+    constant_s: float
+    """A, in seconds."""
+    per_token_s: float
+    """B, in seconds a token of the batch."""
+    per_squared_token_s: float
+    """C, in seconds a token squared."""
+
+    def __post_init__(self) -> None:
+        check_coefficients(self)
+
+    @staticmethod
+    def features(totals: PrefillTotals) -> np.ndarray:
+        """What A, B and C multiply: float64 [..., 3]."""
+        return _stack(np.ones(()), totals.num_tokens, totals.twice_num_pairs)
+
+    def seconds(self, totals: PrefillTotals) -> np.ndarray:
+        """float64, of the totals' broadcast shape."""
+        return (
+            self.constant_s + self.per_token_s * totals.num_tokens + self.per_squared_token_s * totals.twice_num_pairs
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RefinedPrefillTime:
+    """The longer of a floor and constant + B padded + C sum(new^2) + D sum(new x past).
+
+    `padded` are the tokens of one rank, in the bucket that holds them: the engine computes that many. The floor is what
+    a prefill takes however small it is, for reading the weights and launching kernels.
+    """
+
+    floor_s: float
+    constant_s: float
+    per_padded_token_s: float
+    """In seconds a padded token on each rank."""
+    per_squared_token_s: float
+    """In seconds a new token squared."""
+    per_new_times_past_s: float
+    """In seconds a new token and past token."""
+    sp: int
+    """Ranks that the tokens are spread over."""
+    token_buckets: tuple[int, ...]
+    """Sizes, ascending, that a rank's tokens are padded to; beyond the largest nothing is padded. Empty: nowhere."""
+
+    def __post_init__(self) -> None:
+        check_coefficients(self)
+        check_buckets("token_buckets", self.token_buckets)
+
+    @staticmethod
+    def features(totals: PrefillTotals, sp: int, token_buckets: tuple[int, ...]) -> np.ndarray:
+        """What all coefficients but the floor multiply, in order: float64 [..., 4]."""
+        padded = pad(np.ceil(totals.num_tokens / sp), token_buckets)
+        return _stack(np.ones(()), padded, totals.squared_lens, totals.new_times_past)
+
+    def seconds(self, totals: PrefillTotals) -> np.ndarray:
+        """float64, of the totals' broadcast shape."""
+        linear = (
+            self.constant_s
+            + self.per_padded_token_s * pad(np.ceil(totals.num_tokens / self.sp), self.token_buckets)
+            + self.per_squared_token_s * totals.squared_lens
+            + self.per_new_times_past_s * totals.new_times_past
+        )
+        return np.maximum(linear, self.floor_s)
+
+
+def _stack(*columns: np.ndarray) -> np.ndarray:
+    return np.stack(np.broadcast_arrays(*columns), axis=-1)

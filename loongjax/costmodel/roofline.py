@@ -1,0 +1,142 @@
+"""An estimate of iteration times from the device's rates and the model's shape, where nothing was measured."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from loongjax.costmodel.migration_time import MigrationTime
+from loongjax.costmodel.model import Source
+from loongjax.costmodel.model_shape import ModelShape
+from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy
+from loongjax.errors import ConfigError
+
+PARTIAL_RESULT_BYTES = 4
+"""Bytes of an element of a partial attention result, float32."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceRates:
+    """What one device does at best, as measured where possible rather than by its datasheet.
+
+    Raises:
+        ConfigError: a rate that is not above 0, or a negative time.
+    """
+
+    name: str
+    flops_per_s: float
+    """Of matrix products in the model's type."""
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    """To one other device, one way."""
+    layer_overhead_s: float
+    """What a layer takes beyond its work, for launching kernels."""
+    collective_s: float
+    """What one small collective, or one step of a ring, takes."""
+
+    def __post_init__(self) -> None:
+        rates = (self.flops_per_s, self.memory_bytes_per_s, self.link_bytes_per_s)
+        if min(rates) <= 0.0 or min(self.layer_overhead_s, self.collective_s) < 0.0:
+            raise ConfigError(f"a device's rates are above 0 and its overheads not negative, got {self}")
+
+    @classmethod
+    def of_device(cls, device_kind: str) -> DeviceRates:
+        """The rates of a device that names itself so; a slow generic device's (`name` says it) if it is not known."""
+        known = next((rates for part, rates in _KNOWN.items() if part in device_kind.upper()), _GENERIC)
+        return cls(name=device_kind if known is not _GENERIC else f"generic ({device_kind} is not known)", **known)
+
+
+_GENERIC = {
+    "flops_per_s": 1e11,
+    "memory_bytes_per_s": 2e10,
+    "link_bytes_per_s": 1e10,
+    "layer_overhead_s": 1e-4,
+    "collective_s": 1e-4,
+}
+_KNOWN = {
+    # Measured: a large bf16 product, a copy by CUDA's events, a large permute, a decode step's time beyond its weights.
+    "H200": {
+        "flops_per_s": 643e12,
+        "memory_bytes_per_s": 4.3e12,
+        "link_bytes_per_s": 150e9,
+        "layer_overhead_s": 20e-6,
+        "collective_s": 25e-6,
+    },
+    # As the H200 but for its memory, by datasheets.
+    "H100": {
+        "flops_per_s": 643e12,
+        "memory_bytes_per_s": 3.0e12,
+        "link_bytes_per_s": 150e9,
+        "layer_overhead_s": 20e-6,
+        "collective_s": 25e-6,
+    },
+    # Four fifths of the datasheets' rates.
+    "A100": {
+        "flops_per_s": 250e12,
+        "memory_bytes_per_s": 1.6e12,
+        "link_bytes_per_s": 120e9,
+        "layer_overhead_s": 20e-6,
+        "collective_s": 25e-6,
+    },
+    "A800": {
+        "flops_per_s": 250e12,
+        "memory_bytes_per_s": 1.6e12,
+        "link_bytes_per_s": 80e9,
+        "layer_overhead_s": 20e-6,
+        "collective_s": 25e-6,
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RooflineModel:
+    """A `CostModel` by arithmetic: work takes the longer of computing and moving bytes, evenly over the devices."""
+
+    rates: DeviceRates
+    model: ModelShape
+
+    @property
+    def source(self) -> Source:
+        return "roofline"
+
+    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+        """The longest of computing, reading the weights, and passing the keys around the ring; and the overheads."""
+        sp, tp = strategy.sp, strategy.tp
+        compute = self.model.prefill_flops(totals) / (sp * tp * self.rates.flops_per_s)
+        ring_bytes = (sp - 1) / sp * totals.num_tokens * self.model.device_kv_bytes_per_token(tp)
+        bound = np.maximum(compute, np.maximum(self._weights_s(tp), ring_bytes / self.rates.link_bytes_per_s))
+        rank_tokens = np.ceil(totals.num_tokens / sp)
+        return bound + self._all_reduces_s(tp, rank_tokens) + self._overheads_s(tp, sp - 1)
+
+    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+        """The weights read once or the rows computed, whichever is longer; the fullest instance's keys read; the
+        group's queries and partial results exchanged; and the overheads.
+        """
+        sp, tp = strategy.sp, strategy.tp
+        compute = self.model.decode_row_flops() * totals.busiest_rows / (tp * self.rates.flops_per_s)
+        keys = totals.busiest_keys * self.model.device_kv_bytes_per_token(tp) / self.rates.memory_bytes_per_s
+        own = np.maximum(compute, self._weights_s(tp)) + keys + self._all_reduces_s(tp, totals.busiest_rows)
+        overheads = self._overheads_s(tp, 2 if sp > 1 else 0)
+        if sp == 1:
+            return own + overheads
+        row_bytes = self.model.num_q_heads * self.model.head_dim * (self.model.dtype_bytes + PARTIAL_RESULT_BYTES) / tp
+        exchange = totals.num_rows * self.model.num_layers * row_bytes / self.rates.link_bytes_per_s
+        return own + exchange + overheads
+
+    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+        """Its bytes at the link's rate, after one collective's latency."""
+        time = MigrationTime(latency_s=self.rates.collective_s, per_byte_s=1.0 / self.rates.link_bytes_per_s)
+        return time.seconds(num_tokens, self.model, tp)
+
+    def _weights_s(self, tp: int) -> float:
+        return self.model.weight_bytes / tp / self.rates.memory_bytes_per_s
+
+    def _all_reduces_s(self, tp: int, rows: np.ndarray) -> np.ndarray:
+        """Two sums over an instance's devices a layer: each device sends 2 (tp - 1) / tp of the activations."""
+        activation_bytes = rows * self.model.hidden_size * self.model.dtype_bytes
+        return 2 * self.model.num_layers * 2 * (tp - 1) / tp * activation_bytes / self.rates.link_bytes_per_s
+
+    def _overheads_s(self, tp: int, sp_collectives: int) -> float:
+        collectives = sp_collectives + (2 if tp > 1 else 0)
+        return self.model.num_layers * (self.rates.layer_overhead_s + collectives * self.rates.collective_s)

@@ -1,0 +1,176 @@
+"""What an iteration has to do, in the numbers that its time depends on.
+
+Totals are sums (or maxima) over the requests of a batch, so a search over many candidate batches gets them from prefix
+sums and asks for all times in one call.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.errors import ConfigError
+
+Numbers = int | float | Sequence[int] | Sequence[float] | np.number | np.ndarray
+"""One number a batch, or the number of a single batch."""
+
+
+def per_batch(numbers: Numbers) -> np.ndarray:
+    """As float64 of the same shape; a single number as [1]."""
+    return np.atleast_1d(np.asarray(numbers, np.float64))
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Strategy:
+    """How an iteration is parallelised: `sp` instances (the degree of parallelism) of `tp` devices each."""
+
+    sp: int
+    tp: int = 1
+
+    def __post_init__(self) -> None:
+        if self.sp < 1 or self.tp < 1:
+            raise ConfigError(f"a strategy has at least one instance and one device, got sp={self.sp}, tp={self.tp}")
+
+    def __str__(self) -> str:
+        return f"sp{self.sp} tp{self.tp}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillTotals:
+    """What the time of a prefill depends on, for any number of batches: float64 arrays of one shape, or
+    broadcastable."""
+
+    num_tokens: np.ndarray
+    """Sum of the new tokens."""
+    squared_lens: np.ndarray
+    """Sum of the squares of the new tokens."""
+    new_times_past: np.ndarray
+    """Sum of new tokens x tokens before them whose keys are in the pool (chunks, cached prefixes)."""
+
+    @classmethod
+    def of_sums(cls, num_tokens: Numbers, squared_lens: Numbers, new_times_past: Numbers = 0.0) -> PrefillTotals:
+        """Totals from sums in any numeric type; of scalars: arrays [1]."""
+        return cls(
+            num_tokens=per_batch(num_tokens),
+            squared_lens=per_batch(squared_lens),
+            new_times_past=per_batch(new_times_past),
+        )
+
+    @classmethod
+    def of(cls, works: Sequence[PrefillWork]) -> PrefillTotals:
+        """Totals of these batches: arrays [number of batches]."""
+        return cls.of_sums(
+            [work.num_tokens for work in works],
+            [work.squared_lens for work in works],
+            [work.new_times_past for work in works],
+        )
+
+    @property
+    def twice_num_pairs(self) -> np.ndarray:
+        """Twice the query and key pairs of causal attention, the diagonal counted half.
+
+        Without past tokens this is sum(len^2), the third term of the paper's equation 7.
+        """
+        return self.squared_lens + 2.0 * self.new_times_past
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillWork:
+    """One prefill batch."""
+
+    new_lens: tuple[int, ...]
+    """Tokens to compute, of each request."""
+    past_lens: tuple[int, ...] = ()
+    """Tokens of each request whose keys are there already; empty: none anywhere."""
+
+    def __post_init__(self) -> None:
+        if not self.new_lens or min(self.new_lens) < 1:
+            raise ConfigError(f"a prefill has at least one request, of at least one token, got {self.new_lens}")
+        if self.past_lens and (len(self.past_lens) != len(self.new_lens) or min(self.past_lens) < 0):
+            raise ConfigError(
+                f"past lengths are one a request and not negative, got {self.past_lens} "
+                f"for {len(self.new_lens)} requests"
+            )
+        if not any(self.past_lens):
+            # Equal works are equal values.
+            object.__setattr__(self, "past_lens", ())
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.new_lens)
+
+    @property
+    def squared_lens(self) -> int:
+        return sum(new * new for new in self.new_lens)
+
+    @property
+    def new_times_past(self) -> int:
+        return sum(new * past for new, past in zip(self.new_lens, self.past_lens, strict=False))
+
+    @property
+    def totals(self) -> PrefillTotals:
+        """Totals of this batch alone: arrays [1]."""
+        return PrefillTotals.of_sums(self.num_tokens, self.squared_lens, self.new_times_past)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeTotals:
+    """What the time of a decode step depends on, for any number of batches: float64 arrays, broadcastable.
+
+    Layer by layer everybody waits for the slowest, hence the maxima.
+    """
+
+    num_rows: np.ndarray
+    """Requests of the whole group."""
+    num_masters: np.ndarray
+    """Instances that own a sub-batch."""
+    busiest_rows: np.ndarray
+    """Requests of the largest sub-batch."""
+    busiest_keys: np.ndarray
+    """Keys on the instance that holds most of them."""
+
+    @classmethod
+    def even(cls, strategy: Strategy, num_rows: Numbers, num_keys: Numbers, num_masters: Numbers = 1) -> DecodeTotals:
+        """Rows as even as they can be over the masters, keys over the instances."""
+        rows, masters = per_batch(num_rows), per_batch(num_masters)
+        return cls(
+            num_rows=rows,
+            num_masters=masters,
+            busiest_rows=np.ceil(rows / masters),
+            busiest_keys=np.ceil(per_batch(num_keys) / strategy.sp),
+        )
+
+    @classmethod
+    def of(cls, works: Sequence[DecodeWork]) -> DecodeTotals:
+        """Totals of these batches: arrays [number of batches]."""
+        return cls(
+            num_rows=np.asarray([sum(work.rows) for work in works], np.float64),
+            num_masters=np.asarray([work.num_masters for work in works], np.float64),
+            busiest_rows=np.asarray([max(work.rows) for work in works], np.float64),
+            busiest_keys=np.asarray([max(work.keys) for work in works], np.float64),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeWork:
+    """One decode step."""
+
+    rows: tuple[int, ...]
+    """Requests of each master."""
+    keys: tuple[int, ...]
+    """Keys on each instance of the group, this step's included."""
+
+    def __post_init__(self) -> None:
+        if not self.rows or min(self.rows) < 1:
+            raise ConfigError(f"a decode has at least one master, each with at least one request, got {self.rows}")
+        if len(self.rows) > len(self.keys) or min(self.keys) < 0 or sum(self.keys) < sum(self.rows):
+            raise ConfigError(
+                "keys are one number an instance, no fewer than masters, and at least one key a request, "
+                f"got {self.keys} for {len(self.rows)} masters with {sum(self.rows)} requests"
+            )
+
+    @property
+    def num_masters(self) -> int:
+        return len(self.rows)

@@ -1,0 +1,151 @@
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from loongjax.costmodel.fit import fit, held_out
+from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
+from loongjax.errors import ConfigError
+from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, PROVENANCE, decode, measurements, refined
+
+ONE, FOUR = Strategy(1, 2), Strategy(4, 2)
+
+
+def test_points_without_noise_give_back_the_times_they_came_from():
+    model = fit(measurements((ONE, FOUR)), PADDING)
+    unseen = PrefillTotals.of([
+        PrefillWork(new_lens=(1,)),
+        PrefillWork(new_lens=(333, 12_000)),
+        PrefillWork(new_lens=(2000,), past_lens=(100_000,)),
+        PrefillWork(new_lens=(300_000,)),
+    ])  # fmt: skip
+    for strategy in (ONE, FOUR):
+        np.testing.assert_allclose(model.prefill_s(strategy, unseen), refined(strategy.sp).seconds(unseen), rtol=1e-6)
+        steps = DecodeTotals.even(strategy, [1, 40, 64], [500, 90_000, 10**6], [1, 1, strategy.sp])
+        np.testing.assert_allclose(model.decode_s(strategy, steps), decode(strategy.sp).seconds(steps), rtol=1e-6)
+    np.testing.assert_allclose(model.migration_s([77, 10**6], 2), MIGRATION.seconds([77, 10**6], LLAMA2_7B, 2))
+
+
+def test_the_papers_coefficients_are_recovered_from_times_in_its_form():
+    works = [PrefillWork(new_lens=(n,) * b) for b in (1, 2, 8) for n in (10, 100, 1000, 10_000, 100_000)]
+    prefills = tuple(
+        PrefillPoint(
+            strategy=ONE, work=work, measured_s=0.0169 + 7.98e-5 * work.num_tokens + 2.51e-9 * work.squared_lens
+        )
+        for work in works
+    )
+    model = fit(Measurements(provenance=PROVENANCE, prefills=prefills, decodes=measurements((ONE,)).decodes))
+    paper = model.times(ONE).paper_prefill
+    assert paper.constant_s == pytest.approx(0.0169, rel=1e-6)
+    assert paper.per_token_s == pytest.approx(7.98e-5, rel=1e-6)
+    assert paper.per_squared_token_s == pytest.approx(2.51e-9, rel=1e-6)
+    errors = model.times(ONE).paper_prefill_errors
+    assert errors is not None
+    assert errors.held_out is not None
+    assert errors.training.arithmetic_mean < 1e-8
+    assert errors.held_out.arithmetic_mean < 1e-8
+
+
+def test_the_papers_form_learns_from_whole_prompts_only():
+    whole = measurements((ONE,))
+    without_chunks = Measurements(
+        provenance=PROVENANCE,
+        prefills=tuple(point for point in whole.prefills if not point.work.past_lens),
+        decodes=whole.decodes,
+    )
+    assert fit(whole, PADDING).times(ONE).paper_prefill == fit(without_chunks, PADDING).times(ONE).paper_prefill
+
+
+def test_without_measured_chunks_a_pair_costs_what_it_costs_within_a_prompt():
+    whole = measurements((ONE,))
+    prefills = tuple(point for point in whole.prefills if not point.work.past_lens)
+    model = fit(Measurements(provenance=PROVENANCE, prefills=prefills, decodes=whole.decodes), PADDING)
+    form = model.times(ONE).refined_prefill
+    assert form is not None
+    assert form.per_new_times_past_s == 2.0 * form.per_squared_token_s > 0.0
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 10**6))
+def test_with_noise_held_out_points_are_met_about_as_closely_as_the_noise(seed):
+    model = fit(measurements((FOUR,), noise=0.02, seed=seed), PADDING)
+    times = model.times(FOUR)
+    for errors in (times.refined_prefill_errors, times.decode_errors):
+        assert errors is not None
+        assert errors.held_out is not None
+        assert errors.training.arithmetic_mean <= 0.03
+        assert errors.held_out.arithmetic_mean <= 0.06
+        assert errors.training.geometric_mean <= errors.training.arithmetic_mean
+
+
+def test_the_refined_form_beats_the_papers_where_the_engine_pads_and_has_a_floor():
+    times = fit(measurements((FOUR,), noise=0.01), PADDING).times(FOUR)
+    assert times.refined_prefill_errors is not None
+    assert times.paper_prefill_errors is not None
+    assert times.refined_prefill_errors.training.arithmetic_mean < times.paper_prefill_errors.training.arithmetic_mean
+
+
+def test_held_out_points_do_not_move_the_fit():
+    whole = measurements((ONE,))
+    fresh = [point for point in whole.prefills if not point.work.past_lens]
+    sizes = PrefillTotals.of([point.work for point in fresh]).twice_num_pairs
+    kept_out = held_out([point.work for point in fresh], sizes)
+    assert kept_out.any()
+    wrong = tuple(
+        PrefillPoint(strategy=ONE, work=p.work, measured_s=p.measured_s * (3.0 if out else 1.0))
+        for p, out in zip(fresh, kept_out, strict=True)
+    )
+    right = fit(Measurements(provenance=PROVENANCE, prefills=tuple(fresh), decodes=whole.decodes), PADDING).times(ONE)
+    moved = fit(Measurements(provenance=PROVENANCE, prefills=wrong, decodes=whole.decodes), PADDING).times(ONE)
+    assert moved.paper_prefill == right.paper_prefill
+    assert moved.paper_prefill_errors is not None
+    assert moved.paper_prefill_errors.held_out is not None
+    assert moved.paper_prefill_errors.held_out.arithmetic_mean > 0.4
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=120))
+def test_repeated_works_stay_on_one_side_and_the_extremes_in_the_fit(works):
+    kept_out = held_out(works, np.asarray(works, float))
+    sides = {work: {bool(out) for w, out in zip(works, kept_out, strict=True) if w == work} for work in works}
+    assert all(len(side) == 1 for side in sides.values())
+    assert sides[min(works)] == sides[max(works)] == {False}
+    distinct = len(set(works))
+    num_out = sum(side == {True} for side in sides.values())
+    assert num_out == 0 if distinct < 8 else distinct // 5 - 1 <= num_out <= distinct // 5 + 1
+
+
+def test_a_strategy_with_few_points_is_refused_by_name():
+    whole = measurements((ONE,))
+    with pytest.raises(ConfigError, match=r"sp1 tp2 has 4 decode steps.*at least 5"):
+        fit(Measurements(provenance=PROVENANCE, prefills=whole.prefills, decodes=whole.decodes[:4]))
+    chunks = tuple(point for point in whole.prefills if point.work.past_lens)
+    with pytest.raises(ConfigError, match="sp1 tp2 has 0 prefills without past tokens"):
+        fit(Measurements(provenance=PROVENANCE, prefills=chunks, decodes=whole.decodes))
+
+
+def test_nothing_measured_is_refused():
+    with pytest.raises(ConfigError, match="no measured points"):
+        fit(Measurements(provenance=PROVENANCE))
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_time_that_is_none_is_refused(bad):
+    with pytest.raises(ConfigError, match="measured time"):
+        PrefillPoint(strategy=ONE, work=PrefillWork(new_lens=(1,)), measured_s=bad)
+    with pytest.raises(ConfigError, match="measured time"):
+        MigrationPoint(tp=1, num_tokens=1, measured_s=bad)
+
+
+def test_a_decode_names_the_keys_of_every_instance():
+    with pytest.raises(ConfigError, match="keys on 4 instances"):
+        DecodePoint(strategy=FOUR, work=DecodeWork(rows=(1,), keys=(10,)), measured_s=1.0)
+
+
+def test_what_was_not_measured_is_refused():
+    whole = measurements((ONE,))
+    model = fit(Measurements(provenance=PROVENANCE, prefills=whole.prefills, decodes=whole.decodes))
+    with pytest.raises(ConfigError, match=r"nothing of sp4 tp2, only of sp1 tp2"):
+        model.prefill_s(FOUR, PrefillTotals.of_sums(1, 1))
+    with pytest.raises(ConfigError, match="no migration time"):
+        model.migration_s(10, 2)

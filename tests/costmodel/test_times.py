@@ -1,0 +1,150 @@
+"""Each form of time against numbers worked by hand, and its order."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+from hypothesis import given
+
+from loongjax.costmodel.decode_time import DecodeTime
+from loongjax.costmodel.migration_time import MigrationTime
+from loongjax.costmodel.model_shape import ModelShape
+from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork
+from loongjax.errors import ConfigError
+
+PAPER = PaperPrefillTime(constant_s=0.02, per_token_s=1e-4, per_squared_token_s=1e-9)
+REFINED = RefinedPrefillTime(
+    floor_s=0.01,
+    constant_s=0.004,
+    per_padded_token_s=2e-5,
+    per_squared_token_s=1e-9,
+    per_new_times_past_s=3e-9,
+    sp=2,
+    token_buckets=(64, 256, 1024),
+)
+DECODE = DecodeTime(
+    constant_s=0.004,
+    per_padded_row_s=1e-5,
+    per_key_s=1e-8,
+    per_exchanged_row_s=1e-6,
+    per_extra_master_s=1e-4,
+    sp=2,
+    row_buckets=(1, 4, 16),
+)
+lengths = st.integers(1, 100_000)
+
+
+def test_the_papers_form_is_a_constant_tokens_and_squares():
+    # 0.02 + 1e-4 (1000 + 2000) + 1e-9 (1e6 + 4e6)
+    seconds = PAPER.seconds(PrefillWork(new_lens=(1000, 2000)).totals)
+    assert seconds.item() == pytest.approx(0.02 + 0.3 + 0.005)
+
+
+def test_the_refined_form_pads_the_tokens_of_one_rank():
+    # 401 tokens on 2 ranks: 201 on one, padded to 256; 0.004 + 256 * 2e-5 + 1e-9 * (400^2 + 1) + 3e-9 * 1 * 10000
+    work = PrefillWork(new_lens=(400, 1), past_lens=(0, 10_000_000))
+    expected = 0.004 + 256 * 2e-5 + 1e-9 * 160_001 + 3e-9 * 10_000_000
+    assert REFINED.seconds(work.totals).item() == pytest.approx(expected)
+
+
+def test_the_refined_form_is_never_below_its_floor():
+    assert REFINED.seconds(PrefillWork(new_lens=(10,)).totals).item() == 0.01
+
+
+@pytest.mark.parametrize(("num_tokens", "padded"), [(1, 64), (128, 64), (129, 256), (2048, 1024), (2050, 1025)])
+def test_a_rank_is_padded_to_the_smallest_bucket_that_holds_it_and_not_beyond_the_largest(num_tokens, padded):
+    totals = PrefillTotals.of_sums(num_tokens, 0)
+    assert RefinedPrefillTime.features(totals, 2, (64, 256, 1024))[0, 1] == padded
+
+
+def test_a_decode_step_adds_up_what_the_slowest_instance_does():
+    # 5 rows, the busier of 2 masters has 3, padded to 4
+    work = DecodeTotals.of([DecodeWork(rows=(3, 2), keys=(30_000, 10_000))])
+    expected = 0.004 + 4 * 1e-5 + 30_000 * 1e-8 + 5 * 1e-6 + 1e-4
+    np.testing.assert_allclose(DECODE.seconds(work), [expected])
+
+
+def test_one_instance_exchanges_nothing():
+    alone = DecodeTime(
+        constant_s=0.004,
+        per_padded_row_s=1e-5,
+        per_key_s=1e-8,
+        per_exchanged_row_s=1.0,
+        per_extra_master_s=1.0,
+        sp=1,
+        row_buckets=(),
+    )
+    seconds = alone.seconds(DecodeTotals.of([DecodeWork(rows=(3,), keys=(1000,))]))
+    np.testing.assert_allclose(seconds, [0.004 + 3e-5 + 1e-5])
+
+
+def test_features_times_coefficients_are_the_seconds():
+    totals = PrefillTotals.of([PrefillWork(new_lens=(500, 3)), PrefillWork(new_lens=(9000,), past_lens=(77,))])
+    np.testing.assert_allclose(PaperPrefillTime.features(totals) @ [0.02, 1e-4, 1e-9], PAPER.seconds(totals))
+    linear = RefinedPrefillTime.features(totals, 2, REFINED.token_buckets) @ [0.004, 2e-5, 1e-9, 3e-9]
+    np.testing.assert_allclose(np.maximum(linear, 0.01), REFINED.seconds(totals))
+    steps = DecodeTotals.of([DecodeWork(rows=(3, 2), keys=(300, 10)), DecodeWork(rows=(20,), keys=(0, 5000))])
+    linear = DecodeTime.features(steps, 2, DECODE.row_buckets) @ [0.004, 1e-5, 1e-8, 1e-6, 1e-4]
+    np.testing.assert_allclose(linear, DECODE.seconds(steps))
+
+
+def test_a_migration_takes_its_latency_and_each_devices_heads_over_the_bandwidth():
+    model = ModelShape(
+        hidden_size=4096,
+        num_layers=32,
+        num_q_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        intermediate_size=11008,
+        vocab_size=32000,
+    )
+    # The reference hard-codes 400 GiB/s: 100k tokens of 512 KiB with 2 devices an instance took it 61 ms.
+    time = MigrationTime(latency_s=0.001, per_byte_s=1 / (400 * 2**30))
+    np.testing.assert_allclose(time.seconds([100_000], model, 2), [0.001 + 0.0610], atol=1e-4)
+
+
+@given(st.lists(lengths, min_size=1, max_size=5), lengths, st.integers(0, 100_000))
+def test_one_more_request_never_makes_a_prefill_faster(new_lens, more, past):
+    fewer = PrefillWork(new_lens=tuple(new_lens)).totals
+    work = PrefillWork(new_lens=(*new_lens, more), past_lens=(0,) * len(new_lens) + (past,))
+    for form in (PAPER, REFINED):
+        assert form.seconds(work.totals) >= form.seconds(fewer)
+
+
+@given(st.integers(1, 500), st.integers(0, 500), st.integers(500, 10**6), st.integers(0, 10**6))
+def test_more_rows_or_keys_never_make_a_decode_step_faster(rows, more_rows, keys, more_keys):
+    totals = DecodeTotals.of([
+        DecodeWork(rows=(rows,), keys=(keys, 0)),
+        DecodeWork(rows=(rows + more_rows,), keys=(keys + more_rows + more_keys, 0)),
+    ])  # fmt: skip
+    few, many = DECODE.seconds(totals)
+    assert many >= few
+
+
+def test_candidates_on_a_grid_broadcast():
+    num_tokens = np.arange(1.0, 7.0)[:, None] * np.ones(4)
+    totals = PrefillTotals.of_sums(num_tokens, num_tokens**2)
+    for form in (PAPER, REFINED):
+        grid = form.seconds(totals)
+        assert grid.shape == (6, 4)
+        assert grid[5, 3] == form.seconds(PrefillTotals.of_sums(6, 36)).item()
+
+
+@pytest.mark.parametrize("bad", [-1e-9, float("nan"), float("inf")])
+def test_a_coefficient_that_is_no_time_is_refused(bad):
+    with pytest.raises(ConfigError, match="per_token_s"):
+        PaperPrefillTime(constant_s=0.0, per_token_s=bad, per_squared_token_s=0.0)
+
+
+@pytest.mark.parametrize("buckets", [(0, 4), (4, 4), (8, 4)])
+def test_buckets_out_of_order_are_refused(buckets):
+    with pytest.raises(ConfigError, match="row_buckets"):
+        DecodeTime(
+            constant_s=0.0,
+            per_padded_row_s=0.0,
+            per_key_s=0.0,
+            per_exchanged_row_s=0.0,
+            per_extra_master_s=0.0,
+            sp=1,
+            row_buckets=buckets,
+        )
