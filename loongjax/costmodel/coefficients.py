@@ -12,10 +12,10 @@ from loongjax.errors import ConfigError
 
 
 def check_coefficients(form: Any) -> None:
-    """Raises ConfigError unless every float of this dataclass instance is finite and at least 0."""
+    """Raises ConfigError unless every number of this dataclass instance is finite and at least 0."""
     for field in dataclasses.fields(form):
         value = getattr(form, field.name)
-        if isinstance(value, float) and not (math.isfinite(value) and value >= 0.0):
+        if isinstance(value, int | float) and not (math.isfinite(value) and value >= 0.0):
             raise ConfigError(
                 f"{field.name} of {type(form).__name__} must be a finite number, not negative, got {value}: fit again"
             )

@@ -62,7 +62,7 @@ def fit(measurements: Measurements, padding: Padding = Padding()) -> FittedModel
 
 
 def held_out(works: Sequence[Hashable], sizes: np.ndarray) -> np.ndarray:
-    """Which points to keep from the fit: bool [points].
+    """Which points the fit may not see: bool [points].
 
     Every fifth distinct work in order of size (float64 [points]; equal works have equal sizes), so that all scales are
     tested and repeated measurements of one work stay on one side; never the smallest or the largest, which span the

@@ -62,6 +62,7 @@ class ModelShape:
         attention = 2.0 * self.num_layers * self.num_q_heads * self.head_dim * totals.twice_num_pairs
         return 2.0 * self.num_layer_params * totals.num_tokens + attention
 
+    @property
     def decode_row_flops(self) -> float:
         """FLOPs of one decoded token but for attention, which is bound by memory."""
         return 2.0 * (self.num_layer_params + self.vocab_size * self.hidden_size)

@@ -114,7 +114,7 @@ class RooflineModel:
         group's queries and partial results exchanged; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
-        compute = self.model.decode_row_flops() * totals.busiest_rows / (tp * self.rates.flops_per_s)
+        compute = self.model.decode_row_flops * totals.busiest_rows / (tp * self.rates.flops_per_s)
         keys = totals.busiest_keys * self.model.device_kv_bytes_per_token(tp) / self.rates.memory_bytes_per_s
         own = np.maximum(compute, self._weights_s(tp)) + keys + self._all_reduces_s(tp, totals.busiest_rows)
         overheads = self._overheads_s(tp, 2 if sp > 1 else 0)
