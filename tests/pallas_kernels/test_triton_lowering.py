@@ -22,7 +22,9 @@ from loongjax.pallas_kernels import (
     triton_gpu,
 )
 from loongjax.pallas_kernels.decode_attention import api as decode_api
+from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
 from loongjax.pallas_kernels.extend_attention import api as extend_api
+from loongjax.pallas_kernels.extend_attention.triton_variant import triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention import api as prefill_api
 from loongjax.pallas_kernels.prefill_attention import triton_variant as prefill_variant
@@ -93,22 +95,48 @@ def test_prefill_attention_is_one_kernel(shape, dtype, out_dtype):
     assert (lse.shape, lse.dtype) == (o.shape[:2], jnp.float32)
 
 
-@pytest.mark.parametrize("capability", [89, 90, 100])
-@pytest.mark.parametrize("head_dim", prefill_variant.TUNINGS)
-def test_prefill_attentions_blocks_fit_shared_memory(monkeypatch, head_dim, capability):
-    compile_kernel, compiled = triton_lib.compile_ttir_to_ptx_inplace, []
+@pytest.fixture
+def compiled(monkeypatch) -> list:
+    """The kernels that are compiled from here on."""
+    compile_kernel, kernels = triton_lib.compile_ttir_to_ptx_inplace, []
     monkeypatch.setattr(
         triton_lib,
         "compile_ttir_to_ptx_inplace",
-        lambda *arguments: compiled.append(compile_kernel(*arguments)) or compiled[-1],
+        lambda *arguments: kernels.append(compile_kernel(*arguments)) or kernels[-1],
     )
+    return kernels
+
+
+SHARED_MEMORY_KIB = {89: 99, 90: 227, 100: 227}
+"""By compute capability."""
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY_KIB)
+@pytest.mark.parametrize("head_dim", prefill_variant.TUNINGS)
+def test_prefill_attentions_blocks_fit_shared_memory(monkeypatch, compiled, head_dim, capability):
     monkeypatch.setattr("loongjax.pallas_kernels.triton_call.compute_capability", lambda: capability)
     prefill = functools.partial(
         inspect.unwrap(prefill_variant.triton_prefill_attention), sm_scale=1 / 3, out_dtype=jnp.dtype("bfloat16")
     )
     lower(prefill, *prefill_arguments((256, 256, 2, 1, head_dim)))
     assert len(compiled) == 1
-    assert compiled[0].shared_mem_bytes <= (99 if capability == 89 else 227) * 1024
+    assert compiled[0].shared_mem_bytes <= SHARED_MEMORY_KIB[capability] * 1024
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY_KIB)
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+@pytest.mark.parametrize("op", ["decode", "extend"])
+def test_the_paged_kernels_blocks_fit_shared_memory(monkeypatch, compiled, op, head_dim, capability):
+    monkeypatch.setattr("loongjax.pallas_kernels.triton_call.compute_capability", lambda: capability)
+    q, *operands = decode_arguments(4, (4, 1, head_dim), 16, "bfloat16")
+    settings = {"sm_scale": 1 / 3, "out_dtype": jnp.dtype("bfloat16")}
+    if op == "decode":
+        lower(functools.partial(inspect.unwrap(triton_decode_attention), **settings), q, *operands)
+    else:
+        q, cu_q_lens = Shape((600, 4, head_dim), "bfloat16"), Shape((5,), "int32")
+        lower(functools.partial(inspect.unwrap(triton_extend_attention), **settings), q, cu_q_lens, *operands)
+    assert len(compiled) == 2
+    assert max(kernel.shared_mem_bytes for kernel in compiled) <= SHARED_MEMORY_KIB[capability] * 1024
 
 
 @pytest.mark.parametrize("check_vma", [False, True])

@@ -34,7 +34,8 @@ VARIANTS = {
 }
 LEAST_QUERIES = 64
 """Query tokens a request, on average, from which Hopper's kernel is the faster one: it reads the keys of all requests
-that share a block of 128 rows for every row."""
+that share a block of 128 rows for every row. Where a long request shares its call with many of one token, name "triton".
+"""
 
 logger = logging.getLogger(__name__)
 

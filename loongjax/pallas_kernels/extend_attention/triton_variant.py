@@ -13,6 +13,8 @@ from loongjax.pallas_kernels.paged_triton.launch import PagedTuning, Tiles, atte
 from loongjax.pallas_kernels.varying import vary_as
 
 TUNING = PagedTuning(block=64, stages=2, num_warps=4, programs_per_processor=2)
+WIDE_TUNING = PagedTuning(block=16, stages=2, num_warps=8, programs_per_processor=1)
+"""For head dim 256: in the 99 KiB of shared memory that GPUs of compute capability 8.6, 8.9 and 12.0 have."""
 TILE_MEMBERS = 128
 """Queries of a tile times query heads of a KV head: enough for the tensor cores, few enough for the registers."""
 
@@ -29,7 +31,7 @@ def triton_extend_attention(
     *,
     sm_scale: float,
     out_dtype: np.dtype,
-    tuning: PagedTuning = TUNING,
+    tuning: PagedTuning | None = None,
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
     """See `extend_attention`. Forward only.
 
@@ -55,9 +57,14 @@ def triton_extend_attention(
         tile_queries=tile_queries,
         sm_scale=sm_scale,
         out_dtype=out_dtype,
-        tuning=tuning,
+        tuning=default_tuning(H) if tuning is None else tuning,
     )
     return vary_as(out, operands)
+
+
+def default_tuning(head_dim: int) -> PagedTuning:
+    """The tuning for this head dim."""
+    return WIDE_TUNING if head_dim > 128 else TUNING
 
 
 def cut_into_tiles(

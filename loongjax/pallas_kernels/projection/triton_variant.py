@@ -58,7 +58,9 @@ MORE_TOKENS = ProjectionTuning(block_o=32, block_i=256, num_warps=4, stages=4, p
 
 
 MOST_GATED_TOKENS = 8
+"""More also take up to 144 KiB of shared memory, which small GPUs do not have."""
 MOST_ROWS_OF_FEW_TOKENS = 24_000
+"""Of all matrices together."""
 
 
 def is_fastest(num_tokens: int, num_rows: int, *, is_gated: bool) -> bool:
@@ -66,6 +68,8 @@ def is_fastest(num_tokens: int, num_rows: int, *, is_gated: bool) -> bool:
     with one token; with up to `MOST_GATED_TOKENS` if gated, and otherwise, if the matrices together have no more rows
     than those of a layer.
     """
+    if num_rows == 0:
+        return False
     if num_tokens == 1:
         return True
     return num_tokens <= MOST_GATED_TOKENS if is_gated else num_rows <= MOST_ROWS_OF_FEW_TOKENS
