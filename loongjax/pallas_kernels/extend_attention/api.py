@@ -34,7 +34,7 @@ VARIANTS = {
 }
 LEAST_QUERIES = 64
 """Query tokens a request, on average, from which Hopper's kernel is the faster one: it reads the keys of all requests
-that share a block of 128 rows for every row. Where a long request shares its call with many of one token, name "triton".
+that share a block of 128 rows for every row. A call of one long request and many short ones is better named "triton".
 """
 
 logger = logging.getLogger(__name__)
