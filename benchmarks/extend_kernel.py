@@ -23,7 +23,7 @@ from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_exten
 from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax_profiling.kernels.timing import device_seconds
 from loongjax_profiling.provenance import checked_out_commit
 

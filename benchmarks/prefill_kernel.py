@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
 from loongjax_profiling.kernels.dense import Ranges, causal, full, num_pairs, ring_step, zipf_lengths
 from loongjax_profiling.kernels.rivals import RIVALS, Rival, installed_rivals

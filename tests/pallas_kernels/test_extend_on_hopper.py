@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from loongjax.pallas_kernels import extend_attention
 from loongjax.pallas_kernels.extend_attention import api
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention, row_ranges
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from tests.pallas_kernels.brute_force import attend_row
 from tests.pallas_kernels.mosaic_interpreter import interpreted
 from tests.pallas_kernels.paged_case import make_case, random_queries

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from tests.pallas_kernels.brute_force import attend_ranges
 from tests.pallas_kernels.mosaic_interpreter import interpreted
 from tests.pallas_kernels.tolerance import assert_matches

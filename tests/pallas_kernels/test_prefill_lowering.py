@@ -16,7 +16,7 @@ from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import prefill_attention
 from loongjax.pallas_kernels.prefill_attention import api
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import PrefillTuning
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
 from tests.parallel.meshes import AXIS, mesh_of
 

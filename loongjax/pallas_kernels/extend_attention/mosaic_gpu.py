@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import TMA_ROWS, PrefillTuning, extend_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import extend_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import Launch, attend_rows_over
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import check_supported as check_kernel
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import is_supported as has_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.varying import vary_as, vary_together
 
 DEFAULT_TUNING = PrefillTuning()

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import TMA_ROWS, PrefillTuning, prefill_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import prefill_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import (
     Launch,
     attend_rows_over,
@@ -15,6 +16,7 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import (
     pad_rows,
 )
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import is_supported as is_supported
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.varying import vary_as, vary_together
 
 DEFAULT_TUNING = PrefillTuning()

@@ -15,7 +15,6 @@ neighbouring query blocks. Each brings its part of every key block to the shared
 block, the L2 would otherwise have to give 5 TB/s at 650 TFLOP/s.
 """
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -28,61 +27,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS, DenseKeys, PagedKeys
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import WARPGROUP_ROWS, PrefillTuning
 
-WARPGROUP_ROWS = 64
-TMA_ROWS = 8
-"""Rows in a tile of swizzled shared memory: copies begin at multiples of it, and arrays end at one."""
 LOWEST = float(np.finfo(np.float32).min)
 """The maximum before the first visible key: finite, so that differences of maxima are never NaN."""
 HIGHEST = -LOWEST
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillTuning:
-    """How the work is cut, and how the warpgroups of a thread block take turns."""
-
-    block_q: int = 128
-    """Query rows of a thread block, 64 for each warpgroup that computes: 128 or 192."""
-    block_kv: int = 128
-    """Keys of a key block: a multiple of 64, at most 256."""
-    num_stages: int = 2
-    """Key blocks, and value blocks, that shared memory holds."""
-    overlap: bool = True
-    """Whether a warpgroup multiplies the values of one key block while the softmax of the next one runs. If not, each
-    block's scores, softmax and output follow one another, in fewer registers.
-    """
-    cluster: int = 2
-    """Thread blocks that bring key blocks to each other: 1 or 2."""
-    take_turns: bool = False
-    """Whether the warpgroups issue their matrix products in turn, so that the softmax of one hides behind another's.
-    With `overlap` that cost a fifth on an H200: in TFLOP/s, bf16, 16K tokens, 32 query and 8 KV heads of 128, with and
-    without turns, 427 and 527 under a causal mask, 424 and 553 under none.
-    """
-
-    def __post_init__(self) -> None:
-        if self.block_q not in (128, 192):
-            raise ConfigError(f"block_q must be 128 or 192, got {self.block_q}")
-        if self.block_kv not in (64, 128, 192, 256):
-            raise ConfigError(f"block_kv must be 64, 128, 192 or 256, got {self.block_kv}")
-        if self.cluster not in (1, 2):
-            raise ConfigError(f"cluster must be 1 or 2, got {self.cluster}")
-        if self.num_stages < 2:
-            raise ConfigError(f"num_stages must be at least 2, got {self.num_stages}")
-
-    def clustered_rows(self, group_size: int) -> int:
-        """Query rows of a cluster whose key blocks are visited together, given the query heads of a KV head."""
-        return self.block_q if group_size % self.cluster == 0 else self.block_q * self.cluster
-
-    @property
-    def num_compute_warpgroups(self) -> int:
-        return self.block_q // WARPGROUP_ROWS
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Registers of a thread that computes, and of one that copies; warpgroups have 512 together."""
-        return (232, 40) if self.num_compute_warpgroups == 2 else (160, 32)
 
 
 class Scratch(NamedTuple):
@@ -133,60 +84,6 @@ def make_scratch(
         v_free=free(num_arrivals=warpgroups, num_barriers=stages),
         turn=plgpu.Barrier(num_barriers=warpgroups),
     )
-
-
-class DenseKeys(NamedTuple):
-    """Keys and values that lie in order."""
-
-    k_gmem: Any  # [padded_S, K, H]
-    v_gmem: Any  # [padded_S, K, H]
-
-    def locate(self, begin: jax.Array, block_kv: int) -> jax.Array:
-        """Where the block of keys is that begins there."""
-        return pl.multiple_of(begin, TMA_ROWS)
-
-    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
-        """Brings the located block of keys, or of values, to a tile of shared memory."""
-        gmem = self.v_gmem if values else self.k_gmem
-        plgpu.copy_gmem_to_smem(gmem.at[pl.ds(place, tile.shape[0]), kv_head], tile, ready, **options)
-
-
-class PagedKeys(NamedTuple):
-    """Keys and values in pages of a pool. Entry i of the table holds the keys i * page_size and on: a block is fetched
-    in as many pieces as it has pages, or parts of pages.
-    """
-
-    pool_gmem: Any  # [L * 2 * P * page_size, K, H]
-    page_indices_gmem: Any  # [I]
-    layer_gmem: Any  # [1]
-    num_pages: int
-    page_size: int
-
-    def locate(self, begin: jax.Array, block_kv: int) -> list[jax.Array]:
-        """The slots, of the first layer's keys, at which the block's pieces begin: all entries are loaded at once."""
-        slots = []
-        for offset in range(0, block_kv, math.gcd(self.page_size, block_kv)):
-            key = begin + offset
-            entry = jnp.minimum(key // self.page_size, self.page_indices_gmem.shape[0] - 1)
-            # Entries that no request names may hold anything.
-            page = jnp.clip(self.page_indices_gmem[entry], 0, self.num_pages - 1)
-            slots.append(page * self.page_size + lax.rem(key, jnp.int32(self.page_size)))
-        return slots
-
-    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
-        """As `DenseKeys.copy`, in as many copies as there are pieces."""
-        piece = tile.shape[0] // len(place)
-        first_slot = (self.layer_gmem[0] * 2 + int(values)) * self.num_pages * self.page_size
-
-        # A loop, since copies that are unrolled take minutes to compile.
-        @pl.loop(0, len(place))
-        def _(number):
-            slot = first_slot + functools.reduce(
-                lambda found, i: jnp.where(number == i, place[i], found), range(1, len(place)), place[0]
-            )
-            slots = pl.ds(pl.multiple_of(slot, TMA_ROWS), piece)
-            piece_of_tile = tile.at[pl.ds(pl.multiple_of(number * piece, piece), piece)]
-            plgpu.copy_gmem_to_smem(self.pool_gmem.at[slots, kv_head], piece_of_tile, ready, **options)
 
 
 class Work(NamedTuple):

@@ -13,7 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import TMA_ROWS, PrefillTuning, make_scratch
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import make_scratch
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
 
 HEAD_DIMS = (64, 128)
