@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 PLANNED = ("mosaic_gpu", "triton")
-"""Variants that every op will have where they pay."""
+"""Variants that some ops have, and others not, or not yet."""
 
 
 def pick_variant[Variant](
