@@ -92,3 +92,6 @@ class CorrectedModel:
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
         return self.base.migration_s(num_tokens, tp)
+
+    def tipping_tokens(self, strategy: Strategy) -> float:
+        return self.base.tipping_tokens(strategy)

@@ -42,6 +42,12 @@ class CostModel(Protocol):
         """
         ...
 
+    def tipping_tokens(self, strategy: Strategy) -> float:
+        """Tokens of a prefill where it leaves the memory-bound regime: up to there more tokens take little more time,
+        beyond it they take their share (the tipping point of the paper's dispatching). May be inf.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StrategyTimes:
@@ -91,6 +97,9 @@ class FittedModel:
         if self.migration is None:
             raise ConfigError("the cost model has no migration time: measure migrations, and fit again")
         return self.migration.seconds(num_tokens, self.provenance.model, tp)
+
+    def tipping_tokens(self, strategy: Strategy) -> float:
+        return self.times(strategy).prefill.tipping_tokens
 
     def times(self, strategy: Strategy) -> StrategyTimes:
         """What is known of this strategy."""

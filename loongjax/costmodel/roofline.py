@@ -129,6 +129,11 @@ class RooflineModel:
         time = MigrationTime(latency_s=self.rates.collective_s, per_byte_s=1.0 / self.rates.link_bytes_per_s)
         return time.seconds(num_tokens, self.model, tp)
 
+    def tipping_tokens(self, strategy: Strategy) -> float:
+        """Where the matrices' FLOPs of the tokens take as long as reading the weights."""
+        token_s = 2.0 * self.model.num_layer_params / (strategy.sp * strategy.tp * self.rates.flops_per_s)
+        return self._weights_s(strategy.tp) / token_s
+
     def _weights_s(self, tp: int) -> float:
         return self.model.weight_bytes / tp / self.rates.memory_bytes_per_s
 

@@ -1,5 +1,7 @@
 """The estimate against arithmetic by hand for Llama-2-7B on H200."""
 
+import dataclasses
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -130,6 +132,18 @@ def test_more_tokens_never_take_less(num_tokens, more, strategy):
 def test_more_keys_never_take_less(rows, keys, more, strategy):
     few, many = H200.decode_s(strategy, DecodeTotals.even(strategy, [rows, rows], [keys, keys + more]))
     assert 0.0 < few <= many
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_prefill_tips_where_computing_overtakes_reading_the_weights(strategy):
+    """Attention apart, which a batch of many short prompts has little of."""
+    tokens = H200.tipping_tokens(strategy)
+    free_link = dataclasses.replace(H200, rates=dataclasses.replace(H200.rates, link_bytes_per_s=1e30))
+    one, before, there, beyond = free_link.prefill_s(
+        strategy, PrefillTotals.of_sums([1.0, 0.5 * tokens, tokens, 2.0 * tokens], 0)
+    )
+    assert one == before == pytest.approx(there, rel=1e-12)
+    assert beyond - there == pytest.approx(13.214e9 / strategy.tp / 4.3e12, rel=1e-3)
 
 
 def test_the_estimate_says_that_it_is_one():
