@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.sampling import SamplingParams
+from loongjax.errors import RequestError
 
 
 class FinishReason(enum.StrEnum):
@@ -20,6 +22,30 @@ class FinishReason(enum.StrEnum):
     LENGTH = "length"
     ABORT = "abort"
     ERROR = "error"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ServiceLevel:
+    """How soon a client wants its tokens. A wish that the scheduler weighs, not a limit at which a request ends.
+
+    Raises:
+        RequestError: a time that is not a finite number above 0.
+    """
+
+    ttft_s: float | None = None
+    """From arrival to the first token, in seconds; None: no wish."""
+    tpot_s: float | None = None
+    """Between tokens after the first, on average, in seconds; None: no wish."""
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_s", "tpot_s"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 < value < math.inf:
+                raise RequestError(f"{name} must be a finite number of seconds above 0, got {value}", name)
+
+
+NO_SLO = ServiceLevel()
+"""No wishes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,6 +65,9 @@ class Request:
     """Ids that end the request: `sampling.stop_token_ids`, and the model's EOS ids unless `ignore_eos`."""
     arrival_s: float = 0.0
     """When it was accepted, on the engine's clock, in seconds."""
+    priority: int = 0
+    """Lower goes first; how much it weighs is for the policy."""
+    slo: ServiceLevel = NO_SLO
 
     @functools.cached_property
     def prompt_vocabulary(self) -> np.ndarray:

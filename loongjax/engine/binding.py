@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,8 +19,11 @@ from loongjax.core.iteration import (
     PrefillIteration,
 )
 from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.engine.live_request import LiveRequest
+from loongjax.engine.work import work_of
 from loongjax.kvcache.kv_cache import KVCache
+from loongjax.scheduler.view import FlightView
 
 
 @dataclasses.dataclass(eq=False)
@@ -35,10 +39,20 @@ class Flight:
     """Its result no longer counts: an iteration before it, on the same instances, failed."""
     submitted_s: float = 0.0
     """On the engine's clock, in seconds."""
+    started_s: float = 0.0
+    """When it was submitted, or when the iteration before it on the same group ended if that came later."""
 
     @property
     def group(self) -> Group:
         return self.iteration.group
+
+    @functools.cached_property
+    def work(self) -> PrefillWork | DecodeWork | None:
+        """What it has to do, in the cost model's terms."""
+        return work_of(self.iteration)
+
+    def view(self) -> FlightView:
+        return FlightView(plan=self.plan, group=self.group, work=self.work, started_s=self.started_s)
 
 
 def bind(

@@ -25,6 +25,7 @@ from loongjax.core.cluster import Group
 from loongjax.core.iteration import Completion, PrefillIteration, RecoverIteration, SampledToken
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import FinishReason, Request, RequestEvent
+from loongjax.costmodel.work import Strategy
 from loongjax.engine.admission import check_capacity
 from loongjax.engine.binding import Flight, bind
 from loongjax.engine.client import EngineStats, ModelInfo
@@ -38,6 +39,7 @@ from loongjax.engine.watch import Watch
 from loongjax.errors import ContextLengthError, EngineDeadError, EngineError, QueueFullError, RequestError
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import Runtime
+from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.validate import check_plan
 
@@ -93,6 +95,8 @@ class EngineCore:
         self._flights = Flights()
         self._watch = Watch(self._flights, iteration_timeout_s)
         self._events: list[RequestEvent] = []
+        self._observations: list[Observation] = []
+        """What the policy has not been told yet."""
         self._must_plan = False
         self._num_accepted = 0
         self._num_submitted = 0
@@ -237,6 +241,9 @@ class EngineCore:
             raise EngineDeadError(self.death)
 
     def _plan(self) -> None:
+        if self._observations:
+            self._policy.observe(self._observations)
+            self._observations = []
         has_idle = len(self._flights.by_instance()) < self._runtime.shape.num_instances
         if has_idle and any(live.num_in_flight == 0 for live in self._live.values()):
             for plan in self._ask(self._policy):
@@ -257,6 +264,7 @@ class EngineCore:
             waiting=self._waiting,
             live=self._live,
             flights=self._flights,
+            now_s=self._runtime.now_s(),
             as_if_over=as_if_over,
         )
         plans = policy.plan(view)
@@ -304,7 +312,7 @@ class EngineCore:
             self._submit(flight.plan)
 
     def _complete(self, completion: Completion) -> None:
-        flight = self._flights.land(completion.iteration_id)
+        flight = self._flights.land(completion.iteration_id, completion.elapsed_s)
         self._watch.note_landing(flight, self._runtime.now_s())
         if isinstance(flight.iteration, RecoverIteration):
             if completion.error is not None:
@@ -318,12 +326,25 @@ class EngineCore:
             self._fail(flight, completion.error)
             return
         self._counters.record(flight)
+        self._note_end(flight, completion)
         if isinstance(flight.plan, Migrate):
             return
         by_request = {token.request_id: token for token in completion.tokens}
         for live in flight.requests:
             if not live.has_ended:
                 self._take(live, by_request[live.request_id], isinstance(flight.iteration, PrefillIteration))
+
+    def _note_end(self, flight: Flight, completion: Completion) -> None:
+        if flight.work is not None and isinstance(flight.plan, Prefill | Decode):
+            waited_s = flight.started_s - flight.submitted_s
+            self._observations.append(
+                IterationEnded(
+                    plan=flight.plan,
+                    strategy=Strategy(flight.group.dop, self._runtime.shape.tp),
+                    work=flight.work,
+                    elapsed_s=max(0.0, completion.elapsed_s - waited_s),
+                )
+            )
 
     def _take(self, live: LiveRequest, sampled: SampledToken, is_prefill: bool) -> None:
         """Adds a token to a request, says so, and ends the request if this was its last."""
@@ -349,7 +370,7 @@ class EngineCore:
         elif len(live.output_token_ids) == request.max_tokens:
             finish_reason = FinishReason.LENGTH
         if finish_reason is not None:
-            self._forget(live)
+            self._forget(live, finish_reason)
         self._events.append(
             RequestEvent(
                 request_id=request.request_id,
@@ -410,7 +431,7 @@ class EngineCore:
         self._waiting.add(live)
 
     def _end(self, live: LiveRequest, reason: FinishReason, error: str | None = None) -> None:
-        self._forget(live)
+        self._forget(live, reason)
         self._events.append(
             RequestEvent(
                 request_id=live.request_id,
@@ -421,8 +442,15 @@ class EngineCore:
             )
         )
 
-    def _forget(self, live: LiveRequest) -> None:
+    def _forget(self, live: LiveRequest, reason: FinishReason) -> None:
         live.has_ended = True
+        self._observations.append(
+            RequestEnded(
+                num_prompt_tokens=len(live.request.prompt_token_ids),
+                num_output_tokens=len(live.output_token_ids),
+                finish_reason=reason,
+            )
+        )
         del self._live[live.request_id]
         if live.request_id in self._kv_cache:
             self._kv_cache.release(live.request_id)

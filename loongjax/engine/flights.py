@@ -32,14 +32,18 @@ class Flights:
 
     def depart(self, flight: Flight, now_s: float) -> None:
         """Notes a submission."""
-        flight.submitted_s = now_s
+        flight.submitted_s = flight.started_s = now_s
         self._flights[flight.iteration.iteration_id] = flight
         for instance in flight.group.instances:
             self._latest[instance] = flight
 
-    def land(self, iteration_id: int) -> Flight:
-        """Notes a completion, and returns what completed."""
-        return self._flights.pop(iteration_id)
+    def land(self, iteration_id: int, elapsed_s: float) -> Flight:
+        """Notes a completion, so many seconds after the submission, and returns what completed."""
+        landed = self._flights.pop(iteration_id)
+        behind = self._latest[landed.group.instances[0]]
+        if behind is not landed:
+            behind.started_s = max(behind.started_s, landed.submitted_s + elapsed_s)
+        return landed
 
     def by_instance(self) -> dict[InstanceId, list[Flight]]:
         """In order of submission, for every instance that is busy."""

@@ -107,17 +107,28 @@ class LiveRequest:
             max_total_tokens=self.max_total_tokens,
             keeps_kv=self.request.max_tokens > 0,
             is_suspect=self.num_failures > 0,
+            num_output_tokens=len(self.output_token_ids),
+            arrival_s=self._accepted_s,
+            priority=self.request.priority,
+            slo=self.request.slo,
         )
 
-    def running_view(self, kv: tuple[tuple[InstanceId, int], ...], is_in_flight: bool) -> RunningView:
+    def running_view(self, kv: tuple[tuple[InstanceId, int], ...], num_landed: int = 0) -> RunningView:
         """Made anew only if something changed, for a policy sees every running request whenever it is asked.
 
         Args:
             kv: where its keys are, as `KVCache.local_lens` gives it.
-            is_in_flight: whether an iteration computes it.
+            num_landed: decode steps with it in flight that count as if they were over.
         """
         view = self._running_view
-        if view is None or view.kv is not kv or view.is_in_flight != is_in_flight:
+        is_in_flight = self.num_in_flight > num_landed
+        num_output_tokens = len(self.output_token_ids) + num_landed
+        if (
+            view is None
+            or view.kv is not kv
+            or view.is_in_flight != is_in_flight
+            or view.num_output_tokens != num_output_tokens
+        ):
             view = self._running_view = RunningView(
                 request_id=self.request_id,
                 order=self.order,
@@ -125,6 +136,11 @@ class LiveRequest:
                 max_total_tokens=self.max_total_tokens,
                 kv=kv,
                 is_in_flight=is_in_flight,
+                num_output_tokens=num_output_tokens,
+                arrival_s=self._accepted_s,
+                first_token_s=self._first_token_s,
+                priority=self.request.priority,
+                slo=self.request.slo,
             )
         return view
 

@@ -21,13 +21,15 @@ def take_snapshot(
     waiting: WaitingQueue,
     live: Mapping[str, LiveRequest],
     flights: Iterable[Flight],
+    now_s: float,
     as_if_over: Flight | None = None,
 ) -> ClusterView:
     """The cluster as it is; with `as_if_over`, as it will be when that flight is over, if it ends no request.
 
     Pages and tokens need no foresight: they are accounted for when an iteration is submitted.
     """
-    busy = {instance: flight for flight in flights if flight is not as_if_over for instance in flight.group.instances}
+    aloft = [flight for flight in flights if flight is not as_if_over]
+    busy = {instance: flight for flight in aloft for instance in flight.group.instances}
     landed = {request.request_id for request in as_if_over.requests} if as_if_over is not None else set()
     return ClusterView(
         shape=shape,
@@ -45,10 +47,12 @@ def take_snapshot(
         waiting=waiting.views(),
         running=tuple(
             [
-                live[request_id].running_view(kv, live[request_id].num_in_flight > (request_id in landed))
+                live[request_id].running_view(kv, num_landed=int(request_id in landed))
                 for request_id, kv in kv_cache.all_local_lens()
             ]
         ),
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
+        now_s=now_s,
+        flights=tuple([flight.view() for flight in aloft]),
     )

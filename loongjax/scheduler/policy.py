@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from loongjax.core.plan import Plan
+from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.view import ClusterView
 
 
@@ -24,6 +26,10 @@ class Policy(Protocol):
         `Preempt` frees its pages for the plans after it. `loongjax.scheduler.validate.check_plan` states the whole
         contract. If no instance is busy and any request lives, there is at least one iteration among them.
         """
+        ...
+
+    def observe(self, observations: Sequence[Observation]) -> None:
+        """Takes in what has happened since the last question, in order. What it tells is no news to any view."""
         ...
 
     def copy(self) -> Policy:

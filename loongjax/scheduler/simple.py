@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 from loongjax.core.plan import Plan
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 from loongjax.scheduler.simple_decode import DecodePlanner
 from loongjax.scheduler.simple_prefill import PrefillPlanner
@@ -35,6 +37,9 @@ class SimplePolicy:
         other = copy.copy(self)
         other._fairness = self._fairness.copy()
         return other
+
+    def observe(self, observations: Sequence[Observation]) -> None:
+        """Nothing is learned. See `Policy.observe`."""
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """Plans for the instances that are not busy. See `Policy.plan`."""

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from loongjax.core.cluster import ClusterShape, InstanceId
+from loongjax.core.cluster import ClusterShape, Group, InstanceId
+from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.core.request import NO_SLO, ServiceLevel
+from loongjax.costmodel.work import DecodeWork, PrefillWork
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,6 +23,19 @@ class InstanceView:
     """Whether an iteration occupies it. A policy plans only for instances that are not busy."""
     is_prefilling: bool
     """Whether that iteration is a prefill, which can last a thousand times longer than a decode step."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FlightView:
+    """An iteration in flight."""
+
+    plan: Prefill | Decode | Migrate | None
+    """None: the group recovers from a failure."""
+    group: Group
+    work: PrefillWork | DecodeWork | None
+    """What a prefill or a decode step has to do."""
+    started_s: float
+    """When it was submitted, or when the one before it on the same group ended if that came later."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +53,13 @@ class WaitingView:
     """Whether it will decode after the prefill; False if `max_tokens` is 0."""
     is_suspect: bool = False
     """Whether the last iteration with it failed: it is prefilled alone, so that no other request shares the blame."""
+    num_output_tokens: int = 0
+    """Tokens generated so far; not 0 after a preemption."""
+    arrival_s: float = 0.0
+    """When it was accepted, on the engine's clock, in seconds."""
+    priority: int = 0
+    """Lower goes first."""
+    slo: ServiceLevel = NO_SLO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -54,6 +77,15 @@ class RunningView:
     """(instance, tokens it holds), of which the last entry holds the newest token. See `KVCache.local_lens`."""
     is_in_flight: bool
     """Whether an iteration computes it now. A policy leaves such a request alone."""
+    num_output_tokens: int = 0
+    """Tokens generated so far."""
+    arrival_s: float = 0.0
+    """When it was accepted, on the engine's clock, in seconds."""
+    first_token_s: float | None = None
+    """When it got its first token, in seconds; None: not yet."""
+    priority: int = 0
+    """Lower goes first."""
+    slo: ServiceLevel = NO_SLO
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,3 +103,7 @@ class ClusterView:
     """Tokens of one prefill on one instance; a group of n takes n times as many."""
     max_num_seqs: int
     """Requests of one sub-batch, and of one prefill."""
+    now_s: float = 0.0
+    """The engine's clock, in seconds."""
+    flights: tuple[FlightView, ...] = ()
+    """What every busy group does, in order of submission; at most two on a group, one after the other."""

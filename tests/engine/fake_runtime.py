@@ -147,7 +147,7 @@ class FakeRuntime:
         end_s = begin_s + self.duration_s(iteration)
         for instance in instances:
             self._busy_until_s[instance] = end_s
-        self._results.append(_Result(end_s, self._outcome(iteration, end_s - begin_s)))
+        self._results.append(_Result(end_s, self._outcome(iteration, end_s - self._clock_s)))
         self.max_in_flight = max(self.max_in_flight, len(self._results))
 
     def _outcome(self, iteration: Iteration, elapsed_s: float) -> Completion:

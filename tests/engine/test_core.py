@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -11,6 +11,7 @@ from loongjax.core.iteration import DecodeIteration, Iteration, PrefillIteration
 from loongjax.core.request import FinishReason
 from loongjax.errors import ConfigError, ContextLengthError, EngineDeadError, QueueFullError, RequestError
 from loongjax.kvcache.kv_cache import KVCache
+from loongjax.scheduler.observation import Observation
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
 from tests.engine.fake_runtime import FakeRuntime, expected_tokens
 
@@ -384,6 +385,9 @@ def test_an_engine_in_service_never_looks_at_every_page(monkeypatch: pytest.Monk
 
 def test_a_policy_that_plans_nothing_is_found_out() -> None:
     class Idle:
+        def observe(self, observations: Sequence[Observation]) -> None:
+            pass
+
         def copy(self) -> Idle:
             return self
 

@@ -14,6 +14,7 @@ from loongjax.core.request import FinishReason
 from loongjax.engine.core import EngineCore
 from loongjax.engine.failures import RECOVERY_TIMEOUT_S, blame
 from loongjax.engine.live_request import LiveRequest
+from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.view import ClusterView
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
@@ -43,6 +44,9 @@ class Scripted:
     def __init__(self, script: Sequence[Plan], then: Policy) -> None:
         self._script = list(script)
         self._then = then
+
+    def observe(self, observations: Sequence[Observation]) -> None:
+        pass
 
     def copy(self) -> Scripted:
         return Scripted(self._script, self._then.copy())

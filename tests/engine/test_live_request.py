@@ -65,9 +65,17 @@ def test_a_recorded_phase_is_not_changed_by_what_continues_it() -> None:
 def test_a_view_is_used_again_until_the_keys_or_the_flight_change() -> None:
     request = live()
     kv = ((1, 8), (0, 2))
-    view = request.running_view(kv, False)
+    view = request.running_view(kv)
     assert (view.request_id, view.order, view.num_tokens, view.max_total_tokens) == ("a/0", 3, 10, 28)
-    assert (view.kv, view.is_in_flight) == (kv, False)
-    assert request.running_view(kv, False) is view
-    assert request.running_view(kv, True).is_in_flight
-    assert request.running_view(((1, 8), (0, 3)), True).num_tokens == 11
+    assert (view.kv, view.is_in_flight, view.num_output_tokens) == (kv, False, 0)
+    assert request.running_view(kv) is view
+    request.num_in_flight = 1
+    assert request.running_view(kv).is_in_flight
+    assert request.running_view(((1, 8), (0, 3))).num_tokens == 11
+
+
+def test_a_step_that_counts_as_over_has_given_its_token() -> None:
+    request = live()
+    request.num_in_flight = 1
+    view = request.running_view(((0, 8),), num_landed=1)
+    assert (view.is_in_flight, view.num_output_tokens) == (False, 1)
