@@ -62,6 +62,8 @@ TUNINGS = {
     "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4),
     "q192_kv64_in_order": PrefillTuning(block_q=192, block_kv=64, num_stages=4, overlap=False),
     "kv192_in_order": PrefillTuning(block_kv=192, overlap=False),
+    "q_registers": PrefillTuning(q_in_registers=True),
+    "q_registers_in_order_turns": PrefillTuning(q_in_registers=True, overlap=False, take_turns=True),
     "three_stages": PrefillTuning(num_stages=3),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]

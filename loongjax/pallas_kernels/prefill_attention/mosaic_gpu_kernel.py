@@ -252,7 +252,10 @@ def attend_rows(setting: Setting, work: Work) -> tuple[jax.Array, jax.Array]:
     warpgroup = lax.axis_index("warpgroup")
     scratch, tuning = setting.scratch, setting.tuning
     k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
-    rows = Rows(setting, work, warpgroup, k_start, k_end)
+    q = scratch.q.at[warpgroup]
+    if tuning.q_in_registers:
+        q = plgpu.load(q, layout=plgpu.Layout.WGMMA)
+    rows = Rows(setting, work, warpgroup, q, k_start, k_end)
 
     @pl.when(warpgroup == 0)
     def _():
@@ -275,6 +278,7 @@ class Rows(NamedTuple):
     setting: Setting
     work: Work
     warpgroup: jax.Array
+    q: Any  # [64, H]
     k_start: jax.Array  # [64]
     k_end: jax.Array  # [64]
 
@@ -285,10 +289,6 @@ class Rows(NamedTuple):
     @property
     def tuning(self) -> PrefillTuning:
         return self.setting.tuning
-
-    @property
-    def q_tile(self) -> Any:
-        return self.scratch.q.at[self.warpgroup]
 
     def stage(self, step: jax.Array) -> jax.Array:
         return lax.rem(step, jnp.int32(self.tuning.num_stages))
@@ -327,10 +327,10 @@ class Rows(NamedTuple):
             plgpu.commit_smem()
 
     def issue_scores(self, step: jax.Array, s_acc: Any) -> None:
-        plgpu.wgmma(s_acc, self.q_tile, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
+        plgpu.wgmma(s_acc, self.q, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
 
     def issue_output(self, step: jax.Array, weights: jax.Array, o_acc: Any) -> None:
-        plgpu.wgmma(o_acc, weights.astype(self.q_tile.dtype), self.scratch.v.at[self.stage(step)])
+        plgpu.wgmma(o_acc, weights.astype(self.q.dtype), self.scratch.v.at[self.stage(step)])
 
     def multiply_keys(self, issue: Callable[[Any], None], step: jax.Array, *, num_behind: int) -> jax.Array:
         """Scores [64, block_kv] of the key block that `issue` multiplies, whose stage is then free.
@@ -402,7 +402,7 @@ def attend_overlapped(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax
     rows.take_turn()
     scores = rows.multiply_keys(functools.partial(rows.issue_scores, first), first, num_behind=0)
     weights, maximum, _ = rows.weigh(first, scores, full_row(LOWEST), masked=True)
-    carry = weights.astype(rows.q_tile.dtype), maximum, weights.sum(axis=1)
+    carry = weights.astype(rows.q.dtype), maximum, weights.sum(axis=1)
     weights, maximum, denominator = rows.loop(attend_block, carry, first=1)
 
     last = rows.work.num_blocks - 1

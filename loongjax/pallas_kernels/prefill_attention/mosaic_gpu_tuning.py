@@ -22,6 +22,8 @@ class PrefillTuning:
     """Whether a warpgroup multiplies the values of one key block while the softmax of the next one runs. If not, each
     block's scores, softmax and output follow one another, in fewer registers.
     """
+    q_in_registers: bool = False
+    """Whether the queries are read from shared memory once, instead of for every key block."""
     cluster: int = 2
     """Thread blocks that bring key blocks to each other: 1 or 2."""
     take_turns: bool = False
@@ -51,4 +53,6 @@ class PrefillTuning:
     @property
     def registers(self) -> tuple[int, int]:
         """Registers of a thread that computes, and of one that copies; warpgroups have 512 together."""
+        if self.q_in_registers:
+            return (240, 24) if self.num_compute_warpgroups == 2 else (160, 32)
         return (232, 40) if self.num_compute_warpgroups == 2 else (160, 32)
