@@ -1,0 +1,192 @@
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loongjax.costmodel.work import PrefillTotals
+from loongjax.scheduler.esp.batching import Batch, split
+from tests.scheduler.esp.partitions import Problem, set_partitions
+
+LINEAR = ((0.0, 1.0, 0.0), (0.0, 0.5, 0.0), (0.0, 1 / 3, 0.0), (0.0, 0.25, 0.0))
+"""A second a token, perfectly parallel."""
+
+
+def solve(problem: Problem) -> tuple[Batch, ...] | None:
+    return split(
+        np.array(problem.lengths, np.int64),
+        np.array(problem.weights, np.float64),
+        np.array(problem.free_tokens, np.int64),
+        problem.seconds,
+        max_tokens_per_instance=problem.max_tokens_per_instance,
+        max_requests=problem.max_requests,
+        kept_tokens=None if problem.kept_tokens is None else np.array(problem.kept_tokens, np.int64),
+    )
+
+
+def cost(problem: Problem, batches: tuple[Batch, ...] | None) -> float:
+    if batches is None:
+        return math.inf
+    return sum(problem.cost(batch.requests, batch.instances) for batch in batches)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Up to 6 requests and 4 instances, with memory from far too little to ample, and tight limits half of the time."""
+    lengths = sorted(draw(st.lists(st.integers(1, 60), min_size=1, max_size=6)), reverse=True)
+    num_instances = draw(st.integers(1, 4))
+    most_free = draw(st.sampled_from([10, 40, 80, 1000]))
+    coefficient = st.floats(0.0, 10.0)
+    kept = [draw(st.integers(0, length + 5)) for length in lengths] if draw(st.booleans()) else None
+    has_limits = draw(st.booleans())
+    return Problem(
+        lengths=tuple(lengths),
+        weights=tuple(draw(st.floats(0.1, 4.0)) / length for length in lengths),
+        free_tokens=tuple(draw(st.integers(0, most_free)) for _ in range(num_instances)),
+        coefficients=tuple(
+            (draw(coefficient), draw(coefficient) / dop, draw(coefficient) / 30 / dop)
+            for dop in range(1, num_instances + 1)
+        ),
+        max_tokens_per_instance=draw(st.integers(20, 120)) if has_limits else 10**9,
+        max_requests=draw(st.integers(1, 3)) if has_limits else 10**9,
+        kept_tokens=None if kept is None else tuple(kept),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(problem=problems())
+def test_the_split_costs_what_the_best_of_all_splits_of_neighbours_costs(problem: Problem):
+    batches = solve(problem)
+    assert cost(problem, batches) == pytest.approx(problem.least_of_neighbours(), rel=1e-9)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems())
+def test_batches_take_all_requests_in_order_and_the_first_instances(problem: Problem):
+    batches = solve(problem)
+    if batches is None:
+        return
+    assert [request for batch in batches for request in batch.requests] == list(range(len(problem.lengths)))
+    instances = [instance for batch in batches for instance in batch.instances]
+    assert instances == list(range(len(instances)))
+    assert all(batch.requests and batch.instances for batch in batches)
+
+
+def test_a_hand_worked_split():
+    # One batch of both on both instances: (8 + 4 + 1) / 2 * (1/8 + 1/4) = 2.4 with a second of its own.
+    # Each on an instance: (1 + 8) / 8 + (1 + 4) / 4 = 2.4; 8 tokens on one, 4 on the other, no smaller.
+    coefficients = ((1.0, 1.0, 0.0), (0.5, 0.5, 0.0))
+    problem = Problem(lengths=(8, 4), weights=(1 / 8, 1 / 4), free_tokens=(100, 100), coefficients=coefficients)
+    assert cost(problem, (Batch(range(2), range(2)),)) == pytest.approx(2.4375)
+    assert cost(problem, (Batch(range(1), range(1)), Batch(range(1, 2), range(1, 2)))) == pytest.approx(2.375)
+    assert solve(problem) == (Batch(range(1), range(1)), Batch(range(1, 2), range(1, 2)))
+
+
+def test_a_long_prompt_and_short_ones_are_not_one_batch():
+    """The reference never forms a second batch: its bound on equation 6 points the wrong way."""
+    lengths = (50_000, 100, 90, 80)
+    problem = Problem(
+        lengths=lengths,
+        weights=tuple(1 / length for length in lengths),
+        free_tokens=(100_000,) * 4,
+        coefficients=tuple((0.02, 1e-4 / dop, 4e-9 / dop) for dop in range(1, 5)),
+    )
+    batches = solve(problem)
+    assert batches is not None
+    assert len(batches) > 1
+    assert batches[0].requests == range(1)
+    together = min(problem.cost(range(4), range(k)) for k in range(1, 5))
+    assert cost(problem, batches) < together / 10
+
+
+def test_equal_short_prompts_spread_over_the_instances():
+    problem = Problem(
+        lengths=(100,) * 4, weights=(0.01,) * 4, free_tokens=(1000,) * 4, coefficients=((1.0, 1.0, 0.0),) * 4
+    )
+    assert solve(problem) == tuple(Batch(range(i, i + 1), range(i, i + 1)) for i in range(4))
+
+
+def test_instances_that_bring_nothing_are_left_out():
+    problem = Problem(
+        lengths=(100,), weights=(0.01,), free_tokens=(1000,) * 3, coefficients=tuple((d, 1.0, 0.0) for d in (1, 2, 3))
+    )
+    assert solve(problem) == (Batch(range(1), range(1)),)
+
+
+def test_memory_widens_a_batch():
+    problem = Problem(
+        lengths=(100,), weights=(0.01,), free_tokens=(40,) * 3, coefficients=tuple((d, 1.0, 0.0) for d in (1, 2, 3))
+    )
+    assert solve(problem) == (Batch(range(1), range(3)),)
+
+
+def test_memory_is_that_of_the_instances_a_batch_takes_not_of_the_first_ones():
+    problem = Problem(lengths=(90, 10), weights=(1.0, 1.0), free_tokens=(90, 10), coefficients=LINEAR)
+    assert solve(problem) == (Batch(range(1), range(1)), Batch(range(1, 2), range(1, 2)))
+
+
+def test_keys_that_are_not_kept_need_no_memory():
+    problem = Problem(
+        lengths=(100,), weights=(1.0,), free_tokens=(0,), coefficients=LINEAR, kept_tokens=(0,), max_requests=1
+    )
+    assert solve(problem) == (Batch(range(1), range(1)),)
+
+
+@pytest.mark.parametrize(
+    "limit",
+    [
+        {"free_tokens": (99,)},
+        {"free_tokens": (100,), "max_tokens_per_instance": 99},
+        {"free_tokens": (100,), "max_requests": 1},
+        {"free_tokens": (100,), "kept_tokens": (60, 41)},
+    ],
+)
+def test_no_split_is_none(limit: dict[str, Any]):
+    problem = Problem(lengths=(60, 40), weights=(1.0, 1.0), free_tokens=(100,), coefficients=LINEAR[:1])
+    assert solve(problem) is not None
+    assert solve(dataclasses.replace(problem, **limit)) is None
+
+
+def test_no_requests_are_no_batches():
+    assert solve(Problem(lengths=(), weights=(), free_tokens=(10,), coefficients=LINEAR)) == ()
+
+
+def test_the_cost_model_is_asked_once_for_each_degree_of_parallelism():
+    asked: list[int] = []
+
+    def seconds(dop: int, totals: PrefillTotals) -> np.ndarray:
+        asked.append(dop)
+        return totals.num_tokens / dop
+
+    lengths = np.arange(20, 0, -1)
+    split(lengths, 1.0 / lengths, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
+    assert asked == [1, 2, 3, 4]
+
+
+def test_the_cost_model_is_asked_about_true_batches_only():
+    lengths = np.array([9, 5, 5, 2])
+    true = {
+        (sum(part), sum(x * x for x in part))
+        for b in range(4)
+        for e in range(b, 4)
+        if (part := lengths[b : e + 1].tolist())
+    }
+
+    def seconds(dop: int, totals: PrefillTotals) -> np.ndarray:
+        assert set(zip(totals.num_tokens.tolist(), totals.squared_lens.tolist(), strict=True)) == true
+        assert not totals.new_times_past.any()
+        return totals.num_tokens / dop
+
+    assert split(lengths, 1.0 / lengths, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
+
+
+def test_equal_questions_get_equal_answers():
+    problem = Problem(lengths=(5,) * 6, weights=(0.2,) * 6, free_tokens=(50,) * 4, coefficients=LINEAR)
+    assert solve(problem) == solve(problem)
+
+
+def test_set_partitions_are_counted_by_the_bell_numbers():
+    assert [sum(1 for _ in set_partitions(range(n))) for n in range(7)] == [1, 1, 2, 5, 15, 52, 203]
