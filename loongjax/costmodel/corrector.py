@@ -95,3 +95,6 @@ class CorrectedModel:
 
     def tipping_tokens(self, strategy: Strategy) -> float:
         return self.base.tipping_tokens(strategy)
+
+    def tipping_rows(self, strategy: Strategy) -> float:
+        return self.base.tipping_rows(strategy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -14,10 +15,13 @@ from loongjax.costmodel.work import DecodeTotals
 class DecodeTime:
     """A sum over what the slowest instance does, one term each.
 
-    Reading the weights and launching kernels (the constant), the matrices' work for the rows of the largest sub-batch,
-    padded as the engine pads them, reading the keys of the fullest instance, exchanging every row of the group between
-    its instances, and a message for each master beyond the first. One instance alone exchanges nothing, and the last
-    two are 0.
+    Reading the weights and launching kernels (the constant), what every row of the largest sub-batch costs, padded as
+    the engine pads them, what rows cost on top beyond the number at which computing the matrices takes as long as
+    reading them, reading the keys of the fullest instance, exchanging every row of the group between its instances, and
+    a message for each master beyond the first. One instance alone exchanges nothing, and the last two are 0.
+
+    The matrices take the longer of reading W and computing c x rows, which is W + c max(0, rows - W / c): hence a term
+    that starts at `compute_bound_rows`.
     """
 
     constant_s: float
@@ -33,18 +37,28 @@ class DecodeTime:
     """Instances of the group."""
     row_buckets: tuple[int, ...]
     """Sizes, ascending, that a sub-batch is padded to; beyond the largest nothing is padded. Empty: nowhere."""
+    compute_bound_rows: float = 0.0
+    """Padded rows from which the matrices are bound by computing."""
+    per_compute_bound_row_s: float = 0.0
+    """In seconds a padded row beyond those, on top of `per_padded_row_s`; 0: no step was bound by computing."""
 
     def __post_init__(self) -> None:
         check_coefficients(self)
         check_buckets("row_buckets", self.row_buckets)
 
     @staticmethod
-    def features(totals: DecodeTotals, sp: int, row_buckets: tuple[int, ...]) -> np.ndarray:
-        """What the coefficients multiply, in order: float64 [..., 5]."""
+    def features(
+        totals: DecodeTotals, sp: int, row_buckets: tuple[int, ...], compute_bound_rows: float = 0.0
+    ) -> np.ndarray:
+        """What the coefficients multiply, float64 [..., 6]: the constant, padded rows, those beyond
+        `compute_bound_rows`, keys, exchanged rows and extra masters.
+        """
         exchanges = float(sp > 1)
+        padded = pad(totals.busiest_rows, row_buckets)
         columns = (
             np.ones(()),
-            pad(totals.busiest_rows, row_buckets),
+            padded,
+            np.maximum(padded - compute_bound_rows, 0.0),
             totals.busiest_keys,
             exchanges * totals.num_rows,
             exchanges * (totals.num_masters - 1.0),
@@ -53,11 +67,22 @@ class DecodeTime:
 
     def seconds(self, totals: DecodeTotals) -> np.ndarray:
         """float64, of the totals' broadcast shape."""
+        padded = pad(totals.busiest_rows, self.row_buckets)
         alone = (
             self.constant_s
-            + self.per_padded_row_s * pad(totals.busiest_rows, self.row_buckets)
+            + self.per_padded_row_s * padded
+            + self.per_compute_bound_row_s * np.maximum(padded - self.compute_bound_rows, 0.0)
             + self.per_key_s * totals.busiest_keys
         )
         if self.sp == 1:
             return alone
         return alone + self.per_exchanged_row_s * totals.num_rows + self.per_extra_master_s * (totals.num_masters - 1.0)
+
+    @property
+    def tipping_rows(self) -> float:
+        """Rows of one master from which a step is bound by computing: `compute_bound_rows`, or if none were measured
+        beyond those, where the rows take as long as the constant; inf if they cost nothing.
+        """
+        if self.per_compute_bound_row_s > 0.0:
+            return self.compute_bound_rows
+        return self.constant_s / self.per_padded_row_s if self.per_padded_row_s > 0.0 else math.inf

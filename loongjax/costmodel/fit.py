@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections.abc import Hashable, Sequence
 
 import numpy as np
 
+from loongjax.costmodel.coefficients import pad
 from loongjax.costmodel.decode_time import DecodeTime
 from loongjax.costmodel.floor import fit_with_floor
 from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint
 from loongjax.costmodel.migration_time import MigrationTime
 from loongjax.costmodel.model import FittedModel, StrategyTimes
 from loongjax.costmodel.model_shape import ModelShape
-from loongjax.costmodel.nonnegative import fit_nonnegative
+from loongjax.costmodel.nonnegative import RELATIVE_TIE, fit_nonnegative
 from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
 from loongjax.costmodel.relative_error import FitErrors, RelativeErrors
 from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
@@ -23,6 +26,8 @@ HELD_OUT_EVERY = 5
 """One distinct work in so many is held out."""
 LEAST_POINTS = 5
 """Fewer points of a strategy say nothing about it."""
+KINKS_BETWEEN_SIZES = 6
+"""Places tried between two measured numbers of rows for where steps become bound by computing."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,20 +137,50 @@ def _fit_refined(
 def _fit_decode(strategy: Strategy, points: Sequence[DecodePoint], padding: Padding) -> tuple[DecodeTime, FitErrors]:
     totals = DecodeTotals.of([point.work for point in points])
     measured_s, kept_out = _measured_and_held_out(points, totals.busiest_keys + totals.num_rows)
-    features = DecodeTime.features(totals, strategy.sp, padding.row_buckets)
-    constant, per_row, per_key, per_exchange, per_master = fit_nonnegative(
-        features[~kept_out], measured_s[~kept_out]
-    ).tolist()
-    decode = DecodeTime(
-        constant_s=constant,
-        per_padded_row_s=per_row,
-        per_key_s=per_key,
-        per_exchanged_row_s=per_exchange,
-        per_extra_master_s=per_master,
-        sp=strategy.sp,
-        row_buckets=padding.row_buckets,
-    )
+    decode = _fit_decode_form(strategy.sp, totals.at(~kept_out), measured_s[~kept_out], padding.row_buckets)
     return decode, _errors(decode.seconds(totals), measured_s, kept_out)
+
+
+def _fit_decode_form(sp: int, totals: DecodeTotals, measured_s: np.ndarray, row_buckets: tuple[int, ...]) -> DecodeTime:
+    """The best over where steps become bound by computing, or without that where it does not pay for itself."""
+
+    def fit_from(compute_bound_rows: float, *, has_kink: bool) -> tuple[float, DecodeTime]:
+        features = DecodeTime.features(totals, sp, row_buckets, compute_bound_rows)
+        features[:, 2] *= has_kink
+        coefficients = fit_nonnegative(features, measured_s)
+        constant, per_row, per_bound_row, per_key, per_exchange, per_master = coefficients.tolist()
+        form = DecodeTime(
+            constant_s=constant,
+            per_padded_row_s=per_row,
+            compute_bound_rows=compute_bound_rows if per_bound_row else 0.0,
+            per_compute_bound_row_s=per_bound_row,
+            per_key_s=per_key,
+            per_exchanged_row_s=per_exchange,
+            per_extra_master_s=per_master,
+            sp=sp,
+            row_buckets=row_buckets,
+        )
+        return float(np.sum((features @ coefficients / measured_s - 1.0) ** 2)), form
+
+    least, best = fit_from(0.0, has_kink=False)
+    num_points = len(measured_s)
+    # A kink is two more coefficients: they have to pay for themselves (Akaike's criterion), and not by rounding.
+    least = least * math.exp(-4.0 / num_points) - num_points * RELATIVE_TIE**2
+    for rows in _kinks(pad(totals.busiest_rows, row_buckets)):
+        squares, form = fit_from(rows, has_kink=True)
+        if squares < least - num_points * RELATIVE_TIE**2:
+            least, best = squares, form
+    return best
+
+
+def _kinks(padded_rows: np.ndarray) -> list[float]:
+    """Where the term beyond a kink may begin, ascending: at the sizes measured, and a few times in between."""
+    sizes = np.unique(padded_rows)
+    return [
+        float(rows)
+        for low, high in itertools.pairwise(sizes)
+        for rows in np.geomspace(low, high, KINKS_BETWEEN_SIZES, endpoint=False)
+    ]
 
 
 def _fit_migration(

@@ -48,6 +48,12 @@ class CostModel(Protocol):
         """
         ...
 
+    def tipping_rows(self, strategy: Strategy) -> float:
+        """Requests of one master from which a decode step is bound by computing (the paper's threshold of scaling up).
+        May be inf.
+        """
+        ...
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StrategyTimes:
@@ -100,6 +106,9 @@ class FittedModel:
 
     def tipping_tokens(self, strategy: Strategy) -> float:
         return self.times(strategy).prefill.tipping_tokens
+
+    def tipping_rows(self, strategy: Strategy) -> float:
+        return self.times(strategy).decode.tipping_rows
 
     def times(self, strategy: Strategy) -> StrategyTimes:
         """What is known of this strategy."""

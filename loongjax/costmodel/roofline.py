@@ -134,6 +134,11 @@ class RooflineModel:
         token_s = 2.0 * self.model.num_layer_params / (strategy.sp * strategy.tp * self.rates.flops_per_s)
         return self._weights_s(strategy.tp) / token_s
 
+    def tipping_rows(self, strategy: Strategy) -> float:
+        """Where a master's matrices compute as long as they are read."""
+        row_s = self.model.decode_row_flops / (strategy.tp * self.rates.flops_per_s)
+        return self._weights_s(strategy.tp) / row_s
+
     def _weights_s(self, tp: int) -> float:
         return self.model.weight_bytes / tp / self.rates.memory_bytes_per_s
 

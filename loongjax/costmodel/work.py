@@ -152,6 +152,10 @@ class DecodeTotals:
             busiest_keys=np.asarray([max(work.keys) for work in works], np.float64),
         )
 
+    def at(self, chosen: np.ndarray) -> DecodeTotals:
+        """Those of the chosen batches: an index for arrays [number of batches]."""
+        return DecodeTotals(**{field.name: getattr(self, field.name)[chosen] for field in dataclasses.fields(self)})
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecodeWork:

@@ -89,6 +89,7 @@ def test_a_corrected_model_multiplies_iterations_and_leaves_migrations():
     np.testing.assert_array_equal(model.prefill_s(ONE, prompts), base.prefill_s(ONE, prompts))
     assert model.migration_s(100, 1) == base.migration_s(100, 1)
     assert model.tipping_tokens(TWO) == base.tipping_tokens(TWO)
+    assert model.tipping_rows(TWO) == base.tipping_rows(TWO)
     assert model.source == "roofline"
 
 

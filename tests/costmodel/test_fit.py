@@ -1,3 +1,5 @@
+import dataclasses
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -84,6 +86,33 @@ def test_the_refined_form_beats_the_papers_where_the_engine_pads_and_has_a_floor
     assert times.refined_prefill_errors is not None
     assert times.paper_prefill_errors is not None
     assert times.refined_prefill_errors.training.arithmetic_mean < times.paper_prefill_errors.training.arithmetic_mean
+
+
+@pytest.mark.parametrize("rows", [64.0, 150.0])
+def test_where_decodes_become_bound_by_computing_is_found(rows):
+    whole = measurements((FOUR,))
+    true = dataclasses.replace(
+        decode(4), row_buckets=(1, 4, 16, 64, 256, 1024), compute_bound_rows=rows, per_compute_bound_row_s=3e-5
+    )
+    works = [
+        DecodeWork(rows=(count,), keys=(count * context,) * 4)
+        for count in (1, 4, 16, 64, 256, 512, 1024)
+        for context in (50, 1000, 9000)
+    ]
+    decodes = tuple(
+        DecodePoint(strategy=FOUR, work=work, measured_s=true.seconds(DecodeTotals.of([work])).item()) for work in works
+    )
+    padding = dataclasses.replace(PADDING, row_buckets=true.row_buckets)
+    measured = dataclasses.replace(whole, decodes=decodes)
+    found = fit(measured, padding).times(FOUR).decode
+    unseen = DecodeTotals.even(FOUR, [3, 30, 200, 800, 1024], [9000, 10**5, 10**6, 10**5, 10**4])
+    np.testing.assert_allclose(found.seconds(unseen), true.seconds(unseen), rtol=1e-2)
+    assert found.compute_bound_rows == pytest.approx(rows, rel=0.2)
+
+
+def test_no_kink_is_found_where_there_is_none():
+    found = fit(measurements((FOUR,), noise=0.01), PADDING).times(FOUR).decode
+    assert found.per_compute_bound_row_s == 0.0
 
 
 def test_held_out_points_do_not_move_the_fit():

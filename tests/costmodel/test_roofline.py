@@ -146,6 +146,12 @@ def test_a_prefill_tips_where_computing_overtakes_reading_the_weights(strategy):
     assert beyond - there == pytest.approx(13.214e9 / strategy.tp / 4.3e12, rel=1e-3)
 
 
+@pytest.mark.parametrize("tp", [1, 4])
+def test_a_decode_tips_where_computing_overtakes_reading_the_weights(tp):
+    # 2 bytes of a weight are read while it is multiplied for 643 / 4.3 rows of 2 operations each.
+    assert H200.tipping_rows(Strategy(1, tp)) == pytest.approx(643e12 / 4.3e12)
+
+
 def test_the_estimate_says_that_it_is_one():
     assert H200.source == "roofline"
     assert isinstance(H200, CostModel)

@@ -12,7 +12,7 @@ from loongjax.costmodel.decode_time import DecodeTime
 from loongjax.costmodel.migration_time import MigrationTime
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
-from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 
 PAPER = PaperPrefillTime(constant_s=0.02, per_token_s=1e-4, per_squared_token_s=1e-9)
@@ -34,6 +34,7 @@ DECODE = DecodeTime(
     sp=2,
     row_buckets=(1, 4, 16),
 )
+KINKED = dataclasses.replace(DECODE, compute_bound_rows=4.0, per_compute_bound_row_s=3e-5)
 lengths = st.integers(1, 100_000)
 
 
@@ -85,6 +86,31 @@ def test_a_decode_step_adds_up_what_the_slowest_instance_does():
     np.testing.assert_allclose(DECODE.seconds(work), [expected])
 
 
+def test_rows_beyond_where_computing_takes_over_cost_more():
+    # Both are padded: 4 rows are not beyond it, and of 16 there are 12.
+    few, many = (DecodeTotals.of([DecodeWork(rows=(rows,), keys=(100, 100))]) for rows in (3, 5))
+    np.testing.assert_allclose(KINKED.seconds(few), DECODE.seconds(few))
+    np.testing.assert_allclose(KINKED.seconds(many), DECODE.seconds(many) + 12 * 3e-5)
+
+
+def test_a_term_that_starts_late_is_the_longer_of_reading_and_computing():
+    # Weights read in 3 ms, a row computed in 20 us: 150 rows.
+    form = dataclasses.replace(
+        DECODE, sp=1, constant_s=0.003, per_padded_row_s=0.0, compute_bound_rows=150.0, per_compute_bound_row_s=2e-5
+    )
+    rows = np.array([1.0, 140.0, 160.0, 1000.0])
+    seconds = dataclasses.replace(form, row_buckets=(), per_key_s=0.0).seconds(
+        DecodeTotals.even(Strategy(1), rows, rows)
+    )
+    np.testing.assert_allclose(seconds, np.maximum(0.003, 2e-5 * rows))
+
+
+def test_a_decode_tips_where_computing_takes_over_or_where_its_rows_are_as_long_as_its_constant():
+    assert KINKED.tipping_rows == 4.0
+    assert DECODE.tipping_rows == pytest.approx(400)
+    assert dataclasses.replace(DECODE, per_padded_row_s=0.0).tipping_rows == math.inf
+
+
 def test_one_instance_exchanges_nothing():
     alone = DecodeTime(
         constant_s=0.004,
@@ -105,8 +131,8 @@ def test_features_times_coefficients_are_the_seconds():
     linear = RefinedPrefillTime.features(totals, 2, REFINED.token_buckets) @ [0.004, 2e-5, 1e-9, 3e-9]
     np.testing.assert_allclose(np.maximum(linear, 0.01), REFINED.seconds(totals))
     steps = DecodeTotals.of([DecodeWork(rows=(3, 2), keys=(300, 10)), DecodeWork(rows=(20,), keys=(0, 5000))])
-    linear = DecodeTime.features(steps, 2, DECODE.row_buckets) @ [0.004, 1e-5, 1e-8, 1e-6, 1e-4]
-    np.testing.assert_allclose(linear, DECODE.seconds(steps))
+    linear = DecodeTime.features(steps, 2, KINKED.row_buckets, 4.0) @ [0.004, 1e-5, 3e-5, 1e-8, 1e-6, 1e-4]
+    np.testing.assert_allclose(linear, KINKED.seconds(steps))
 
 
 def test_a_migration_takes_its_latency_and_each_devices_heads_over_the_bandwidth():

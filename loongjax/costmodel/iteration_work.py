@@ -1,0 +1,24 @@
+"""Iterations in the numbers that their time depends on."""
+
+from __future__ import annotations
+
+from loongjax.core.iteration import DecodeIteration, Iteration, PrefillIteration
+from loongjax.costmodel.work import DecodeWork, PrefillWork
+
+
+def work_of(iteration: Iteration) -> PrefillWork | DecodeWork | None:
+    """What a prefill or a decode step has to do; None for anything else."""
+    match iteration:
+        case PrefillIteration():
+            return PrefillWork(new_lens=tuple([len(item.token_ids) for item in iteration.inputs]))
+        case DecodeIteration():
+            num_keys = dict.fromkeys(iteration.group.instances, 0)
+            for sub_batch in iteration.sub_batches:
+                for item in sub_batch.inputs:
+                    for table in item.tables:
+                        num_keys[table.instance] += table.num_tokens
+            return DecodeWork(
+                rows=tuple([len(sub_batch.inputs) for sub_batch in iteration.sub_batches]),
+                keys=tuple(num_keys.values()),
+            )
+    return None
