@@ -138,7 +138,7 @@ class SampledToken:
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """An iteration is over."""
+    """An iteration is over, or the first steps of one."""
 
     iteration_id: int
     tokens: tuple[SampledToken, ...] = ()
@@ -146,3 +146,7 @@ class Completion:
     """From submission to the result on the host, in seconds."""
     error: str | None = None
     """Why it failed. The keys that its group held are then lost, and its instances do nothing until they recover."""
+    num_steps: int = 1
+    """Steps of a decode that this stands for, with `tokens` in each: more than one only from a `JumpingRuntime`."""
+    is_over: bool = True
+    """Whether the iteration is over; False if a `JumpingRuntime` tells what it has done so far."""

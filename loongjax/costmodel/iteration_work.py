@@ -22,3 +22,19 @@ def work_of(iteration: Iteration) -> PrefillWork | DecodeWork | None:
                 keys=tuple(num_keys.values()),
             )
     return None
+
+
+def work_after(iteration: DecodeIteration, work: DecodeWork, num_steps: int) -> DecodeWork:
+    """The work of a decode's step so many steps after the one with this work: each adds one key a request, on its
+    master.
+    """
+    return DecodeWork(
+        rows=work.rows,
+        keys=tuple([have + num_steps * more for have, more in zip(work.keys, new_keys(iteration), strict=True)]),
+    )
+
+
+def new_keys(iteration: DecodeIteration) -> tuple[int, ...]:
+    """Keys that each step adds to each instance of the group, in canonical order."""
+    rows = {batch.master: len(batch.inputs) for batch in iteration.sub_batches}
+    return tuple([rows.get(instance, 0) for instance in iteration.group.instances])

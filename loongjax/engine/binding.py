@@ -19,9 +19,9 @@ from loongjax.core.iteration import (
     PrefillIteration,
 )
 from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.costmodel.iteration_work import work_after, work_of
 from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.engine.live_request import LiveRequest
-from loongjax.engine.work import work_of
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.scheduler.view import FlightView
 
@@ -50,6 +50,13 @@ class Flight:
     def work(self) -> PrefillWork | DecodeWork | None:
         """What it has to do, in the cost model's terms."""
         return work_of(self.iteration)
+
+    def pass_steps(self, num_steps: int, ended_s: float) -> None:
+        """Notes that a decode has done so many of its steps by that time, and is in the next one."""
+        assert isinstance(self.iteration, DecodeIteration), self.iteration
+        assert isinstance(self.work, DecodeWork), self.work
+        self.started_s = ended_s
+        self.work = work_after(self.iteration, self.work, num_steps)
 
     def view(self) -> FlightView:
         return FlightView(plan=self.plan, group=self.group, work=self.work, started_s=self.started_s)

@@ -33,12 +33,13 @@ from loongjax.engine.counters import Counters
 from loongjax.engine.failures import MAX_FAILURES, RECOVERY_TIMEOUT_S, blame, recovery_failed, recovery_overdue
 from loongjax.engine.flights import Flights
 from loongjax.engine.integrity import check_state, lost_when_idle
+from loongjax.engine.jumps import Jumps, foresee, longest_jump
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from loongjax.engine.snapshot import take_snapshot
 from loongjax.engine.watch import Watch
 from loongjax.errors import ContextLengthError, EngineDeadError, EngineError, QueueFullError, RequestError
 from loongjax.kvcache.kv_cache import KVCache
-from loongjax.runtime.protocol import Runtime
+from loongjax.runtime.protocol import JumpingRuntime, Runtime
 from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.validate import check_plan
@@ -61,6 +62,7 @@ class EngineCore:
         max_queue_len: int = 1024,
         kv_bytes_per_token: int = 0,
         run_ahead: bool = True,
+        jump: bool = False,
         iteration_timeout_s: float = math.inf,
         checks: bool = False,
     ) -> None:
@@ -73,6 +75,8 @@ class EngineCore:
             max_queue_len: requests that may wait.
             kv_bytes_per_token: keys and values of one token in all layers, for the statistics.
             run_ahead: submit a decode's next iteration before the tokens of the last one are read.
+            jump: let decodes stand for many steps while nobody could interfere, instead of running ahead. Only for a
+                `JumpingRuntime`: a simulation.
             iteration_timeout_s: how long an iteration may be in flight before `check_health` complains, in seconds.
             checks: check every plan, and the integrity of all state after every step. For tests.
 
@@ -85,7 +89,11 @@ class EngineCore:
         self._runtime = runtime
         self._policy = policy
         self._max_queue_len = max_queue_len
-        self._run_ahead = run_ahead
+        self._run_ahead = run_ahead and not jump
+        self._jumps: Jumps | None = None
+        if jump:
+            assert isinstance(runtime, JumpingRuntime), "only a simulation jumps"
+            self._jumps = Jumps(runtime)
         self._checks = checks
         check_capacity(info, runtime.shape, runtime.limits)
         self._kv_cache = KVCache(runtime.shape)
@@ -241,6 +249,8 @@ class EngineCore:
             raise EngineDeadError(self.death)
 
     def _plan(self) -> None:
+        if len(self._waiting):
+            self._catch_up(stop=False)
         if self._observations:
             self._policy.observe(self._observations)
             self._observations = []
@@ -251,12 +261,15 @@ class EngineCore:
         if self._run_ahead:
             for flight in self._flights.lone():
                 self._continue(flight)
+        if self._jumps is not None:
+            self._jump(self._jumps)
         if self._live and not self._flights:
             raise EngineError(
                 f"the policy plans nothing, though nothing is in flight and {len(self._live)} requests live"
             )
 
-    def _ask(self, policy: Policy, as_if_over: Flight | None = None) -> tuple[Plan, ...]:
+    def _ask(self, policy: Policy, as_if_over: Flight | None = None, num_more_steps: int = 0) -> tuple[Plan, ...]:
+        """What a policy answers now; with `as_if_over`, once that decode is over, and as many steps more."""
         view = take_snapshot(
             shape=self._runtime.shape,
             limits=self._runtime.limits,
@@ -267,6 +280,8 @@ class EngineCore:
             now_s=self._runtime.now_s(),
             as_if_over=as_if_over,
         )
+        if num_more_steps and as_if_over is not None and isinstance(as_if_over.plan, Decode):
+            view = foresee(view, as_if_over.plan, num_more_steps)
         plans = policy.plan(view)
         if self._checks:
             check_plan(view, plans)
@@ -311,9 +326,39 @@ class EngineCore:
             self._policy = rehearsing
             self._submit(flight.plan)
 
+    def _jump(self, jumps: Jumps) -> None:
+        """Lets decodes stand for as many steps as nobody could interfere with. See `loongjax.engine.jumps`."""
+        idle = frozenset(self._runtime.shape.all_instances).difference(self._flights.by_instance())
+        if (len(self._waiting) or not jumps.hold(idle)) and self._catch_up(stop=True):
+            return
+        if len(self._waiting):
+            return
+        for flight in self._flights:
+            plan = flight.plan
+            if isinstance(plan, Decode) and not flight.is_void and flight not in jumps:
+
+                def would_repeat(num_steps: int, flight: Flight = flight, plan: Decode = plan) -> bool:
+                    return self._ask(self._policy.copy(), flight, num_steps - 1) == (plan,)
+
+                jumps.start(flight, longest_jump(flight, self._kv_cache, would_repeat), idle)
+
+    def _catch_up(self, *, stop: bool) -> bool:
+        """Takes in what decodes of many steps have done; whether one is over by that, and its instances are idle."""
+        completions = self._jumps.catch_up(stop=stop) if self._jumps is not None else []
+        for completion in completions:
+            self._complete(completion)
+        is_any_over = any(completion.is_over for completion in completions)
+        self._must_plan |= is_any_over
+        return is_any_over
+
     def _complete(self, completion: Completion) -> None:
+        if not completion.is_over:
+            self._pass_steps(self._flights.find(completion.iteration_id), completion)
+            return
         flight = self._flights.land(completion.iteration_id, completion.elapsed_s)
         self._watch.note_landing(flight, self._runtime.now_s())
+        if self._jumps is not None:
+            self._jumps.end(flight)
         if isinstance(flight.iteration, RecoverIteration):
             if completion.error is not None:
                 self._die(recovery_failed(flight.group, completion.error))
@@ -325,17 +370,35 @@ class EngineCore:
         if completion.error is not None:
             self._fail(flight, completion.error)
             return
-        self._counters.record(flight)
+        if completion.num_steps > 1:
+            self._grow(flight, completion.num_steps - 1)
+        self._counters.record(flight, completion.num_steps)
         self._note_end(flight, completion)
-        if isinstance(flight.plan, Migrate):
-            return
-        by_request = {token.request_id: token for token in completion.tokens}
+        if not isinstance(flight.plan, Migrate):
+            self._hand_out(flight, completion)
+
+    def _pass_steps(self, flight: Flight, completion: Completion) -> None:
+        """Takes in steps of a decode that is in the next one now."""
+        self._grow(flight, completion.num_steps)
+        flight.pass_steps(completion.num_steps, flight.submitted_s + completion.elapsed_s)
+        self._counters.record(flight, completion.num_steps)
+        self._hand_out(flight, completion)
+
+    def _grow(self, flight: Flight, num_tokens: int) -> None:
+        """Gives the requests of a decode the slots of steps for which none were taken."""
         for live in flight.requests:
             if not live.has_ended:
-                self._take(live, by_request[live.request_id], isinstance(flight.iteration, PrefillIteration))
+                self._kv_cache.append_more(live.request_id, num_tokens)
+
+    def _hand_out(self, flight: Flight, completion: Completion) -> None:
+        by_request = {token.request_id: token for token in completion.tokens}
+        is_prefill = isinstance(flight.iteration, PrefillIteration)
+        for live in flight.requests:
+            if not live.has_ended:
+                self._take(live, by_request[live.request_id], is_prefill, completion.num_steps)
 
     def _note_end(self, flight: Flight, completion: Completion) -> None:
-        if flight.work is not None and isinstance(flight.plan, Prefill | Decode):
+        if completion.num_steps == 1 and flight.work is not None and isinstance(flight.plan, Prefill | Decode):
             waited_s = flight.started_s - flight.submitted_s
             self._observations.append(
                 IterationEnded(
@@ -346,8 +409,8 @@ class EngineCore:
                 )
             )
 
-    def _take(self, live: LiveRequest, sampled: SampledToken, is_prefill: bool) -> None:
-        """Adds a token to a request, says so, and ends the request if this was its last."""
+    def _take(self, live: LiveRequest, sampled: SampledToken, is_prefill: bool, num_steps: int) -> None:
+        """Adds the token of each step to a request, says so, and ends the request if this was its last."""
         live.num_failures = 0
         now_s = self._runtime.now_s()
         live.note_token(now_s)
@@ -358,9 +421,9 @@ class EngineCore:
         token_ids: tuple[int, ...] = ()
         logprobs = ()
         if request.max_tokens > 0:
-            token_ids = (sampled.token_id,)
-            live.output_token_ids.append(sampled.token_id)
-            self._counters.num_generation_tokens += 1
+            token_ids = (sampled.token_id,) * num_steps
+            live.output_token_ids.extend(token_ids)
+            self._counters.num_generation_tokens += num_steps
             if sampled.logprobs is not None and request.sampling.logprobs is not None:
                 logprobs = (sampled.logprobs,)
         is_stop = bool(token_ids) and sampled.token_id in request.stop_token_ids

@@ -46,14 +46,14 @@ class Counters:
             num_iteration_tokens=self.num_iteration_tokens,
         )
 
-    def record(self, flight: Flight) -> None:
-        """Counts an iteration that succeeded, before its tokens are handed out."""
-        self.num_iterations += 1
+    def record(self, flight: Flight, num_steps: int = 1) -> None:
+        """Counts an iteration that succeeded, or so many steps of a decode, before its tokens are handed out."""
+        self.num_iterations += num_steps
         match flight.plan:
             case Prefill():
                 self._record_prefill(flight, flight.plan)
             case Decode():
-                self._record_decode(flight, flight.plan)
+                self._record_decode(flight, flight.plan, num_steps)
             case Migrate():
                 self._record_migrate(flight, flight.plan)
 
@@ -75,21 +75,21 @@ class Counters:
                 self.num_prompt_tokens += len(live.request.prompt_token_ids)
         self._record_size(num_tokens)
 
-    def _record_decode(self, flight: Flight, plan: Decode) -> None:
+    def _record_decode(self, flight: Flight, plan: Decode, num_steps: int) -> None:
         group = plan.group
-        self.decode_dop[group.dop] += 1
-        phase = Phase("decode", group.instances, tuple(sorted(plan.masters)), 1)
+        self.decode_dop[group.dop] += num_steps
+        phase = Phase("decode", group.instances, tuple(sorted(plan.masters)), num_steps)
         for live in flight.requests:
             if live.has_ended:
                 continue
             live.record(phase)
             self._note_scaling(live, group.instances)
-        self._record_size(sum(not live.has_ended for live in flight.requests))
+        self._record_size(sum(not live.has_ended for live in flight.requests), num_steps)
 
-    def _record_size(self, num_tokens: int) -> None:
-        """Notes the tokens of one iteration, those of requests that ended meanwhile not counted."""
-        self.num_iteration_tokens += num_tokens
-        self.iteration_tokens[1 << max(num_tokens - 1, 0).bit_length()] += 1
+    def _record_size(self, num_tokens: int, num_steps: int = 1) -> None:
+        """Notes the tokens of each step of an iteration, those of requests that ended meanwhile not counted."""
+        self.num_iteration_tokens += num_tokens * num_steps
+        self.iteration_tokens[1 << max(num_tokens - 1, 0).bit_length()] += num_steps
 
     def _note_scaling(self, live: LiveRequest, instances: tuple[InstanceId, ...]) -> None:
         if live.instances != instances:

@@ -45,6 +45,10 @@ class Flights:
             behind.started_s = max(behind.started_s, landed.submitted_s + elapsed_s)
         return landed
 
+    def find(self, iteration_id: int) -> Flight:
+        """What is in flight under this id."""
+        return self._flights[iteration_id]
+
     def by_instance(self) -> dict[InstanceId, list[Flight]]:
         """In order of submission, for every instance that is busy."""
         result: dict[InstanceId, list[Flight]] = {}

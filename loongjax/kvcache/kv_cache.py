@@ -140,6 +140,22 @@ class KVCache:
         request.grow_to(position + 1)
         return local.last_page * self._page_size + offset
 
+    def append_more(self, request_id: str, num_tokens: int) -> None:
+        """Gives the request's next tokens slots where its newest token lies, as many `append`s would.
+
+        Raises:
+            OutOfPagesError: the instance has too few free pages; nothing has changed then.
+        """
+        request = self._requests[request_id]
+        local = request.newest
+        assert local is not None, request_id
+        num_new_pages = self.shape.num_pages_for(local.num_tokens + num_tokens)
+        num_new_pages -= self.shape.num_pages_for(local.num_tokens)
+        local.add_pages(self._pools[local.instance].allocate(num_new_pages))
+        position = request.num_tokens
+        local.add_interval(position, position + num_tokens)
+        request.grow_to(position + num_tokens)
+
     def _newest_on(self, request: RequestKV, instance: InstanceId) -> LocalSequence:
         local = request.find(instance)
         has_room = local is not None and local.num_tokens % self._page_size != 0

@@ -65,3 +65,30 @@ class Runtime(Protocol):
     def close(self, *, waits: bool = True) -> None:
         """Gives the devices back, after what is in flight; `waits` False: it will not come back, so leave it behind."""
         ...
+
+
+@runtime_checkable
+class JumpingRuntime(Runtime, Protocol):
+    """A runtime that can do many steps of a decode without being told of each: a simulation.
+
+    Its tokens carry no information, so one `SampledToken` a request stands for those of all steps.
+    """
+
+    def prolong(self, iteration_id: int, num_steps: int) -> None:
+        """Lets the step that a decode in flight is in, and as many after it as make `num_steps`, complete as one.
+
+        Slots are those of the iteration for its first step, and whatever follows for the others.
+        """
+        ...
+
+    def catch_up(self, *, stop: bool) -> list[Completion]:
+        """What the decodes of several steps have done by now and not been asked for.
+
+        Args:
+            stop: whether each of them ends with the step that it is in.
+
+        Returns:
+            One for each that has ended steps since: `is_over` where a step ends at this very moment, and so does the
+            decode then; for the others another completion follows.
+        """
+        ...
