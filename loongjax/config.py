@@ -53,6 +53,9 @@ class EngineConfig:
     """The simple scheduler gives a prefill one instance for so many tokens, rounded up."""
     max_requests_per_master: int | None = None
     """Requests that one master decodes before idle instances join as masters; None: half of max_num_seqs."""
+    exchange: Literal["auto", "xla"] = "auto"
+    """How GPUs exchange the small messages of a step; auto: through each other's memory where they can; xla: by XLA's
+    collectives."""
     run_ahead: bool = True
     """Submit a decode's next step before the tokens of the last one are read."""
     warm_up: bool | None = None
@@ -102,6 +105,8 @@ class EngineConfig:
             )
         if self.dtype not in ("auto", "bfloat16", "float16", "float32"):
             raise ConfigError(f"--dtype must be auto, bfloat16, float16 or float32, got {self.dtype!r}: auto fits most")
+        if self.exchange not in ("auto", "xla"):
+            raise ConfigError(f"--exchange must be auto or xla, got {self.exchange!r}: auto fits most")
         if self.checkpoint is not None and not pathlib.Path(self.checkpoint).is_dir():
             raise ConfigError(
                 f"the checkpoint must be a folder, got {self.checkpoint!r}, which is none: give the path of a folder "

@@ -49,7 +49,14 @@ def is_triton_usable() -> bool:
     if not major.isdigit() or int(major) < LEAST_MAJOR:
         logger.warning("no Triton kernels for compute capability %r, so slower variants are used", capability)
         return False
-    if missing := _missing_packages():
+    return is_triton_installed()
+
+
+@functools.cache
+def is_triton_installed() -> bool:
+    """Whether the packages that Triton variants need are here; told once if not."""
+    missing = _missing_packages()
+    if missing:
         logger.warning("%s is not installed, so slower variants are used: pip install 'loongjax[gpu]'", missing[0])
     return not missing
 

@@ -17,6 +17,7 @@ from loongjax.models.sharding import abstract_params, partition_specs
 from loongjax.models.shipped import resolve_checkpoint
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.environment import device_environment
+from loongjax.runtime.exchange import make_exchange
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.model_spec import ModelSpec
@@ -49,18 +50,20 @@ def assemble_runtime(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, sh
     """A runtime over weights that are on their devices already."""
     specs = partition_specs(abstract_params(spec.config, dtype=jnp.dtype(spec.dtype), tp=spec.tp))
     weights = ReplicatedState(grid, shards, specs)
+    exchange = make_exchange(config, grid)
     sizes = size_up(config, spec, grid, weights)
     pool_shape = spec.kv_shard_shape(sizes.shape.num_pages, sizes.shape.page_size)
     kv_pool = DeviceKVPool(grid, pool_shape, jnp.dtype(spec.dtype))
     _log_sizes(sizes.shape, spec, weights, kv_pool)
     wants_warm_up = grid.platform == "gpu" if config.warm_up is None else config.warm_up
     if wants_warm_up:
-        WarmUp(spec=spec, grid=grid, weights=weights, kv_pool=kv_pool, buckets=sizes.buckets).run()
+        WarmUp(spec=spec, grid=grid, weights=weights, kv_pool=kv_pool, exchange=exchange, buckets=sizes.buckets).run()
     return LocalRuntime(
         spec=spec,
         grid=grid,
         weights=weights,
         kv_pool=kv_pool,
+        exchange=exchange,
         shape=sizes.shape,
         limits=sizes.limits,
         buckets=sizes.buckets,

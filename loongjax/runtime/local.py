@@ -35,10 +35,18 @@ from loongjax.core.iteration import (
 )
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets
+from loongjax.runtime.exchange import GroupExchange
 from loongjax.runtime.group_sampler import GroupSampler
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.packing import empty_prefill, pack_decode, pack_decode_slots, pack_prefill, pack_prompt_targets
+from loongjax.runtime.packing import (
+    empty_decode,
+    empty_prefill,
+    pack_decode,
+    pack_decode_slots,
+    pack_prefill,
+    pack_prompt_targets,
+)
 from loongjax.runtime.programs import (
     BY_RANK,
     MIGRATION_BUCKET,
@@ -84,6 +92,7 @@ class LocalRuntime:
         grid: DeviceGrid,
         weights: ReplicatedState,
         kv_pool: DeviceKVPool,
+        exchange: GroupExchange,
         shape: ClusterShape,
         limits: RuntimeLimits,
         buckets: Buckets,
@@ -92,6 +101,7 @@ class LocalRuntime:
         self._grid = grid
         self._weights = weights
         self._kv_pool = kv_pool
+        self._exchange = exchange
         self._shape = shape
         self._limits = limits
         self._buckets = buckets
@@ -182,8 +192,9 @@ class LocalRuntime:
         group = iteration.group
         packed = pack_prefill(iteration, self._buckets)
         weights = self._weights.view(group)
-        pool, hidden, picked = prefill_step(
-            self._spec, weights, self._kv_pool.view(group), self._put(group, packed.batch)
+        peers = self._exchange.peers(group)
+        pool, hidden, picked, statuses = prefill_step(
+            self._spec, weights, self._kv_pool.view(group), self._put(group, packed.batch), peers
         )
         self._kv_pool.replace(group, pool)
 
@@ -198,10 +209,13 @@ class LocalRuntime:
             logits = head_step(self._spec, weights, picked, num_rows)
             rows = [[_sampler_input(iteration.inputs[i]) for i in indices] for indices in packed.sampled]
             sampler = self._sampler(group, rows, num_rows)
-            tokens = PendingTokens(rows, sampler.sample(logits, self._put(group, packed.positions)))
+            sampled = sampler.sample(logits, self._put(group, packed.positions))
+            tokens, statuses = PendingTokens(rows, sampled), sampled.exchange_status
+        check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
             jax.block_until_ready(hidden)
+            check_exchanges()
             by_request = {token.request_id: token for token in tokens.read()} if tokens else {}
             logprobs = prompts.read() if prompts else {}
             return tuple(
@@ -220,13 +234,25 @@ class LocalRuntime:
         num_rows = cache.token_ids.shape[1]
         slots = self._put(group, pack_decode_slots(iteration, num_rows))
         pool, state, logits = decode_step(
-            self._spec, self._weights.view(group), self._kv_pool.view(group), cache.state, cache.token_ids, slots
+            self._spec,
+            self._weights.view(group),
+            self._kv_pool.view(group),
+            cache.state,
+            cache.token_ids,
+            slots,
+            self._exchange.peers(group),
         )
         self._kv_pool.replace(group, pool)
         sampled = cache.sampler.sample(logits, state.positions)
         cache.state, cache.token_ids = state, sampled.token_ids
         cache.num_steps -= 1
-        return PendingTokens(cache.rows, sampled).read
+        tokens, check_exchanges = PendingTokens(cache.rows, sampled), self._exchange.watch(sampled.exchange_status)
+
+        def readback() -> tuple[SampledToken, ...]:
+            check_exchanges()
+            return tokens.read()
+
+        return readback
 
     def _decode_cache(self, iteration: DecodeIteration) -> _DecodeCache:
         group = iteration.group
@@ -270,17 +296,27 @@ class LocalRuntime:
         return readback
 
     def _recover(self, iteration: RecoverIteration) -> Readback:
-        """A prefill of nothing but padding takes every part that others take: weights, pool, collectives, kernels."""
+        """A decode and a prefill of nothing but padding take every part that others take: weights, pool, collectives,
+        exchanges, kernels."""
         group = iteration.group
         self._check_devices(group)
         self._forget_decodes(group)
+        self._exchange.reset(group)
         self._kv_pool.renew(group)
-        batch = self._put(group, empty_prefill(group.dop, self._buckets.num_tokens[0], self._buckets))
-        pool, hidden, _ = prefill_step(self._spec, self._weights.view(group), self._kv_pool.view(group), batch)
+        weights, peers, n = self._weights.view(group), self._exchange.peers(group), group.dop
+        num_rows = self._buckets.num_rows[0]
+        rows = np.zeros((n, num_rows), np.int32), np.full((n, num_rows), -1, np.int32)
+        decode = self._put(group, (empty_decode(n, num_rows, self._buckets), *rows))
+        pool, _, _ = decode_step(self._spec, weights, self._kv_pool.view(group), *decode, peers)
         self._kv_pool.replace(group, pool)
+        batch = self._put(group, empty_prefill(n, self._buckets.num_tokens[0], self._buckets))
+        pool, hidden, _, statuses = prefill_step(self._spec, weights, self._kv_pool.view(group), batch, peers)
+        self._kv_pool.replace(group, pool)
+        check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
             jax.block_until_ready(hidden)
+            check_exchanges()
             return ()
 
         return readback
@@ -300,6 +336,7 @@ class LocalRuntime:
             num_rows=num_rows,
             vocab_size=self._spec.config.padded_vocab_size(self._spec.tp),
             put=lambda tree: self._put(group, tree),
+            peers=self._exchange.peers(group),
         )
 
     def _put(self, group: Group, tree: Any) -> Any:

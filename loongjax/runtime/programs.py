@@ -3,19 +3,24 @@
 Each is one module-level `jax.jit` around a `jax.shard_map` without a mesh, called under `jax.set_mesh`: another set of
 instances of the same size needs no new trace, and everything that tells groups, masters and slots apart is data.
 Arrays carry a leading dim n, the group's instances, cut over "sp"; legend: T tokens and B rows of one rank.
+
+`peers` is `GroupExchange.peers`. Without, the same code compiles to XLA's collectives alone. The exchanges of a program
+follow from each other: those of a layer from its queries, those of tensor parallelism from the layer's output.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
 from loongjax.pallas_kernels import kv_update
+from loongjax.pallas_kernels.exchange import all_reduce, exchange_status
 from loongjax.parallel import multi_master_decode, ring_attention
 from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
 from loongjax.parallel.retention import retain
@@ -24,7 +29,9 @@ from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.sampling import LogprobArrays, prompt_logprobs
 
 BY_RANK = PartitionSpec(SP_AXIS)
+BY_DEVICE = PartitionSpec((SP_AXIS, TP_AXIS))
 LOGITS_SPEC = PartitionSpec(SP_AXIS, None, TP_AXIS)
+REPLICATED = PartitionSpec()
 
 MIGRATION_BUCKET = 256
 """Tokens that one migration program moves."""
@@ -34,6 +41,7 @@ Leaf = Any
 
 Weights = tuple[jax.Array, ...]
 KVPoolView = Float[Array, "n L 2 P page_size K H"]
+Peers = UInt32[Array, "n tp 3"] | None
 
 
 class PrefillBatch(NamedTuple):
@@ -67,15 +75,18 @@ class DecodeState(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
 def prefill_step(
-    spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: PrefillBatch
-) -> tuple[KVPoolView, Float[Array, "n T D"], Float[Array, "n R D"]]:
+    spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: PrefillBatch, peers: Peers = None
+) -> tuple[KVPoolView, Float[Array, "n T D"], Float[Array, "n R D"], Int32[Array, " n_tp"] | None]:
     """Ring-attention prefill; each instance keeps the keys that `kept_slots` gives it. Donates `kv_pool`.
 
     Returns:
-        The pool, the final hidden states, and those of the rows to be sampled, on the ranks that will.
+        The pool, the final hidden states, those of the rows to be sampled, on the ranks that will, and the status of
+        every device's exchanges if there are peers.
     """
 
-    def body(weights: Weights, kv_pool: jax.Array, batch: PrefillBatch) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def body(
+        weights: Weights, kv_pool: jax.Array, batch: PrefillBatch, peers: Peers
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
         batch = _drop_rank_dim(batch)
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
@@ -86,18 +97,19 @@ def prefill_step(
             return out, pool
 
         model = spec.restore(weights)
-        hidden, pool = model.hidden(batch.token_ids, batch.positions, attend, kv_pool[0])
+        hidden, pool = model.hidden(batch.token_ids, batch.positions, attend, kv_pool[0], reduce=_sum_over_tp(peers))
         is_here = (batch.sample_rows >= 0)[:, None]
         picked = jnp.where(is_here, hidden[jnp.maximum(batch.sample_rows, 0)], jnp.zeros((), hidden.dtype))
         picked = jax.lax.psum_scatter(picked, SP_AXIS, scatter_dimension=0, tiled=True)
-        return pool[None], hidden[None], picked[None]
+        status = None if peers is None else exchange_status(hidden, peers)
+        return pool[None], hidden[None], picked[None], status
 
     return jax.shard_map(
         body,
-        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK),
-        out_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK),
+        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK, REPLICATED),
+        out_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK, BY_DEVICE),
         check_vma=False,
-    )(weights, kv_pool, batch)
+    )(weights, kv_pool, batch, peers)
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "num_rows"))
@@ -143,8 +155,11 @@ def decode_step(
     state: DecodeState,
     token_ids: Int32[Array, "n B"],
     slots: Int32[Array, "n B"],
+    peers: Peers = None,
 ) -> tuple[KVPoolView, DecodeState, Float[Array, "n B V"]]:
     """One multi-master decode step. Donates `kv_pool` and `state`.
+
+    How its exchanges went, the sampler's program behind it will say: a status stays until it is reset.
 
     Args:
         spec: the model.
@@ -153,6 +168,7 @@ def decode_step(
         state: as the previous step left it.
         token_ids: each master's input tokens.
         slots: where the master keeps each row's new key; -1 marks padding rows.
+        peers: as for all programs.
 
     Returns:
         The pool, the state for the next step, and the logits.
@@ -160,7 +176,12 @@ def decode_step(
     page_size = kv_pool.shape[4]
 
     def body(
-        weights: Weights, kv_pool: jax.Array, state: DecodeState, token_ids: jax.Array, slots: jax.Array
+        weights: Weights,
+        kv_pool: jax.Array,
+        state: DecodeState,
+        token_ids: jax.Array,
+        slots: jax.Array,
+        peers: Peers,
     ) -> tuple[jax.Array, DecodeState, jax.Array]:
         state, token_ids, slots = _drop_rank_dim((state, token_ids, slots))
         state = _append_rows(state, slots, page_size)
@@ -169,21 +190,21 @@ def decode_step(
             index = jnp.int32(layer)
             pool = kv_update(pool, k, v, index, slots)
             out, _ = multi_master_decode(
-                q, pool, index, state.page_indices, state.page_starts, state.kv_lens, axis_name=SP_AXIS
+                q, pool, index, state.page_indices, state.page_starts, state.kv_lens, axis_name=SP_AXIS, peers=peers
             )
             return out, pool
 
         model = spec.restore(weights)
-        hidden, pool = model.hidden(token_ids, state.positions, attend, kv_pool[0])
+        hidden, pool = model.hidden(token_ids, state.positions, attend, kv_pool[0], reduce=_sum_over_tp(peers))
         state = state._replace(positions=state.positions + 1)
         return pool[None], jax.tree.map(lambda leaf: leaf[None], state), model.logits(hidden)[None]
 
     return jax.shard_map(
         body,
-        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK, BY_RANK, BY_RANK),
+        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK, BY_RANK, BY_RANK, REPLICATED),
         out_specs=(KV_POOL_SPEC, BY_RANK, LOGITS_SPEC),
         check_vma=False,
-    )(weights, kv_pool, state, token_ids, slots)
+    )(weights, kv_pool, state, token_ids, slots, peers)
 
 
 @functools.partial(jax.jit, donate_argnames="kv_pool")
@@ -213,6 +234,10 @@ def migrate_step(
     return jax.shard_map(
         body, in_specs=(KV_POOL_SPEC, BY_RANK, BY_RANK), out_specs=(KV_POOL_SPEC, BY_RANK), check_vma=False
     )(kv_pool, source_slots, target_slots)
+
+
+def _sum_over_tp(peers: Peers) -> Callable[[jax.Array], jax.Array]:
+    return functools.partial(all_reduce, axis_name=TP_AXIS, peers=peers)
 
 
 def _append_rows(state: DecodeState, slots: Int32[Array, " B"], page_size: int) -> DecodeState:

@@ -25,6 +25,7 @@ from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets
+from loongjax.runtime.exchange import GroupExchange
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.packing import empty_decode, empty_prefill, sample_capacity
@@ -68,12 +69,14 @@ class WarmUp:
         grid: DeviceGrid,
         weights: ReplicatedState,
         kv_pool: DeviceKVPool,
+        exchange: GroupExchange,
         buckets: Buckets,
     ) -> None:
         self._spec = spec
         self._grid = grid
         self._weights = weights
         self._kv_pool = kv_pool
+        self._exchange = exchange
         self._buckets = buckets
         self._lowering = threading.Lock()
 
@@ -138,9 +141,10 @@ class WarmUp:
         spec, weights, n = self._spec, self._weights.view(group), group.dop
         hidden_size, dtype = spec.config.hidden_size, jnp.dtype(spec.dtype)
         num_rows = self._buckets.num_rows
+        peers = self._exchange.peers(group)
         for num_tokens in self._buckets.num_tokens:
             batch = self._put(group, empty_prefill(n, num_tokens, self._buckets))
-            yield prefill_step, (spec, weights, _POOL, batch)
+            yield prefill_step, (spec, weights, _POOL, batch, peers)
             hidden = self._zeros(group, (n, num_tokens, hidden_size), dtype)
             yield (
                 prompt_logprobs_step,
@@ -153,7 +157,7 @@ class WarmUp:
             state = self._put(group, empty_decode(n, rows, self._buckets))
             token_ids = self._put(group, np.zeros((n, rows), np.int32))
             slots = self._put(group, np.full((n, rows), -1, np.int32))
-            yield decode_step, (spec, weights, _POOL, state, token_ids, slots)
+            yield decode_step, (spec, weights, _POOL, state, token_ids, slots, peers)
             yield from self._sampler_calls(group, rows)
         if n == 2:
             source_slots = self._put(group, np.zeros((2, MIGRATION_BUCKET), np.int32))
@@ -165,6 +169,7 @@ class WarmUp:
         shape = (group.dop, num_rows, vocab_size)
         logits = self._zeros(group, shape, jnp.dtype(jnp.float32), LOGITS_SPEC)
         positions = self._put(group, np.zeros((group.dop, num_rows), np.int32))
+        peers = self._exchange.peers(group)
         for tier in TIERS:
             for sub_batches in ([[]], [[_request_of_many_edits(num_rows)]]):
                 if sub_batches != [[]] and not tier.has_edits:
@@ -175,7 +180,7 @@ class WarmUp:
                 if tier.has_penalties:
                     with jax.set_mesh(self._grid.mesh(group)):
                         counts = build_counts(padded, num_rows, vocab_size)
-                yield sample_step, (tier, logits, positions, self._put(group, rows), counts)
+                yield sample_step, (tier, logits, positions, self._put(group, rows), counts, peers)
         for capacity in HISTORY_CAPACITIES:
             with jax.set_mesh(self._grid.mesh(group)):
                 counts = zero_counts(num_rows, vocab_size)

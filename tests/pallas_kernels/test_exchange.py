@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError, EngineError
+from loongjax.pallas_kernels import triton_gpu
 from loongjax.pallas_kernels.exchange import (
     PeerMemory,
     all_gather,
@@ -23,7 +24,17 @@ from loongjax.pallas_kernels.exchange import (
 )
 from loongjax.pallas_kernels.exchange.group import group_of
 from loongjax.pallas_kernels.exchange.launch import ExchangeTuning
-from loongjax.pallas_kernels.exchange.workspace import MAX_PROGRAMS, MESSAGE_BYTES, Failure, workspace_bytes
+from loongjax.pallas_kernels.exchange.workspace import (
+    BUFFERS,
+    COUNTS,
+    FLAGS,
+    MAX_DEVICES,
+    MAX_PROGRAMS,
+    MESSAGE_BYTES,
+    SECTOR_BYTES,
+    Failure,
+    workspace_bytes,
+)
 
 AXIS = "sp"
 
@@ -279,13 +290,79 @@ def test_check_tells_who_did_not_come(memory):
         memory.check()
 
 
-def test_reset_begins_anew_with_other_tables(memory):
-    mesh = Mesh(np.array(jax.devices()[:2]), (AXIS,))
-    before = memory.table(mesh)
-    set_status(memory, 1, 1)
+def set_numbers(memory: PeerMemory, place: int, number: int) -> None:
+    """As if a device had exchanged so many messages with all others, on all channels."""
+    begin, end = FLAGS // 4, BUFFERS // 4
+    memory._workspaces[place] = memory._workspaces[place].at[begin:end].set(number)
+
+
+def numbers_of(memory: PeerMemory, place: int) -> np.ndarray:
+    """What a device has of each device: int32 [devices, flags and counts]."""
+    words = np.array(memory._workspaces[place])
+    flags = words[FLAGS // 4 : COUNTS // 4].reshape(MAX_DEVICES, MAX_PROGRAMS * SECTOR_BYTES // 4)
+    counts = words[COUNTS // 4 : BUFFERS // 4].reshape(MAX_DEVICES, MAX_PROGRAMS)
+    return np.concatenate([flags, counts], axis=1)
+
+
+def written_by_hand(memory: PeerMemory) -> PeerMemory:
+    """A failure of devices 0 and 2, which have exchanged messages before, with device 1 too."""
+    for place, status in enumerate([3, 0, 3]):
+        set_numbers(memory, place, 17)
+        set_status(memory, place, status)
+    memory._addresses = [workspace.unsafe_buffer_pointer() for workspace in memory._workspaces]
+    return memory
+
+
+def test_devices_that_are_reset_forget_each_other_and_nobody_else(memory):
+    devices = jax.devices()[:3]
+    memory = written_by_hand(memory)
+    memory.reset([devices[2], devices[0]])
+    memory.check()
+    for place in (0, 2):
+        numbers = numbers_of(memory, place)
+        assert not numbers[[0, 2]].any()
+        assert (numbers[1] == 17).all()
+    assert (numbers_of(memory, 1) == 17).all()
+    assert [int(workspace[1]) for workspace in memory._workspaces] == [77] * 3
+
+
+def test_a_reset_of_all_forgets_all(memory):
+    memory = written_by_hand(memory)
     memory.reset()
     memory.check()
-    assert memory.table(mesh) is not before
+    for place in range(3):
+        assert not numbers_of(memory, place)[:3].any()
+
+
+def test_a_reset_leaves_addresses_and_tables_as_they_are(memory):
+    mesh = Mesh(np.array(jax.devices()[:2]), (AXIS,))
+    before = memory.table(mesh)
+    addresses = list(memory._addresses)
+    memory.reset(jax.devices()[:2])
+    assert [workspace.unsafe_buffer_pointer() for workspace in memory._workspaces] == addresses
+    assert memory.table(mesh) is before
+
+
+def test_without_the_kernels_packages_xla_serves_though_there_are_peers(monkeypatch, caplog):
+    monkeypatch.setattr(triton_gpu.importlib.util, "find_spec", lambda name: None)
+    triton_gpu.is_triton_installed.cache_clear()
+    table = jnp.zeros((2, 3), jnp.uint32)
+
+    def body(x, lse):
+        y = all_reduce(x, AXIS, table)
+        z = all_gather(x + y, AXIS, table)
+        merged, _ = exchange_and_merge(z[:, :, None], lse, AXIS, table)
+        return merged, exchange_status(merged, table)
+
+    x = normal(0, 2, 4, 8)
+    merged, status = run(body, 2, x, np.zeros((2, 2, 4, 1), np.float32), check_vma=False)
+    np.testing.assert_allclose(merged[:, :, 0], x + x.sum(axis=0)[None], rtol=1e-5)
+    assert status.tolist() == [[0], [0]]
+    assert caplog.text.count("pip install 'loongjax[gpu]'") == 1
+    with pytest.raises(ConfigError, match="all_reduce: implementation 'triton' needs the package"):
+        run(lambda x: all_reduce(x, AXIS, table, implementation="triton"), 2, x)
+    monkeypatch.undo()
+    triton_gpu.is_triton_installed.cache_clear()
 
 
 @given(waiting=st.integers(0, 15), missing=st.integers(0, 15), number=st.integers(0, 2**15 - 1))

@@ -245,6 +245,7 @@ def gpu_machine(monkeypatch):
     gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
     monkeypatch.setattr(triton_gpu, "_any_gpu", lambda: gpu)
     caches = (
+        triton_gpu.is_triton_installed,
         triton_gpu.is_triton_usable,
         decode_api.default_variant,
         extend_api.default_variant,

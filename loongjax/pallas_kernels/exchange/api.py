@@ -1,11 +1,14 @@
 """The public ops, called inside `shard_map`.
 
 Each takes `peers`, the table that `PeerMemory` makes of a mesh, replicated over it, or None. With it, messages that are
-small enough go through kernels of our own, which CUDA graphs can hold; XLA's collectives serve everything else.
+small enough go through kernels of our own, which CUDA graphs can hold; XLA's collectives serve everything else, and all
+messages where the kernels' packages are not installed.
 
 All ranks of an axis must make the same exchanges in the same order. Those of one program must follow from each other,
 each taking in something that the one before gave out, or XLA could run them in any order.
 """
+
+from typing import TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +22,7 @@ from loongjax.pallas_kernels.exchange.reference import (
     reference_exchange_and_merge,
     xla_all_reduce,
 )
-from loongjax.pallas_kernels.triton_gpu import require_triton
+from loongjax.pallas_kernels.triton_gpu import is_triton_installed, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
 type Peers = UInt32[Array, "*mesh 3"] | None
@@ -55,8 +58,9 @@ def all_reduce(
         ValueError: an unknown implementation, "triton" without peers or of another dtype, or peers of another mesh.
         ConfigError: "triton" without the packages that it needs.
     """
-    is_small = peers is not None and x.nbytes <= MAX_REDUCED_BYTES and x.dtype.name in REDUCED_DTYPES
-    variant = pick_variant("all_reduce", implementation, ALL_REDUCE, default="triton" if is_small else "xla")
+    is_small = x.nbytes <= MAX_REDUCED_BYTES and x.dtype.name in REDUCED_DTYPES
+    name = "triton" if is_small and _has_kernels(peers) else "xla"
+    variant = pick_variant("all_reduce", implementation, ALL_REDUCE, default=name)
     return variant(x, axis_name, peers)
 
 
@@ -76,8 +80,9 @@ def all_gather(
         ValueError: an unknown implementation, "triton" without peers or of another dtype, or peers of another mesh.
         ConfigError: "triton" without the packages that it needs.
     """
-    is_small = peers is not None and x.nbytes <= MAX_GATHERED_BYTES and x.dtype.name in GATHERED_DTYPES
-    variant = pick_variant("all_gather", implementation, ALL_GATHER, default="triton" if is_small else "reference")
+    is_small = x.nbytes <= MAX_GATHERED_BYTES and x.dtype.name in GATHERED_DTYPES
+    name = "triton" if is_small and _has_kernels(peers) else "reference"
+    variant = pick_variant("all_gather", implementation, ALL_GATHER, default=name)
     return variant(x, axis_name, peers)
 
 
@@ -109,8 +114,8 @@ def exchange_and_merge(
             mesh.
         ConfigError: "triton" without the packages that it needs.
     """
-    is_small = peers is not None and o.nbytes // o.shape[0] <= MAX_MERGED_BYTES and o.shape[-1] <= MAX_HEAD_DIM
-    name = "triton" if is_small else "reference"
+    is_small = o.nbytes // o.shape[0] <= MAX_MERGED_BYTES and o.shape[-1] <= MAX_HEAD_DIM
+    name = "triton" if is_small and _has_kernels(peers) else "reference"
     variant = pick_variant("exchange_and_merge", implementation, EXCHANGE_AND_MERGE, default=name)
     return variant(o, lse, axis_name, peers, jnp.dtype(out_dtype))
 
@@ -125,9 +130,8 @@ def exchange_status(after: Shaped[Array, "*shape"], peers: Peers = None) -> Int3
         after: the result of the last exchange, or something that follows from it.
         peers: of the mesh; always 0 without.
     """
-    if peers is None:
+    if not _has_kernels(peers):
         return vary_over(jnp.zeros(1, jnp.int32), varying_axes(after))
-    require_triton("exchange_status")
     from loongjax.pallas_kernels.exchange.launch import triton_status
 
     group = group_of(peers, jax.sharding.get_abstract_mesh().axis_names[0])
@@ -168,6 +172,10 @@ def _triton_exchange_and_merge(
     merged = triton_exchange_and_merge(o, lse, group, out_dtype=out_dtype, tuning=ExchangeTuning())
     axes = varying_axes(o) | varying_axes(lse) | {axis_name}
     return vary_over(merged[0], axes), vary_over(merged[1], axes)
+
+
+def _has_kernels(peers: jax.Array | None) -> TypeGuard[jax.Array]:
+    return peers is not None and is_triton_installed()
 
 
 def _is_trivial(x: jax.Array, axis_name: str) -> bool:

@@ -10,11 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Int32, UInt32
+from jaxtyping import Array, Bool, Int32, UInt32
 
 from loongjax.errors import ConfigError, EngineError
 from loongjax.pallas_kernels.exchange.workspace import (
+    BUFFERS,
+    COUNTS,
     DEFAULT_POLL_LIMIT,
+    FLAGS,
     MAX_DEVICES,
     POLL_LIMIT,
     STATUS,
@@ -40,11 +43,14 @@ class PeerMemory:
     def __init__(self, devices: Sequence[jax.Device], *, poll_limit: int = DEFAULT_POLL_LIMIT) -> None:
         check_reachable(devices)
         self.devices = tuple(devices)
-        self.poll_limit = poll_limit
-        self._allocate()
+        self._tables: dict[Mesh, jax.Array] = {}
+        num_words = workspace_bytes(len(devices)) // 4
+        self._workspaces = [_new_workspace(num_words, poll_limit, device) for device in devices]
+        self._addresses = [workspace.unsafe_buffer_pointer() for workspace in self._workspaces]
+        self.reset()
 
     def table(self, mesh: Mesh) -> UInt32[Array, "*mesh 3"]:
-        """What the ops take as `peers` inside a `shard_map` over this mesh; the same array each time until `reset`.
+        """What the ops take as `peers` inside a `shard_map` over this mesh; the same array each time.
 
         For every device of the mesh, its place in `devices`, and its workspace's address: the lower half, the higher.
         Replicated over the mesh: its PartitionSpec is `P()`.
@@ -77,17 +83,21 @@ class PeerMemory:
             f"(message {failure.number} between them): all results since are void"
         )
 
-    def reset(self) -> None:
-        """Begins anew after a failure. No program may be running; tables made before must not be used again."""
-        for workspace in self._workspaces:
-            jax.block_until_ready(_read_header(workspace))
-        self._allocate()
+    def reset(self, devices: Sequence[jax.Device] | None = None) -> None:
+        """Begins anew between these devices, all if None, after a program over all of them has failed.
 
-    def _allocate(self) -> None:
-        self._tables: dict[Mesh, jax.Array] = {}
-        num_words = workspace_bytes(len(self.devices)) // 4
-        self._workspaces = [_new_workspace(num_words, self.poll_limit, device) for device in self.devices]
-        self._addresses = [workspace.unsafe_buffer_pointer() for workspace in self._workspaces]
+        Waits for their programs so far. Until it returns they must get no others, while those of other devices may go
+        on: `workspace` says why. Tables stay as they are.
+        """
+        places = [self.devices.index(device) for device in (self.devices if devices is None else devices)]
+        jax.block_until_ready([_read_header(self._workspaces[place]) for place in places])
+        is_forgotten = np.isin(np.arange(MAX_DEVICES), places)
+        for place in places:
+            forgetting = jax.device_put(is_forgotten, self.devices[place])
+            self._workspaces[place] = _forget(self._workspaces[place], forgetting)
+            address = self._workspaces[place].unsafe_buffer_pointer()
+            assert address == self._addresses[place], "donated memory has moved"
+        jax.block_until_ready([self._workspaces[place] for place in places])
 
 
 def check_reachable(devices: Sequence[jax.Device]) -> None:
@@ -128,7 +138,18 @@ def _zeros_with_limit(num_words: int, poll_limit: Int32[Array, ""]) -> Int32[Arr
 
 
 def _new_workspace(num_words: int, poll_limit: int, device: jax.Device) -> Int32[Array, "words"]:
-    return jax.block_until_ready(_zeros_with_limit(num_words, jax.device_put(np.int32(poll_limit), device)))
+    return _zeros_with_limit(num_words, jax.device_put(np.int32(poll_limit), device))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _forget(workspace: Int32[Array, "words"], is_forgotten: Bool[Array, "devices"]) -> Int32[Array, "words"]:
+    """The same memory, with no status, and as if no message had been exchanged with some devices. Donates it."""
+    workspace = workspace.at[STATUS // 4].set(0)
+    for begin, end in ((FLAGS // 4, COUNTS // 4), (COUNTS // 4, BUFFERS // 4)):
+        by_device = workspace[begin:end].reshape(MAX_DEVICES, -1)
+        kept = jnp.where(is_forgotten[:, None], 0, by_device).reshape(-1)
+        workspace = jax.lax.dynamic_update_slice(workspace, kept, (begin,))
+    return workspace
 
 
 @jax.jit

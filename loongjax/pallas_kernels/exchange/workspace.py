@@ -23,6 +23,12 @@ the waiting device then sets its status word and goes on with whatever its buffe
 more and writes no messages, which somebody could still be reading, but before every flag it sets the peer's status too.
 So whoever has taken something for a message that is none has a status from then on, and one failure does not cost one
 wait after another.
+
+After a failure the two ends of a pair may have counted differently, and hold flags for which nobody waits any more. All
+such pairs are among the devices of the program that failed: it knew no others, and whatever ran before went well. So
+these devices forget their statuses and what they have counted between each other, once all of them are through with
+what they were given, and before any of them is given more. Pairs with a device outside keep their numbers, on which
+both ends agree, and meanwhile that device may go on with whom it likes.
 """
 
 from __future__ import annotations

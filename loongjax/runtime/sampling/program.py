@@ -12,8 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
+from loongjax.pallas_kernels.exchange import all_gather, exchange_status
 from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
 from loongjax.runtime.sampling.counts import TokenCounts, TokenHistory, count_history, token_histories
 from loongjax.runtime.sampling.rows import SamplerRows
@@ -21,6 +22,7 @@ from loongjax.runtime.sampling.sample import SampleResult, sample
 from loongjax.runtime.sampling.variant import SamplerInput, SamplerVariant
 
 _BY_RANK = PartitionSpec(SP_AXIS)
+_BY_DEVICE = PartitionSpec((SP_AXIS, TP_AXIS))
 _LOGITS = PartitionSpec(SP_AXIS, None, TP_AXIS)
 
 
@@ -31,6 +33,7 @@ def sample_step(
     positions: Int32[Array, "n B"],
     rows: SamplerRows,
     counts: TokenCounts | None = None,
+    peers: UInt32[Array, "n tp 3"] | None = None,
 ) -> SampleResult:
     """Samples a token for each row of each rank, as `sample` says; every "tp" rank computes the same. Donates `counts`.
 
@@ -40,17 +43,27 @@ def sample_step(
         positions: of the tokens to sample.
         rows: from `build_rows`, for this variant.
         counts: from `build_counts` or the step before; None unless the variant holds penalties.
+        peers: `PeerMemory.table` of the mesh, or None.
     """
     assert (rows.penalties is not None) == variant.has_penalties == (counts is not None), variant
 
-    def body(logits: jax.Array, positions: jax.Array, rows: SamplerRows, counts: TokenCounts | None) -> SampleResult:
+    def body(
+        logits: jax.Array, positions: jax.Array, rows: SamplerRows, counts: TokenCounts | None, peers: jax.Array | None
+    ) -> tuple[SampleResult, jax.Array | None]:
         positions, rows, counts = _drop_rank_dim((positions, rows, counts))
-        whole = jax.lax.all_gather(logits[0], TP_AXIS, axis=1, tiled=True)
-        return _add_rank_dim(sample(whole, positions, rows, counts, with_logprobs=variant.has_logprobs))
+        shards = all_gather(logits[0], TP_AXIS, peers)
+        whole = jnp.moveaxis(shards, 0, 1).reshape(logits.shape[1], -1)
+        result = sample(whole, positions, rows, counts, with_logprobs=variant.has_logprobs)
+        status = None if peers is None else exchange_status(result.token_ids, peers)
+        return _add_rank_dim(result), status
 
-    return jax.shard_map(body, in_specs=(_LOGITS, _BY_RANK, _BY_RANK, _BY_RANK), out_specs=_BY_RANK, check_vma=False)(
-        logits, positions, rows, counts
-    )
+    result, status = jax.shard_map(
+        body,
+        in_specs=(_LOGITS, _BY_RANK, _BY_RANK, _BY_RANK, PartitionSpec()),
+        out_specs=(_BY_RANK, _BY_DEVICE),
+        check_vma=False,
+    )(logits, positions, rows, counts, peers)
+    return result._replace(exchange_status=status)
 
 
 def build_counts(sub_batches: Sequence[Sequence[SamplerInput]], batch_size: int, vocab_size: int) -> TokenCounts:

@@ -23,6 +23,8 @@ class SampleResult(NamedTuple):
     """Of the sampled tokens, if the variant holds it."""
     counts: TokenCounts | None
     """With the sampled tokens, if the variant holds penalties."""
+    exchange_status: Int32[Array, " n_tp"] | None = None
+    """Of every device's exchanges up to here, those of the programs before included; None without peers."""
 
 
 def sample(
