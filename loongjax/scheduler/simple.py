@@ -6,12 +6,13 @@ import copy
 from collections.abc import Sequence
 
 from loongjax.core.plan import Plan
+from loongjax.scheduler.decode_planner import DecodePlanner
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.simple_config import SimplePolicyConfig
-from loongjax.scheduler.simple_decode import DecodePlanner
 from loongjax.scheduler.simple_prefill import PrefillPlanner
+from loongjax.scheduler.simple_rules import ThresholdRules
 from loongjax.scheduler.view import ClusterView
 
 
@@ -49,6 +50,6 @@ class SimplePolicy:
         if view.waiting:
             PrefillPlanner(draft, self._config, self._fairness).plan()
         if draft.idle:
-            DecodePlanner(draft, self._config, self._fairness).plan()
+            DecodePlanner(draft, ThresholdRules(self._config), self._fairness).plan()
         self._fairness.prune(view.running, view.waiting)
         return draft.plans

@@ -1,24 +1,16 @@
-"""Which running requests the simple policy decodes now, in which groups and under which masters."""
+"""Which running requests are decoded now, in which groups and under which masters."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import SubBatch
+from loongjax.scheduler.components import Component, find_components, order_of
+from loongjax.scheduler.decode_rules import DecodeRules
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
-from loongjax.scheduler.simple_config import SimplePolicyConfig
 from loongjax.scheduler.view import RunningView
-
-
-@dataclasses.dataclass
-class _Component:
-    """Instances tied together by requests with keys on several of them, and those requests, oldest first."""
-
-    instances: set[InstanceId]
-    requests: list[RunningView]
 
 
 class DecodePlanner:
@@ -30,13 +22,13 @@ class DecodePlanner:
     for one that ends its step soon, or preempts its newest request.
     """
 
-    def __init__(self, draft: Draft, config: SimplePolicyConfig, fairness: Fairness) -> None:
+    def __init__(self, draft: Draft, rules: DecodeRules, fairness: Fairness) -> None:
         self._draft = draft
-        self._config = config
+        self._rules = rules
         self._fairness = fairness
         self._page_size = draft.shape.page_size
         self._max_num_seqs = draft.view.max_num_seqs
-        self._components = self._find_components()
+        self._components = find_components(draft)
 
     def plan(self) -> None:
         """Puts the decodes into the draft, the group with the oldest request first."""
@@ -44,34 +36,7 @@ class DecodePlanner:
             if component.requests and component.instances <= self._draft.idle:
                 self._plan_component(component)
 
-    def _find_components(self) -> list[_Component]:
-        draft = self._draft
-        root = list(range(draft.shape.num_instances))
-        stalled: set[str] = set()
-        for instance in draft.prefilling:
-            stalled.update(request.request_id for request in draft.residents[instance])
-        for residents in draft.residents:
-            for request in residents:
-                if len(request.kv) > 1 and request.request_id not in stalled:
-                    first = _find(root, request.kv[0][0])
-                    for instance, _ in request.kv[1:]:
-                        root[_find(root, instance)] = first
-        components: dict[int, _Component] = {}
-        for instance, residents in enumerate(draft.residents):
-            if residents and instance not in draft.prefilling:
-                component = components.setdefault(_find(root, instance), _Component(set(), []))
-                component.instances.add(instance)
-                component.requests += [
-                    request
-                    for request in residents
-                    if request.kv[-1][0] == instance and (not stalled or request.request_id not in stalled)
-                ]
-        for component in components.values():
-            component.requests.sort(key=_order)
-        occupied = [component for component in components.values() if component.requests]
-        return sorted(occupied, key=lambda component: component.requests[0].order)
-
-    def _plan_component(self, component: _Component) -> None:
+    def _plan_component(self, component: Component) -> None:
         self._add_masters(component)
         while component.requests:
             assignment, short = self._assign(component)
@@ -86,15 +51,14 @@ class DecodePlanner:
                 self._draft.reserve(component.instances)
                 return
 
-    def _assign(self, component: _Component) -> tuple[dict[InstanceId, list[str]], list[RunningView]]:
+    def _assign(self, component: Component) -> tuple[dict[InstanceId, list[str]], list[RunningView]]:
         """A master for each request, oldest first, and the requests for which no instance has a page.
 
         Requests beyond what all masters together may decode stand back, the newest ones.
         """
         free = {instance: self._draft.free[instance] for instance in component.instances}
         batches: dict[InstanceId, list[str]] = {instance: [] for instance in sorted(component.instances)}
-        share = -(-len(component.requests) // len(component.instances))
-        cap = min(self._max_num_seqs, max(self._config.max_requests_per_master, share))
+        cap = min(self._max_num_seqs, self._rules.rows_per_master(component))
         page_size = self._page_size
         short: list[RunningView] = []
         for request in component.requests:
@@ -129,34 +93,32 @@ class DecodePlanner:
         _, needs_page, _, instance = min(with_seat)
         return instance, not needs_page, False
 
-    def _add_masters(self, component: _Component) -> None:
+    def _add_masters(self, component: Component) -> None:
         """Compute scale-up: idle instances without keys join while the masters have too much to compute."""
-        limit = self._config.max_requests_per_master
-        if len(component.requests) <= limit * len(component.instances):
-            return
         vacant = [i for i in self._draft.idle - component.instances if not self._draft.residents[i]]
         for instance in sorted(vacant, key=lambda instance: (-self._draft.free[instance], instance)):
-            if len(component.requests) <= limit * len(component.instances) or not self._draft.free[instance]:
+            if not self._draft.free[instance] or not self._rules.wants_instance(component):
                 break
             component.instances.add(instance)
 
-    def _find_memory(self, component: _Component, short: list[RunningView]) -> bool:
+    def _find_memory(self, component: Component, short: list[RunningView]) -> bool:
         """Mends a lack of pages, at least in part; False if the group has to wait for somebody else's step to end."""
         draft = self._draft
         is_overdue = any(self._fairness.is_overdue(request) for request in short)
         outside = self._joinable(component)
-        partner = self._roomiest(outside, len(short))
-        if partner is not None:
-            self._join(component, partner)
-            return True
-        if not is_overdue and self._roomiest(draft.decoding, len(short)) is not None:
-            return False
+        if self._rules.allows_memory_scale_up():
+            partner = self._roomiest(outside, len(short))
+            if partner is not None:
+                self._join(component, partner)
+                return True
+            if not is_overdue and self._roomiest(draft.decoding, len(short)) is not None:
+                return False
         if len(component.requests) > 1:
             draft.preempt(component.requests.pop())
             return True
         return self._find_last_page(component, outside)
 
-    def _find_last_page(self, component: _Component, outside: set[InstanceId]) -> bool:
+    def _find_last_page(self, component: Component, outside: set[InstanceId]) -> bool:
         """Memory for a request that is alone in its group: any page that is free, or that a younger request holds."""
         draft = self._draft
         (request,) = component.requests
@@ -177,7 +139,7 @@ class DecodePlanner:
         self._join(component, instance)
         return True
 
-    def _joinable(self, component: _Component) -> set[InstanceId]:
+    def _joinable(self, component: Component) -> set[InstanceId]:
         """Idle instances outside the group that are tied to idle ones only."""
         joinable = self._draft.idle - component.instances
         for other in self._components:
@@ -191,13 +153,13 @@ class DecodePlanner:
         fitting = [instance for instance in instances if draft.room(instance) >= num_pages]
         return min(fitting, key=lambda instance: (bool(draft.residents[instance]), -draft.room(instance)), default=None)
 
-    def _join(self, component: _Component, instance: InstanceId) -> None:
+    def _join(self, component: Component, instance: InstanceId) -> None:
         """Memory scale-up: the instance joins, with all that it is tied to."""
         component.instances.add(instance)
         for other in self._components:
             if other is not component and instance in other.instances:
                 component.instances |= other.instances
-                component.requests = sorted(component.requests + other.requests, key=_order)
+                component.requests = sorted(component.requests + other.requests, key=order_of)
                 other.requests = []
 
     def _drop(self, request: RunningView) -> None:
@@ -205,19 +167,21 @@ class DecodePlanner:
         for component in self._components:
             component.requests = [other for other in component.requests if other is not request]
 
-    def _consolidate(self, component: _Component) -> bool:
+    def _consolidate(self, component: Component) -> bool:
         """Moves one request's keys off an instance, if a few such moves take the instance out of the group.
 
         Only into ample room, and seldom for the same request, so that moving and scaling up never alternate.
         """
-        if len(component.instances) < 2 or not self._config.max_migrated_tokens:
+        if len(component.instances) < 2:
             return False
         draft = self._draft
         for source in sorted(component.instances):
             straddling = [request for request in draft.residents[source] if len(request.kv) > 1]
             num_tokens = sum(dict(request.kv)[source] for request in straddling)
             is_stalled = any(not component.instances.issuperset(dict(request.kv)) for request in straddling)
-            if not straddling or is_stalled or num_tokens > self._config.max_migrated_tokens:
+            if not straddling or is_stalled:
+                continue
+            if not self._rules.is_worth_moving(draft, component, source, num_tokens):
                 continue
             request = straddling[0]
             held = dict(request.kv)
@@ -226,8 +190,8 @@ class DecodePlanner:
             num_new_pages = draft.shape.num_pages_for(held[target] + num_moved)
             num_new_pages -= draft.shape.num_pages_for(held[target])
             has_room = draft.room(target) >= num_new_pages + draft.shape.num_pages // 8
-            has_seat = draft.num_newest[target] < min(self._config.max_requests_per_master, self._max_num_seqs)
-            may_move = self._fairness.may_migrate(request, self._config.min_tokens_between_migrations)
+            has_seat = draft.num_newest[target] < min(self._rules.rows_per_master(component), self._max_num_seqs)
+            may_move = self._fairness.may_migrate(request, self._rules.min_tokens_between_migrations)
             is_smaller = num_moved < held[target]
             if has_room and has_seat and may_move and is_smaller and not self._fairness.is_overdue(request):
                 self._fairness.note_migrated(request)
@@ -236,20 +200,9 @@ class DecodePlanner:
                 return True
         return False
 
-    def _commit(self, component: _Component, batches: dict[InstanceId, list[str]]) -> None:
+    def _commit(self, component: Component, batches: dict[InstanceId, list[str]]) -> None:
         sub_batches = [SubBatch(master, tuple(names)) for master, names in batches.items() if names]
         holders = {instance for request in component.requests for instance, _ in request.kv}
         group = Group.of(holders.union(batch.master for batch in sub_batches))
         self._draft.decode(group, sub_batches)
         self._fairness.note_decoded(component.requests)
-
-
-def _find(root: list[int], instance: InstanceId) -> InstanceId:
-    while root[instance] != instance:
-        root[instance] = root[root[instance]]
-        instance = root[instance]
-    return instance
-
-
-def _order(request: RunningView) -> int:
-    return request.order

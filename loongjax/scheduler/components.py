@@ -1,0 +1,60 @@
+"""Which instances decode together: those that share requests do."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.view import RunningView
+
+
+@dataclasses.dataclass
+class Component:
+    """Instances tied together by requests with keys on several of them, and those requests, oldest first."""
+
+    instances: set[InstanceId]
+    requests: list[RunningView]
+
+
+def find_components(draft: Draft) -> list[Component]:
+    """Every decode group there could be, the one with the oldest request first.
+
+    Busy ones are among them. Instances that prefill are not, nor are requests with keys there: those stand still.
+    """
+    root = list(range(draft.shape.num_instances))
+    stalled: set[str] = set()
+    for instance in draft.prefilling:
+        stalled.update(request.request_id for request in draft.residents[instance])
+    for residents in draft.residents:
+        for request in residents:
+            if len(request.kv) > 1 and request.request_id not in stalled:
+                first = _find(root, request.kv[0][0])
+                for instance, _ in request.kv[1:]:
+                    root[_find(root, instance)] = first
+    components: dict[int, Component] = {}
+    for instance, residents in enumerate(draft.residents):
+        if residents and instance not in draft.prefilling:
+            component = components.setdefault(_find(root, instance), Component(set(), []))
+            component.instances.add(instance)
+            component.requests += [
+                request
+                for request in residents
+                if request.kv[-1][0] == instance and (not stalled or request.request_id not in stalled)
+            ]
+    for component in components.values():
+        component.requests.sort(key=order_of)
+    occupied = [component for component in components.values() if component.requests]
+    return sorted(occupied, key=lambda component: component.requests[0].order)
+
+
+def order_of(request: RunningView) -> int:
+    """The key to sort by age, oldest first."""
+    return request.order
+
+
+def _find(root: list[int], instance: InstanceId) -> InstanceId:
+    while root[instance] != instance:
+        root[instance] = root[root[instance]]
+        instance = root[instance]
+    return instance
