@@ -16,52 +16,22 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loongjax.config import EngineConfig
 from loongjax.core.request import Request, RequestEvent
 from loongjax.core.sampling import SamplingParams
-from loongjax.engine.build import build_policy
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
-from loongjax.models.checkpoint import random_weights
-from loongjax.models.config import ModelConfig
-from loongjax.parallel.mesh import DeviceGrid
-from loongjax.runtime.build import assemble_runtime
-from loongjax.runtime.model_spec import ModelSpec
 from loongjax_profiling.provenance import checked_out_commit
-
-SHAPES = {
-    "llama2-7b": ModelConfig(
-        hidden_size=4096,
-        num_layers=32,
-        num_q_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        intermediate_size=11008,
-        vocab_size=32000,
-        max_position_embeddings=1_048_576,
-        dtype="bfloat16",
-    ),
-    "llama3-8b": ModelConfig(
-        hidden_size=4096,
-        num_layers=32,
-        num_q_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        vocab_size=128256,
-        max_position_embeddings=1_048_576,
-        dtype="bfloat16",
-    ),
-}
+from loongjax_profiling.random_runtime import build_random_runtime
+from loongjax_profiling.shapes import SHAPES
 
 SAMPLING = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 
 
 def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, float]]:
-    """An engine of random weights, and how long its parts took to build, in seconds."""
+    """An engine of random weights, and how long it took to build, in seconds."""
     config = EngineConfig(
         tp=args.tp,
         num_instances=args.num_instances,
@@ -71,22 +41,19 @@ def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, f
         prefill_tokens_per_instance=args.prefill_tokens_per_instance,
         warm_up=args.warm_up,
     )
-    grid = DeviceGrid(jax.devices(), tp=config.tp, num_instances=config.num_instances)
-    spec = ModelSpec(SHAPES[shape], "bfloat16", config.tp)
     started = time.monotonic()
-    shards = random_weights(spec.config, dtype=jnp.bfloat16, devices=grid.instances, seed=0)
-    jax.block_until_ready([jax.tree.leaves(rank) for instance in shards for rank in instance])
-    weights_s = time.monotonic() - started
-    runtime = assemble_runtime(config, spec, grid, shards)
+    runtime = build_random_runtime(config, SHAPES[shape])
+    ready_s = time.monotonic() - started
     info = ModelInfo(
         checkpoint=shape,
         max_model_len=runtime.limits.max_model_len,
-        vocab_size=spec.config.vocab_size,
+        vocab_size=runtime.limits.vocab_size,
         eos_token_ids=(),
         default_sampling={},
     )
-    core = EngineCore(runtime, build_policy(config), info=info, kv_bytes_per_token=runtime.num_kv_bytes_per_token)
-    return core, {"weights_s": weights_s, "ready_s": time.monotonic() - started}
+    policy = build_policy(config, shape=runtime.shape, max_num_seqs=config.max_num_seqs)
+    core = EngineCore(runtime, policy, info=info, kv_bytes_per_token=runtime.num_kv_bytes_per_token)
+    return core, {"ready_s": ready_s}
 
 
 def measure(core: EngineCore, num_requests: int, prompt_len: int, output_len: int) -> dict[str, float]:

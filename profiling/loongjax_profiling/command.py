@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -11,11 +12,14 @@ from typing import Literal, get_args
 import tyro
 
 from loongjax.errors import ConfigError
+from loongjax.runtime.environment import device_environment
+from loongjax_profiling.iteration.command import IterationCommand
 
 Op = Literal["decode", "extend", "kv_update", "prefill"]
-USAGE = """usage: loongjax profile kernels [OPTIONS]
+USAGE = """usage: loongjax profile kernels|iteration [OPTIONS]
 
-  kernels    time the ops on one device, each beside its rival and its target
+  kernels      time the ops on one device, each beside its rival and its target
+  iteration    time prefills, decode steps and migrations on all devices, for `loongjax fit` and `loongjax plot`
 """
 
 
@@ -50,7 +54,7 @@ class KernelsCommand:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one sub-command; so far there is `kernels`.
+    """Runs one sub-command.
 
     Returns:
         2 for a wrong command line, 1 if anything could not be measured, else 0.
@@ -64,6 +68,13 @@ def main(argv: Sequence[str]) -> int:
             from loongjax_profiling.kernels.profile import profile_kernels  # here: `--help` needs no JAX
 
             return profile_kernels(command)
+        case ["iteration", *rest]:
+            iteration_command = tyro.cli(IterationCommand, prog="loongjax profile iteration", args=rest)
+            # Before JAX is imported.
+            os.environ.update(device_environment(iteration_command.engine_config(tp=1, max_num_batched_tokens=1)))
+            from loongjax_profiling.iteration.profile import profile_iteration
+
+            return profile_iteration(iteration_command)
         case ["-h" | "--help"]:
             print(USAGE)
             return 0

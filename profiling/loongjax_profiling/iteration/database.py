@@ -1,0 +1,276 @@
+"""Measured points in an SQLite file, which grows over many runs, machines and models."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import pathlib
+import sqlite3
+from collections.abc import Iterator, Sequence
+
+from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.model_shape import ModelShape
+from loongjax.costmodel.work import Strategy
+from loongjax.errors import ConfigError
+from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.meter import Timing
+
+APPLICATION_ID = 0x6C6F6F6E
+"""What SQLite keeps in the file's head to say whose it is: "loon"."""
+VERSION = 1
+"""Of the tables."""
+
+TABLES = """
+CREATE TABLE systems (
+  id INTEGER PRIMARY KEY,
+  device TEXT NOT NULL,       -- as the device names itself
+  model TEXT NOT NULL,        -- its shape, JSON
+  UNIQUE (device, model)
+);
+CREATE TABLE runs (
+  id INTEGER PRIMARY KEY,
+  system_id INTEGER NOT NULL REFERENCES systems (id),
+  started_at TEXT NOT NULL,   -- UTC
+  num_devices INTEGER NOT NULL,
+  model_name TEXT NOT NULL,
+  commit_id TEXT,             -- of this project; NULL: unknown
+  jax TEXT NOT NULL,
+  command TEXT NOT NULL,
+  page_size INTEGER NOT NULL,
+  token_buckets TEXT NOT NULL,  -- JSON
+  row_buckets TEXT NOT NULL     -- JSON
+);
+CREATE TABLE points (
+  id INTEGER PRIMARY KEY,
+  system_id INTEGER NOT NULL REFERENCES systems (id),
+  run_id INTEGER NOT NULL REFERENCES runs (id),
+  kind TEXT NOT NULL CHECK (kind IN ('prefill', 'decode', 'migration')),
+  sp INTEGER NOT NULL,
+  tp INTEGER NOT NULL,
+  batch_size INTEGER NOT NULL,
+  input_len INTEGER NOT NULL,
+  num_masters INTEGER NOT NULL,   -- 0 but in decodes
+  scales_down INTEGER NOT NULL,   -- 0 but in prefills that leave their keys on the fewest instances
+  seconds REAL,                   -- median; NULL: failed
+  stddev_s REAL,
+  num_rounds INTEGER,
+  keys TEXT,                      -- of a decode, on each instance, JSON
+  error TEXT,                     -- why it failed
+  CHECK ((seconds IS NULL) != (error IS NULL)),
+  UNIQUE (system_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down)
+);
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class System:
+    """What a point's time holds for, whichever commit measured it on however many devices."""
+
+    device: str
+    model: ModelShape
+
+    def __str__(self) -> str:
+        shape = self.model
+        return (
+            f"{self.device}, {shape.num_layers} layers of {shape.hidden_size}, "
+            f"{shape.num_q_heads}/{shape.num_kv_heads} heads"
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One start of the profiler."""
+
+    num_devices: int
+    model_name: str
+    commit: str | None
+    jax: str
+    command: str
+    page_size: int
+    padding: Padding
+    """Sizes to which it padded."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """A case with its time, or with why there is none."""
+
+    case: Case
+    timing: Timing | None = None
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        assert (self.timing is None) != (self.error is None), self
+
+
+class Database:
+    """Points by system and case: a case measured again replaces what was there.
+
+    Raises:
+        ConfigError: the file cannot be opened, is something else, or of another version.
+    """
+
+    def __init__(self, path: pathlib.Path, *, create: bool = False) -> None:
+        if not create and not path.is_file():
+            raise ConfigError(f"there is no database {path}: `loongjax profile iteration --db {path}` makes one")
+        if create:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._open(path)
+        except sqlite3.Error as error:
+            raise ConfigError(f"{path} cannot be opened as a database of points: {error}") from None
+
+    def __enter__(self) -> Database:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    @property
+    def systems(self) -> tuple[System, ...]:
+        rows = self._connection.execute("SELECT device, model FROM systems ORDER BY id").fetchall()
+        return tuple(System(device=device, model=ModelShape(**json.loads(model))) for device, model in rows)
+
+    def begin_run(self, system: System, run: Run) -> int:
+        """Notes a start of the profiler, and returns what its points are added under."""
+        system_id = self._system_id(system, create=True)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        values = (
+            system_id,
+            now,
+            run.num_devices,
+            run.model_name,
+            run.commit,
+            run.jax,
+            run.command,
+            run.page_size,
+            json.dumps(run.padding.token_buckets),
+            json.dumps(run.padding.row_buckets),
+        )
+        columns = (
+            "system_id, started_at, num_devices, model_name, commit_id, jax, command, page_size, "
+            "token_buckets, row_buckets"
+        )
+        cursor = self._connection.execute(f"INSERT INTO runs ({columns}) VALUES ({_marks(values)})", values)
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def add(self, run_id: int, point: Point) -> None:
+        """Stores a point; it is on disk when this returns."""
+        case, timing = point.case, point.timing
+        key = _key(case)
+        measured = (None, None, None, None)
+        if timing is not None:
+            keys = json.dumps(timing.keys) if timing.keys else None
+            measured = (timing.seconds, timing.stddev_s, timing.num_rounds, keys)
+        columns = f"run_id, {', '.join(key)}, seconds, stddev_s, num_rounds, keys, error, system_id"
+        values = (run_id, *key.values(), *measured, point.error, run_id)
+        marks = f"{_marks(values[:-1])}, (SELECT system_id FROM runs WHERE id = ?)"
+        self._connection.execute(f"INSERT OR REPLACE INTO points ({columns}) VALUES ({marks})", values)
+
+    def points(self, system: System) -> list[Point]:
+        """Everything known of this system, in order of measurement."""
+        columns = (
+            "kind, sp, tp, batch_size, input_len, num_masters, scales_down, seconds, stddev_s, num_rounds, keys, error"
+        )
+        rows = self._connection.execute(
+            f"SELECT {columns} FROM points WHERE system_id = ? ORDER BY id", (self._system_id(system),)
+        )
+        return [_point(row) for row in rows.fetchall()]
+
+    def runs(self, system: System) -> list[Run]:
+        """The runs that points of this system are from, oldest first."""
+        columns = "num_devices, model_name, commit_id, jax, command, page_size, token_buckets, row_buckets"
+        rows = self._connection.execute(
+            f"SELECT {columns} FROM runs WHERE system_id = ? AND id IN (SELECT run_id FROM points) ORDER BY id",
+            (self._system_id(system),),
+        )
+        return [
+            Run(
+                num_devices=num_devices,
+                model_name=model_name,
+                commit=commit,
+                jax=jax,
+                command=command,
+                page_size=page_size,
+                padding=Padding(token_buckets=tuple(json.loads(tokens)), row_buckets=tuple(json.loads(rows))),
+            )
+            for num_devices, model_name, commit, jax, command, page_size, tokens, rows in rows.fetchall()
+        ]
+
+    def _open(self, path: pathlib.Path) -> None:
+        (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
+        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
+        is_empty = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+        if is_empty and not version:
+            with self._transaction():
+                for statement in TABLES.split(";\n"):
+                    self._connection.execute(statement)
+                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+                self._connection.execute(f"PRAGMA user_version = {VERSION}")
+            return
+        if application_id != APPLICATION_ID:
+            raise ConfigError(f"{path} is a database of something else: give --db another file")
+        if version != VERSION:
+            raise ConfigError(
+                f"{path} has tables of version {version}, and this program reads {VERSION}: "
+                "measure into a new file, or use the version of loongjax that wrote it"
+            )
+
+    @contextlib.contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._connection.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._connection.execute("ROLLBACK")
+            raise
+        self._connection.execute("COMMIT")
+
+    def _system_id(self, system: System, *, create: bool = False) -> int | None:
+        values = (system.device, json.dumps(dataclasses.asdict(system.model), sort_keys=True))
+        if create:
+            self._connection.execute("INSERT OR IGNORE INTO systems (device, model) VALUES (?, ?)", values)
+        row = self._connection.execute("SELECT id FROM systems WHERE device = ? AND model = ?", values).fetchone()
+        return None if row is None else row[0]
+
+
+def _key(case: Case) -> dict[str, str | int]:
+    """The columns that identify a case."""
+    return {
+        "kind": case.kind,
+        "sp": case.strategy.sp,
+        "tp": case.strategy.tp,
+        "batch_size": case.batch_size,
+        "input_len": case.input_len,
+        "num_masters": case.num_masters,
+        "scales_down": int(case.scales_down),
+    }
+
+
+def _point(row: tuple) -> Point:
+    kind, sp, tp, batch_size, input_len, num_masters, scales_down, seconds, stddev_s, num_rounds, keys, error = row
+    case = Case(
+        kind=kind,
+        strategy=Strategy(sp, tp),
+        batch_size=batch_size,
+        input_len=input_len,
+        num_masters=num_masters,
+        scales_down=bool(scales_down),
+    )
+    if error is not None:
+        return Point(case=case, error=error)
+    timing = Timing(
+        seconds=seconds, stddev_s=stddev_s, num_rounds=num_rounds, keys=tuple(json.loads(keys)) if keys else ()
+    )
+    return Point(case=case, timing=timing)
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ", ".join("?" * len(values))

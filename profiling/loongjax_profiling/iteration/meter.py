@@ -1,0 +1,243 @@
+"""Times one case on a runtime: iterations of the runtime's own programs, built without engine or policy."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import (
+    Completion,
+    DecodeInput,
+    DecodeIteration,
+    DecodeSubBatch,
+    Iteration,
+    MigrateIteration,
+    PrefillInput,
+    PrefillIteration,
+    RecoverIteration,
+)
+from loongjax.core.plan import TokenInterval
+from loongjax.core.request import Request
+from loongjax.core.sampling import SamplingParams
+from loongjax.errors import LoongjaxError
+from loongjax.kvcache.kv_cache import KVCache
+from loongjax.runtime.protocol import Runtime
+from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.placement import masters_of, packed, spread
+
+GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+FIRST_STEPS = 3
+"""Decode steps before those that count: what the devices hold of a decode is built, and its pipeline filled."""
+IN_FLIGHT = 2
+"""Decode steps in flight, as the engine has them: one on the devices, its successor submitted behind it."""
+
+
+class IterationFailedError(Exception):
+    """An iteration ended with an error, and its group has recovered: other cases may still work."""
+
+
+class DevicesLostError(LoongjaxError):
+    """An iteration did not come back, or a group did not recover from its failure: nothing more can be measured."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeterConfig:
+    """How often a case is run."""
+
+    rounds: int = 3
+    """Of a prefill or migration, after one that does not count."""
+    num_steps: int = 16
+    """Of a decode, after those that do not count."""
+    enough_s: float = 3.0
+    """Once its rounds have taken so long in all, a case is not repeated again."""
+    timeout_s: float = 600.0
+    """An iteration that takes longer will not come back."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """A case's time."""
+
+    seconds: float
+    """Median over rounds, from submission to the result on the host; of a decode the time between results, one step
+    being submitted behind the other."""
+    stddev_s: float | None
+    """Over the same rounds; None of one."""
+    num_rounds: int
+    keys: tuple[int, ...] = ()
+    """Of a decode: on each instance, in the middle step."""
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], keys: tuple[int, ...] = ()) -> Timing:
+        return cls(
+            seconds=statistics.median(seconds),
+            stddev_s=statistics.stdev(seconds) if len(seconds) > 1 else None,
+            num_rounds=len(seconds),
+            keys=keys,
+        )
+
+
+class Meter:
+    """Measures cases on a runtime that nobody else uses, one iteration or decode at a time."""
+
+    def __init__(self, runtime: Runtime, config: MeterConfig | None = None) -> None:
+        self._runtime = runtime
+        self._config = config or MeterConfig()
+        self._kv_cache = KVCache(runtime.shape)
+        self._ids = itertools.count()
+        self._names = map(str, itertools.count())
+        self._ended: collections.deque[Completion] = collections.deque()
+        self._resident: collections.deque[str] = collections.deque()
+        """Requests whose keys are left in the pool, oldest first: new ones take other pages as long as there are any,
+        so prefills go round the pool, and decodes find keys that were computed."""
+
+    @property
+    def num_decode_steps(self) -> int:
+        return FIRST_STEPS + self._config.num_steps
+
+    def measure(self, case: Case) -> Timing:
+        """Runs a case that fits (`why_not`), several times.
+
+        Raises:
+            IterationFailedError: it failed.
+            DevicesLostError: nothing more can be measured with this runtime.
+        """
+        match case.kind:
+            case "prefill":
+                return self._repeat(self._prefills(case))
+            case "migration":
+                return self._repeat(self._migrations(case))
+            case "decode":
+                return self._decode(case)
+
+    def _repeat(self, iterations: Iterator[Iteration]) -> Timing:
+        """The first round only warms up."""
+        self._run(next(iterations))
+        seconds: list[float] = []
+        while len(seconds) < self._config.rounds and (not seconds or sum(seconds) < self._config.enough_s):
+            seconds.append(self._run(next(iterations)).elapsed_s)
+        return Timing.of(seconds)
+
+    def _prefills(self, case: Case) -> Iterator[Iteration]:
+        group = Group.of(range(case.strategy.sp))
+        shape = self._runtime.shape
+        while True:
+            placements = packed(case, shape) if case.scales_down else spread(case, shape.page_size)
+            if case.scales_down:
+                self._release_all()
+            iteration_id = next(self._ids)
+            rng = np.random.default_rng(iteration_id)
+            inputs = []
+            for intervals in placements:
+                token_ids = rng.integers(0, self._runtime.limits.vocab_size, case.input_len, np.int32)
+                request = self._request(tuple(token_ids.tolist()))
+                self._make_room(intervals)
+                kept = self._kv_cache.keep(request.request_id, intervals)
+                self._resident.append(request.request_id)
+                inputs.append(PrefillInput(request, token_ids, kept, False))
+            yield PrefillIteration(iteration_id, group, tuple(inputs))
+
+    def _migrations(self, case: Case) -> Iterator[Iteration]:
+        self._release_all()
+        name = next(self._names)
+        self._kv_cache.keep(name, (TokenInterval(0, 0, case.input_len),))
+        self._resident.append(name)
+        for source, target in itertools.cycle([(0, 1), (1, 0)]):
+            slots = self._kv_cache.migrate(name, source, target, case.input_len)
+            yield MigrateIteration(next(self._ids), source, target, *slots)
+
+    def _decode(self, case: Case) -> Timing:
+        self._release_all()
+        requests = [self._request((0,)) for _ in range(case.batch_size)]
+        for request, intervals in zip(requests, spread(case, self._runtime.shape.page_size), strict=True):
+            self._kv_cache.keep(request.request_id, intervals)
+            self._resident.append(request.request_id)
+        num_steps = self.num_decode_steps
+        ends: list[float] = []
+        submitted: collections.deque[tuple[int, float]] = collections.deque()
+        seconds: list[float] = []
+        keys: tuple[int, ...] = ()
+        for step in range(num_steps):
+            iteration = self._decode_step(case, requests, step)
+            if step == num_steps // 2:
+                keys = self._keys_of(case.strategy.sp)
+            submitted.append((iteration.iteration_id, self._runtime.now_s()))
+            self._runtime.submit(iteration)
+            while len(submitted) == IN_FLIGHT or (step == num_steps - 1 and submitted):
+                expected_id, submitted_s = submitted.popleft()
+                completion = self._wait_for(expected_id, iteration.group, len(submitted))
+                ends.append(submitted_s + completion.elapsed_s)
+                seconds.append(ends[-1] - max([submitted_s, *ends[-2:-1]]))
+        return Timing.of(seconds[FIRST_STEPS:], keys)
+
+    def _decode_step(self, case: Case, requests: Sequence[Request], step: int) -> DecodeIteration:
+        inputs: list[list[DecodeInput]] = [[] for _ in range(case.num_masters)]
+        for request, master in zip(requests, masters_of(case), strict=True):
+            slot = self._kv_cache.append(request.request_id, master)
+            tables = self._kv_cache.tables(request.request_id)
+            # The runtime needs the tokens that came before only to start with.
+            output = (0,) if step == 0 else ()
+            inputs[master].append(DecodeInput(request, output, case.input_len + step, slot, tables))
+        batches = tuple(DecodeSubBatch(master, tuple(items)) for master, items in enumerate(inputs))
+        group = Group.of(range(case.strategy.sp))
+        return DecodeIteration(next(self._ids), group, batches, continues=step > 0)
+
+    def _keys_of(self, sp: int) -> tuple[int, ...]:
+        """Keys of all requests on each of the first `sp` instances."""
+        keys = [0] * sp
+        for _, local_lens in self._kv_cache.all_local_lens():
+            for instance, num_tokens in local_lens:
+                keys[instance] += num_tokens
+        return tuple(keys)
+
+    def _request(self, prompt_token_ids: tuple[int, ...]) -> Request:
+        return Request(
+            request_id=next(self._names),
+            prompt_token_ids=prompt_token_ids,
+            sampling=GREEDY,
+            max_tokens=1_000_000,
+            seed=0,
+        )
+
+    def _run(self, iteration: Iteration) -> Completion:
+        self._runtime.submit(iteration)
+        return self._wait_for(iteration.iteration_id, iteration.group, 0)
+
+    def _wait_for(self, iteration_id: int, group: Group, num_behind: int) -> Completion:
+        """The completion of the oldest iteration in flight, with so many submitted behind it."""
+        completion = self._next_completion()
+        assert completion.iteration_id == iteration_id, (completion.iteration_id, iteration_id)
+        if completion.error is not None:
+            for _ in range(num_behind):
+                self._next_completion()
+            self._recover(group)
+            raise IterationFailedError(completion.error)
+        return completion
+
+    def _next_completion(self) -> Completion:
+        if not self._ended:
+            self._ended.extend(self._runtime.completions(self._config.timeout_s))
+        if not self._ended:
+            raise DevicesLostError(f"an iteration did not end within {self._config.timeout_s:.0f} s")
+        return self._ended.popleft()
+
+    def _recover(self, group: Group) -> None:
+        self._release_all()
+        self._runtime.submit(RecoverIteration(next(self._ids), group))
+        error = self._next_completion().error
+        if error is not None:
+            raise DevicesLostError(f"the devices did not recover from a failed iteration: {error}")
+
+    def _make_room(self, intervals: Sequence[TokenInterval]) -> None:
+        while not self._kv_cache.can_keep(intervals):
+            self._kv_cache.release(self._resident.popleft())
+
+    def _release_all(self) -> None:
+        while self._resident:
+            self._kv_cache.release(self._resident.popleft())

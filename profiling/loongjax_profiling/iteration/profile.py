@@ -1,0 +1,234 @@
+"""`loongjax profile iteration`: one runtime after the other, each measuring what of the grid it can."""
+
+from __future__ import annotations
+
+import collections
+import gc
+import itertools
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterable, Sequence
+
+import jax
+from tqdm import tqdm
+
+from loongjax.config import EngineConfig
+from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.errors import ConfigError
+from loongjax.models.config import ModelConfig
+from loongjax.models.shipped import resolve_checkpoint
+from loongjax.runtime.buckets import LEAST_NUM_TOKENS, Buckets
+from loongjax.runtime.build import build_runtime
+from loongjax.runtime.local import LocalRuntime
+from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.sizing import resolve_dtype
+from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.command import MAX_NUM_BATCHED_TOKENS, IterationCommand
+from loongjax_profiling.iteration.database import Database, Point, Run, System
+from loongjax_profiling.iteration.grids import build_grid
+from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
+from loongjax_profiling.iteration.placement import why_not
+from loongjax_profiling.provenance import checked_out_commit
+from loongjax_profiling.random_runtime import build_random_runtime
+from loongjax_profiling.shapes import cost_shape, named_shape
+
+logger = logging.getLogger(__name__)
+
+CPU_SHRINK = 256
+
+
+def profile_iteration(command: IterationCommand) -> int:
+    """Measures, stores, and prints what it does. Returns 1 if a point failed, else 0.
+
+    Raises:
+        ConfigError: a model, grid or database that cannot work.
+        DevicesLostError: the devices do not answer any more; what was measured is stored.
+    """
+    with Database(command.db, create=True) as database:
+        profile = _Profile(command, database)
+        profile.run()
+        return int(profile.num_failed > 0)
+
+
+class _Profile:
+    def __init__(self, command: IterationCommand, database: Database) -> None:
+        self._command = command
+        self._database = database
+        devices = jax.devices()
+        self._num_devices = len(devices)
+        self._platform = devices[0].platform
+        self._model, self._model_name = _model_of(command)
+        config = command.engine_config(tp=1, max_num_batched_tokens=1)
+        spec = ModelSpec(self._model, resolve_dtype(config, self._model.dtype, self._platform))
+        self._system = System(device=devices[0].device_kind, model=cost_shape(spec))
+        self._estimate = RooflineModel(rates=DeviceRates.of_device(self._system.device), model=self._system.model)
+        self._left_out: collections.Counter[str] = collections.Counter()
+        self._num_measured = 0
+        self._num_not_reached = 0
+        self.num_failed = 0
+
+    def run(self) -> None:
+        started_s = time.monotonic()
+        passes = self._passes()
+        num_cases = sum(map(len, passes))
+        print(
+            f"{', '.join(self._command.grid)} of {self._model_name} on {self._num_devices} x {self._system.device}: "
+            f"{num_cases} points are to be measured",
+            flush=True,
+        )
+        tps = sorted({case.strategy.tp for cases in passes for case in cases})
+        for index, tp in enumerate(tps):
+            deadline_s = None
+            if self._command.limit_s is not None:
+                left_s = started_s + self._command.limit_s - time.monotonic()
+                deadline_s = time.monotonic() + left_s / (len(tps) - index)
+            self._measure_with(tp, [[case for case in cases if case.strategy.tp == tp] for cases in passes], deadline_s)
+        self._report(time.monotonic() - started_s)
+
+    def _passes(self) -> list[list[Case]]:
+        """What is still to be measured, the passes of all grids side by side."""
+        command = self._command
+        shrink = command.shrink or (1 if self._platform == "gpu" else CPU_SHRINK)
+        grids = [build_grid(name, num_devices=self._num_devices, shrink=shrink) for name in command.grid]
+        known = {
+            point.case
+            for point in self._database.points(self._system)
+            if point.error is None or not command.retry_failed
+        }
+        planned: set[Case] = set()
+        passes: list[list[Case]] = []
+        for index in range(max(len(grid.passes) for grid in grids)):
+            cases = (case for grid in grids for case in (grid.passes[index : index + 1] or [()])[0])
+            passes.append([])
+            for case in cases:
+                if case in planned:
+                    continue
+                planned.add(case)
+                if case in known:
+                    self._left_out["is in the database"] += 1
+                elif self._has_tp(case.strategy.tp):
+                    passes[-1].append(case)
+        return passes
+
+    def _has_tp(self, tp: int) -> bool:
+        if self._command.tp and tp not in self._command.tp:
+            self._left_out["has another tp than --tp"] += 1
+            return False
+        try:
+            self._model.check_tp(tp)
+        except ConfigError:
+            self._left_out["has a tp that does not divide the model"] += 1
+            return False
+        return True
+
+    def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float | None) -> None:
+        """Measures with instances of `tp` devices, until the deadline on the monotonic clock."""
+        config = self._command.engine_config(
+            tp=tp, max_num_batched_tokens=self._max_num_batched_tokens(itertools.chain.from_iterable(passes))
+        )
+        started_s = time.monotonic()
+        runtime = self._build(config)
+        try:
+            meter = Meter(runtime, MeterConfig(rounds=self._command.rounds, num_steps=self._command.num_steps))
+            chosen = [case for cases in passes for case in self._in_order(cases, runtime, meter)]
+            print(
+                f"tp{tp}: ready after {time.monotonic() - started_s:.1f} s, {runtime.shape.num_instances} instances of "
+                f"{runtime.shape.num_slots} tokens; {len(chosen)} points",
+                flush=True,
+            )
+            run_id = self._database.begin_run(self._system, self._run_of(runtime))
+            for case in tqdm(chosen, desc=f"Iterations, tp{tp}", unit="point", disable=None):
+                expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
+                if deadline_s is not None and time.monotonic() + expected_s > deadline_s:
+                    self._num_not_reached += 1
+                    continue
+                self._measure(meter, case, run_id)
+        finally:
+            runtime.close()
+            del runtime
+            # The next runtime needs the memory: its weights and pool are as large.
+            gc.collect()
+            jax.clear_caches()
+
+    def _measure(self, meter: Meter, case: Case, run_id: int) -> None:
+        try:
+            point = Point(case=case, timing=meter.measure(case))
+            self._num_measured += 1
+        except IterationFailedError as error:
+            logger.warning("%s failed: %s", case, error)
+            point = Point(case=case, error=str(error)[:1000])
+            self.num_failed += 1
+        self._database.add(run_id, point)
+
+    def _in_order(self, cases: Sequence[Case], runtime: LocalRuntime, meter: Meter) -> list[Case]:
+        """Those of a pass that fit, shortest first; the others are counted."""
+        fitting = []
+        for case in cases:
+            reason = why_not(
+                case,
+                shape=runtime.shape,
+                limits=runtime.limits,
+                num_steps=meter.num_decode_steps,
+                context_len=self._model.context_len,
+            )
+            if reason is None:
+                fitting.append(case)
+            else:
+                self._left_out[reason] += 1
+        return sorted(fitting, key=self._expected_s)
+
+    def _expected_s(self, case: Case) -> float:
+        """Of one round, by roofline: only to order and to stop in time."""
+        match case.kind:
+            case "prefill":
+                return self._estimate.prefill_s(case.strategy, case.prefill_totals).item()
+            case "decode":
+                return self._command.num_steps * self._estimate.decode_s(case.strategy, case.decode_totals).item()
+            case "migration":
+                return self._estimate.migration_s(case.input_len, case.strategy.tp).item()
+
+    def _max_num_batched_tokens(self, cases: Iterable[Case]) -> int:
+        if self._command.max_num_batched_tokens is not None:
+            return self._command.max_num_batched_tokens
+        most = MAX_NUM_BATCHED_TOKENS.get(self._platform, MAX_NUM_BATCHED_TOKENS["gpu"])
+        tokens = [-(-case.num_tokens // case.strategy.sp) for case in cases if case.kind == "prefill"]
+        needed = max((number for number in tokens if number <= most), default=1)
+        return LEAST_NUM_TOKENS << max(0, (-(-needed // LEAST_NUM_TOKENS) - 1).bit_length())
+
+    def _build(self, config: EngineConfig) -> LocalRuntime:
+        return (
+            build_runtime(config) if self._command.random_weights is None else build_random_runtime(config, self._model)
+        )
+
+    def _run_of(self, runtime: LocalRuntime) -> Run:
+        buckets = Buckets.for_limits(
+            max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
+            max_num_seqs=runtime.limits.max_num_seqs,
+            num_pages=runtime.shape.num_pages,
+        )
+        return Run(
+            num_devices=self._num_devices,
+            model_name=self._model_name,
+            commit=self._command.commit or checked_out_commit(),
+            jax=jax.__version__,
+            command="loongjax " + shlex.join(sys.argv[1:]),
+            page_size=runtime.shape.page_size,
+            padding=Padding(token_buckets=buckets.num_tokens, row_buckets=buckets.num_rows),
+        )
+
+    def _report(self, elapsed_s: float) -> None:
+        print(f"measured {self._num_measured} points in {elapsed_s:.0f} s; {self.num_failed} failed")
+        if self._num_not_reached:
+            print(f"  {self._num_not_reached} were not reached within --limit-s: run it again to go on")
+        for reason, number in self._left_out.most_common():
+            print(f"  {number} left out: each {reason}")
+
+
+def _model_of(command: IterationCommand) -> tuple[ModelConfig, str]:
+    if command.random_weights is not None:
+        return named_shape(command.random_weights), f"{command.random_weights}, random weights"
+    folder = resolve_checkpoint(command.checkpoint)
+    return ModelConfig.from_checkpoint(folder), folder.name
