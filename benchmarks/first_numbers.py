@@ -23,6 +23,7 @@ from loongjax.core.request import Request, RequestEvent
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
+from loongjax.scheduler.build import build_policy
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import SHAPES

@@ -59,8 +59,8 @@ class IterationCommand:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of weights, activations and KV pool; auto: the model's, with float32 as bfloat16 on GPU."""
     exchange: Literal["auto", "xla"] = "auto"
-    """How GPUs exchange the small messages of a step, as in `loongjax serve`. Points do not say which it was: give each a
-    database."""
+    """How GPUs exchange the small messages of a step, as in `loongjax serve`. Points do not say which it was: give
+    each its own database."""
     memory_fraction: float = EngineConfig.memory_fraction
     """Part of each GPU's memory that weights, KV pool and workspace may take."""
     num_cpu_devices: int = CPU_NUM_DEVICES
