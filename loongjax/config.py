@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+import typing
 from typing import Literal
 
 import tyro
@@ -17,8 +18,50 @@ CPU_NUM_DEVICES = 8
 """Virtual devices on CPU."""
 
 
+PolicyName = Literal["simple", "static", "replicated", "prefill-first", "disaggregated"]
+"""See `loongjax.scheduler.build`."""
+
+POLICIES: tuple[str, ...] = typing.get_args(PolicyName)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EngineConfig:
+class SchedulingConfig:
+    """Which policy decides, and what it is told.
+
+    Raises:
+        ConfigError: a value that cannot work on any cluster.
+    """
+
+    policy: PolicyName = "simple"
+    """Who works with whom. simple: elastic, by thresholds; static: every iteration on all instances; replicated: each
+    instance for itself; prefill-first: one instance, as in vLLM 0.3; disaggregated: prefill and decode apart, as in
+    DistServe."""
+    cost_model: str | None = None
+    """File with the times of iterations, as `loongjax fit` writes it, for policies that ask; None: a roofline estimate
+    for the devices."""
+    scale_up: bool = True
+    """Let instances join a decode group while it runs."""
+    admission: Literal["quantile", "worst-case"] = "quantile"
+    """How long outputs are taken to be when a request is let into memory: quantile: by those that have ended;
+    worst-case: as long as each request allows."""
+    explain: str | None = None
+    """File to which every decision's terms of gain and cost are appended, as JSON lines."""
+    num_prefill_instances: int | None = None
+    """Instances that the policy disaggregated prefills on; None: half."""
+    prefill_tokens_per_instance: int = 2048
+    """The policy simple gives a prefill one instance for so many tokens, rounded up."""
+    max_requests_per_master: int | None = None
+    """Requests that one master decodes before idle instances join as masters; None: half of max_num_seqs."""
+
+    def __post_init__(self) -> None:
+        _check_choice("--policy", self.policy, POLICIES)
+        _check_choice("--admission", self.admission, ("quantile", "worst-case"))
+        for name in ("num_prefill_instances", "prefill_tokens_per_instance", "max_requests_per_master"):
+            _check_at_least_one(name, getattr(self, name))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig(SchedulingConfig):
     """What an engine is made of.
 
     Raises:
@@ -49,10 +92,6 @@ class EngineConfig:
     """Tokens of one prefill on one instance; a group of n takes n times as many."""
     max_queue_len: int = 1024
     """Requests that may wait; one more is refused for now (HTTP 429)."""
-    prefill_tokens_per_instance: int = 2048
-    """The simple scheduler gives a prefill one instance for so many tokens, rounded up."""
-    max_requests_per_master: int | None = None
-    """Requests that one master decodes before idle instances join as masters; None: half of max_num_seqs."""
     exchange: Literal["auto", "xla"] = "auto"
     """How GPUs exchange the small messages of a step; auto: through each other's memory where they can; xla: by XLA's
     collectives."""
@@ -69,6 +108,7 @@ class EngineConfig:
     """Folder of JAX's persistent compilation cache; None: ~/.cache/loongjax/xla."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in (
             "tp",
             "num_instances",
@@ -79,12 +119,8 @@ class EngineConfig:
             "max_num_seqs",
             "max_num_batched_tokens",
             "max_queue_len",
-            "prefill_tokens_per_instance",
-            "max_requests_per_master",
         ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{_flag(name)} must be at least 1, got {value}: raise it, or leave it out")
+            _check_at_least_one(name, getattr(self, name))
         if self.page_size & (self.page_size - 1):
             below = 1 << (self.page_size.bit_length() - 1)
             raise ConfigError(
@@ -112,6 +148,16 @@ class EngineConfig:
                 f"the checkpoint must be a folder, got {self.checkpoint!r}, which is none: give the path of a folder "
                 "with config.json and safetensors"
             )
+
+
+def _check_at_least_one(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigError(f"{_flag(name)} must be at least 1, got {value}: raise it, or leave it out")
+
+
+def _check_choice(flag: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{flag} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _flag(name: str) -> str:

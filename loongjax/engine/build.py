@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import logging
+
+import jax
+
 from loongjax.config import EngineConfig
+from loongjax.core.cluster import ClusterShape
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
+from loongjax.engine.cost_model import cost_shape, resolve_cost_model
 from loongjax.engine.parts import EngineParts
+from loongjax.errors import ConfigError
 from loongjax.models.generation import GenerationConfig
 from loongjax.models.shipped import SHIPPED_NAME, resolve_checkpoint
 from loongjax.models.tokenizer import load_tokenizer
 from loongjax.runtime.build import build_runtime
-from loongjax.scheduler.simple import SimplePolicy
-from loongjax.scheduler.simple_config import SimplePolicyConfig
+from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.protocol import RuntimeLimits
+from loongjax.scheduler.build import build_policy, max_request_tokens, needs_cost_model
+from loongjax.scheduler.policy import Policy
+
+logger = logging.getLogger(__name__)
 
 
 def build_engine(config: EngineConfig) -> EngineParts:
@@ -32,14 +43,14 @@ def build_core(config: EngineConfig) -> EngineCore:
     runtime = build_runtime(config)
     info = ModelInfo(
         checkpoint=config.checkpoint or SHIPPED_NAME,
-        max_model_len=runtime.limits.max_model_len,
+        max_model_len=resolve_max_model_len(config, runtime.shape, runtime.limits),
         vocab_size=runtime.limits.vocab_size,
         eos_token_ids=generation.eos_token_ids,
         default_sampling=generation.default_sampling,
     )
     return EngineCore(
         runtime,
-        build_policy(config),
+        choose_policy(config, runtime.shape, runtime.limits, runtime.spec),
         info=info,
         max_queue_len=config.max_queue_len,
         kv_bytes_per_token=runtime.num_kv_bytes_per_token,
@@ -48,12 +59,35 @@ def build_core(config: EngineConfig) -> EngineCore:
     )
 
 
-def build_policy(config: EngineConfig) -> SimplePolicy:
-    """The policy of a configuration, which needs neither checkpoint nor devices."""
-    max_requests_per_master = config.max_requests_per_master or max(1, config.max_num_seqs // 2)
-    return SimplePolicy(
-        SimplePolicyConfig(
-            prefill_tokens_per_instance=config.prefill_tokens_per_instance,
-            max_requests_per_master=max_requests_per_master,
+def choose_policy(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimits, spec: ModelSpec) -> Policy:
+    """The policy of a configuration, with its cost model if it asks for one; the log says which.
+
+    Raises:
+        ConfigError: the policy or the cost model does not fit the cluster or the model.
+    """
+    logger.info("policy: %s", config.policy)
+    cost_model = None
+    if needs_cost_model(config):
+        device_kind = jax.devices()[0].device_kind
+        cost_model = resolve_cost_model(
+            config.cost_model, model=cost_shape(spec), cluster=shape, device_kind=device_kind
         )
-    )
+    elif config.cost_model is not None:
+        logger.warning("the policy %s asks no cost model: %s is not read", config.policy, config.cost_model)
+    return build_policy(config, shape=shape, max_num_seqs=limits.max_num_seqs, cost_model=cost_model)
+
+
+def resolve_max_model_len(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimits) -> int:
+    """Tokens of the longest request that runtime and policy can serve.
+
+    Raises:
+        ConfigError: more are asked for.
+    """
+    most = max_request_tokens(config, shape, limits.max_num_batched_tokens)
+    if config.max_model_len is not None and config.max_model_len > most:
+        raise ConfigError(
+            f"max_model_len is {config.max_model_len}, but under the policy {config.policy} one request has at most "
+            f"{most} tokens: lower --max-model-len, raise --num-slots and --max-num-batched-tokens, or choose another "
+            "--policy"
+        )
+    return min(limits.max_model_len, most)

@@ -114,6 +114,11 @@ class LocalRuntime:
         self._readback_lanes = _one_thread_each("loongjax-readback", shape.num_instances)
 
     @property
+    def spec(self) -> ModelSpec:
+        """The model that it runs."""
+        return self._spec
+
+    @property
     def shape(self) -> ClusterShape:
         return self._shape
 

@@ -6,7 +6,7 @@ import pytest
 
 from loongjax.config import EngineConfig
 from loongjax.core.plan import Decode
-from loongjax.engine.build import build_policy
+from loongjax.scheduler.build import build_policy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 from loongjax.scheduler.validate import check_plan
 from tests.scheduler.views import cluster, running
@@ -16,7 +16,7 @@ def masters(config: EngineConfig, num_requests: int, num_instances: int = 4) -> 
     """How many requests each master decodes, if all of them have their keys on one instance."""
     runs = [running(f"r{i}", i, (0, 30)) for i in range(num_requests)]
     view = cluster(num_instances, num_pages=2000, runs=runs, max_num_seqs=config.max_num_seqs)
-    plans = build_policy(config).plan(view)
+    plans = build_policy(config, shape=view.shape, max_num_seqs=config.max_num_seqs).plan(view)
     check_plan(view, plans)
     (plan,) = plans
     assert isinstance(plan, Decode)

@@ -10,7 +10,7 @@ from loongjax.scheduler.view import ClusterView, WaitingView
 
 
 class Router:
-    """Gives each new request to the replica with the fewest tokens in its queue and pool, and never changes its mind."""
+    """Gives each new request to the replica with the fewest tokens in queue and pool, and never changes its mind."""
 
     def __init__(self, replicas: Sequence[InstanceId]) -> None:
         self._replicas = tuple(replicas)

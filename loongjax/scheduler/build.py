@@ -1,0 +1,68 @@
+"""Policies by their names."""
+
+from __future__ import annotations
+
+from loongjax.config import SchedulingConfig
+from loongjax.core.cluster import ClusterShape
+from loongjax.costmodel.model import CostModel
+from loongjax.scheduler.baselines.disaggregated import DisaggregatedPolicy
+from loongjax.scheduler.baselines.prefill_first import PrefillFirstPolicy
+from loongjax.scheduler.baselines.replicated import ReplicatedPolicy
+from loongjax.scheduler.baselines.static import StaticPolicy
+from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.simple import SimplePolicy
+from loongjax.scheduler.simple_config import SimplePolicyConfig
+
+_POLICIES_THAT_ASK: frozenset[str] = frozenset()
+_POLICIES_OF_ONE_INSTANCE_A_REQUEST = frozenset({"replicated", "disaggregated"})
+
+
+def needs_cost_model(config: SchedulingConfig) -> bool:
+    """Whether the policy asks how long iterations take."""
+    return config.policy in _POLICIES_THAT_ASK
+
+
+def build_policy(
+    config: SchedulingConfig, *, shape: ClusterShape, max_num_seqs: int, cost_model: CostModel | None = None
+) -> Policy:
+    """The policy that a configuration names, for this cluster.
+
+    Args:
+        config: the name, and what the policy is told.
+        shape: the cluster.
+        max_num_seqs: requests that one master decodes at a time.
+        cost_model: the times of iterations, for a policy that asks (`needs_cost_model`).
+
+    Raises:
+        ConfigError: the policy cannot serve such a cluster, or its name is not known.
+    """
+    match config.policy:
+        case "simple":
+            return SimplePolicy(
+                SimplePolicyConfig(
+                    prefill_tokens_per_instance=config.prefill_tokens_per_instance,
+                    max_requests_per_master=config.max_requests_per_master or max(1, max_num_seqs // 2),
+                )
+            )
+        case "static":
+            return StaticPolicy(shape)
+        case "replicated":
+            return ReplicatedPolicy(shape)
+        case "prefill-first":
+            return PrefillFirstPolicy(shape)
+        case "disaggregated":
+            return DisaggregatedPolicy(shape, config.num_prefill_instances)
+
+
+def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_batched_tokens: int) -> int:
+    """Tokens of the longest request, prompt and output together, that the policy can always carry to its end.
+
+    Its last token needs no slot, but may be a prompt's, and then has to be prefilled.
+
+    Args:
+        config: names the policy.
+        shape: the cluster.
+        max_num_batched_tokens: tokens of one prefill on one instance.
+    """
+    num_instances = 1 if config.policy in _POLICIES_OF_ONE_INSTANCE_A_REQUEST else shape.num_instances
+    return min(num_instances * shape.num_slots + 1, num_instances * max_num_batched_tokens)
