@@ -1,0 +1,106 @@
+"""From a database to what the cost model fits: one system's points, as works with measured times."""
+
+from __future__ import annotations
+
+import collections
+
+from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint, Provenance
+from loongjax.costmodel.work import DecodeWork, PrefillWork
+from loongjax.errors import ConfigError
+from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.database import Database, Run, System
+from loongjax_profiling.iteration.meter import Timing
+from loongjax_profiling.iteration.placement import masters_of
+
+
+def choose_system(database: Database, *, device: str | None = None, model: str | None = None) -> System:
+    """The only system whose device, and a name of whose model, contain these, whatever their case.
+
+    Raises:
+        ConfigError: there is none, or there are several.
+    """
+    names = {system: {run.model_name for run in database.runs(system)} for system in database.systems}
+    chosen = [
+        system
+        for system in names
+        if (device or "").lower() in system.device.lower()
+        and any((model or "").lower() in name.lower() for name in names[system])
+    ]
+    if len(chosen) == 1:
+        return chosen[0]
+    known = "; ".join(f"{system.device} with {', '.join(sorted(names[system]))}" for system in names if names[system])
+    if not known:
+        raise ConfigError("the database has no points: `loongjax profile iteration` measures some")
+    what = "several systems" if chosen else "no such system"
+    raise ConfigError(f"the database has {what}; give --device and --model so that one of these is left: {known}")
+
+
+def measurements_of(database: Database, system: System) -> tuple[Measurements, Padding]:
+    """What succeeded, and the sizes to which batches were padded.
+
+    Prefills that scale down are left out: they do the work of others, and would count twice.
+
+    Raises:
+        ConfigError: runs that padded to sizes which do not belong together.
+    """
+    timed = [(point.case, point.timing) for point in database.points(system) if point.timing is not None]
+    runs = database.runs(system)
+    measurements = Measurements(
+        provenance=_provenance(system, runs),
+        prefills=tuple(
+            PrefillPoint(strategy=case.strategy, work=prefill_work(case), measured_s=timing.seconds)
+            for case, timing in timed
+            if case.kind == "prefill" and not case.scales_down
+        ),
+        decodes=tuple(
+            DecodePoint(strategy=case.strategy, work=decode_work(case, timing), measured_s=timing.seconds)
+            for case, timing in timed
+            if case.kind == "decode"
+        ),
+        migrations=tuple(
+            MigrationPoint(tp=case.strategy.tp, num_tokens=case.input_len, measured_s=timing.seconds)
+            for case, timing in timed
+            if case.kind == "migration"
+        ),
+    )
+    return measurements, _padding(runs)
+
+
+def prefill_work(case: Case) -> PrefillWork:
+    return PrefillWork(new_lens=(case.input_len,) * case.batch_size)
+
+
+def decode_work(case: Case, timing: Timing) -> DecodeWork:
+    """With the keys that the instances had when it was measured."""
+    rows = collections.Counter(masters_of(case))
+    return DecodeWork(rows=tuple(rows[master] for master in range(case.num_masters)), keys=timing.keys)
+
+
+def _provenance(system: System, runs: list[Run]) -> Provenance:
+    commits = dict.fromkeys(run.commit for run in runs if run.commit is not None)
+    return Provenance(
+        hardware=f"{max((run.num_devices for run in runs), default=1)} x {system.device}",
+        model=system.model,
+        commit=", ".join(commits) or None,
+    )
+
+
+def _padding(runs: list[Run]) -> Padding:
+    return Padding(
+        token_buckets=_merged("token", {run.padding.token_buckets for run in runs}),
+        row_buckets=_merged("row", {run.padding.row_buckets for run in runs}),
+    )
+
+
+def _merged(name: str, ladders: set[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest ladder of sizes, if the others are its beginnings."""
+    longest = max(ladders, key=lambda ladder: ladder[-1:], default=())
+    for ladder in ladders:
+        if ladder != longest[: len(ladder)]:
+            raise ConfigError(
+                f"runs in this database padded to {name} sizes that do not belong together, {list(ladder)} and "
+                f"{list(longest)}: measure with one --max-num-batched-tokens and one --max-num-seqs, or with their "
+                "doublings"
+            )
+    return longest
