@@ -56,15 +56,9 @@ MIXES: dict[str, Callable[[], Ranges]] = {
 """Packed prompts, and a rank's step over another's keys in the striped layout; their lengths are their own."""
 TUNINGS = {
     "default": PrefillTuning(),
-    "no_pairs": PrefillTuning(cluster=1),
-    "in_order": PrefillTuning(overlap=False),
-    "in_order_turns": PrefillTuning(overlap=False, take_turns=True),
-    "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=4),
-    "q192_kv64_in_order": PrefillTuning(block_q=192, block_kv=64, num_stages=4, overlap=False),
-    "kv192_in_order": PrefillTuning(block_kv=192, overlap=False),
-    "q_registers": PrefillTuning(q_in_registers=True),
-    "q_registers_in_order_turns": PrefillTuning(q_in_registers=True, overlap=False, take_turns=True),
-    "three_stages": PrefillTuning(num_stages=3),
+    "dealt_out": PrefillTuning(num_programs=132),
+    "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=3),
+    "kv64": PrefillTuning(block_kv=64, num_stages=4),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """Output and log-sum-exp, [T, N, H] and [T, N]."""

@@ -57,11 +57,11 @@ def causal(num_rows: int, num_keys: int) -> tuple[np.ndarray, np.ndarray]:
         {},
         {"block_kv": 64, "num_stages": 4},
         {"block_q": 192, "block_kv": 64, "num_stages": 3},
-        {"overlap": False},
-        {"overlap": False, "block_q": 192, "num_stages": 3},
-        {"overlap": False, "block_kv": 192},
-        {"cluster": 1},
-        {"cluster": 1, "overlap": False, "num_stages": 3},
+        {"block_kv": 192},
+        {"num_programs": 1, "num_stages": 3},
+        {"num_programs": 3},
+        {"num_programs": 3, "block_q": 192, "block_kv": 64},
+        {"num_programs": 1000},
     ],
     ids=str,
 )
@@ -69,28 +69,22 @@ def test_every_tuning_gives_the_same_attention(tuning):
     check(random_inputs(200, 500), causal(200, 500), **tuning)
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize("take_turns", [True, False])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_no_access_to_shared_memory_races_with_another(overlap, take_turns, cluster):
-    tuning = {"overlap": overlap, "take_turns": take_turns, "cluster": cluster}
-    check(random_inputs(130, 700), causal(130, 700), **tuning, detect_races=True)
+@pytest.mark.parametrize("num_programs", [None, 2])
+def test_no_access_to_shared_memory_races_with_another(num_programs):
+    check(random_inputs(130, 700), causal(130, 700), num_programs=num_programs, detect_races=True)
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
-@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)], ids=["MHA", "pairs of heads", "pairs of query blocks"])
-def test_query_heads_share_key_heads(heads, cluster):
-    check(random_inputs(270, 350, heads), causal(270, 350), cluster=cluster)
+@pytest.mark.parametrize("num_programs", [None, 4])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
+def test_query_heads_share_key_heads(heads, num_programs):
+    check(random_inputs(270, 350, heads), causal(270, 350), num_programs=num_programs)
 
 
-@pytest.mark.parametrize("num_rows", [1, 128, 129, 257, 384])
-def test_a_query_block_may_lack_a_neighbour(num_rows):
-    check(random_inputs(num_rows, 500), causal(num_rows, 500), cluster=2)
-
-
-def test_neighbouring_query_blocks_may_see_other_keys():
-    k_start = np.repeat([0, 600], 128)
-    check(random_inputs(256, 900), (k_start, k_start + 70), cluster=2)
+@pytest.mark.parametrize("num_programs", [None, 1, 2])
+def test_query_blocks_that_see_other_keys_may_follow_one_another(num_programs):
+    k_start = np.repeat([0, 600, 300], [128, 128, 60])
+    k_end = k_start + np.repeat([70, 280, 0], [128, 128, 60])
+    check(random_inputs(316, 900), (k_start, k_end), num_programs=num_programs)
 
 
 @pytest.mark.parametrize(
@@ -114,35 +108,27 @@ def test_packed_prompts():
     check(random_inputs(320, 320), (starts, np.arange(320) + 1))
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_any_ranges_at_all(overlap):
-    check(random_inputs(150, 500), np.random.default_rng(0).integers(-5, 505, (2, 150)), overlap=overlap)
+def test_any_ranges_at_all():
+    check(random_inputs(150, 500), np.random.default_rng(0).integers(-5, 505, (2, 150)))
 
 
-@pytest.mark.parametrize("num_keys", [256, 300])
-def test_without_overlap_a_bare_block_may_be_the_first(num_keys):
-    check(random_inputs(70, num_keys), (np.full(70, 0), np.full(70, num_keys)), overlap=False)
-
-
-@pytest.mark.parametrize("overlap", [True, False])
-def test_rows_without_keys_give_exactly_zero_and_minus_infinity(overlap):
+def test_rows_without_keys_give_exactly_zero_and_minus_infinity():
     k_end = np.where((np.arange(300) % 2 == 1) | (np.arange(300) >= 128), 9, np.arange(300) + 200)
     arrays = random_inputs(300, 500)
     ranges = np.full(300, 9), k_end
-    o, lse = run(arrays, ranges, overlap=overlap)
+    o, lse = run(arrays, ranges)
     assert (np.asarray(o)[k_end == 9] == 0).all()
     assert (np.asarray(lse)[k_end == 9] == -np.inf).all()
     assert_matches((o, lse), truth(arrays, ranges), "bfloat16")
 
 
-@pytest.mark.parametrize("overlap", [True, False])
-def test_nan_outside_all_visited_blocks_and_in_masked_keys_is_harmless(overlap):
+def test_nan_outside_all_visited_blocks_and_in_masked_keys_is_harmless():
     q, k, v = random_inputs(40, 600)
     ranges = np.full(40, 136), np.full(40, 250)
     expected = truth((q, k, v), ranges)
     k[:136], k[250:] = np.nan, np.nan
     v[:136], v[250:264], v[264:] = np.nan, 3e38, np.nan
-    assert_matches(run((q, k, v), ranges, overlap=overlap), expected, "bfloat16")
+    assert_matches(run((q, k, v), ranges), expected, "bfloat16")
 
 
 @pytest.mark.parametrize("sm_scale", [1.0, -0.2, 0.0])

@@ -76,10 +76,8 @@ def test_without_rows_or_keys_there_is_no_kernel(shape):
     ("head_dim", "tuning"),
     [
         (128, PrefillTuning(block_kv=64, num_stages=4)),
-        (128, PrefillTuning(take_turns=True)),
-        (128, PrefillTuning(overlap=False)),
-        (128, PrefillTuning(overlap=False, take_turns=True)),
-        (128, PrefillTuning(overlap=False, block_q=192, block_kv=64)),
+        (128, PrefillTuning(num_programs=132)),
+        (128, PrefillTuning(num_programs=132, block_q=192, block_kv=64)),
         (64, PrefillTuning(block_q=192)),
         (64, PrefillTuning(block_kv=192)),
     ],
@@ -136,7 +134,7 @@ def test_a_gradient_is_refused():
         jax.eval_shape(jax.grad(loss), *arguments((8, 8, 2, 1, 64)))
 
 
-@pytest.mark.parametrize("fields", [{"block_q": 64}, {"block_kv": 100}, {"num_stages": 1}, {"cluster": 4}])
+@pytest.mark.parametrize("fields", [{"block_q": 64}, {"block_kv": 100}, {"num_stages": 1}, {"num_programs": 0}])
 def test_a_tuning_that_cannot_run_is_refused(fields):
     (name,) = fields
     with pytest.raises(ConfigError, match=f"{name} must be"):

@@ -1,18 +1,17 @@
 """The kernel body of Hopper's variant: warp-specialised attention over the key blocks that a query block visits.
 
-A thread block takes block_q query rows of one head. Its last warpgroup copies key and value blocks to shared memory by
-TMA, `num_stages` ahead; the others hold 64 rows each and compute (FlashAttention-3, arXiv:2407.08608): one key block
-after another, as in algorithm 1, or as in algorithm 2, where the tensor cores multiply the weights p of one key block
-with its values while the softmax of the next one runs. Softmax is in base 2, with running maximum m, denominator d and
-output o:
+A thread block takes block_q query rows of one head at a time. Its last warpgroup copies key and value blocks to shared
+memory by TMA, `num_stages` ahead; the others hold 64 rows each and compute as in algorithm 2 of FlashAttention-3
+(arXiv:2407.08608), where the tensor cores multiply the weights p of one key block with its values while the softmax of
+the next one runs. Softmax is in base 2, with running maximum m, denominator d and output o:
 
     m' = max(m, c max(s)),    p = exp2(c s - m'),    d' = exp2(m - m') d + sum(p),    o' = exp2(m - m') o + p v
 
 where s = q . k and c = sm_scale log2(e). In the end o is divided by d, and the log-sum-exp is m ln(2) + ln(d).
 
-A cluster of thread blocks visits the same key blocks, for as many query heads of one KV head or else for as many
-neighbouring query blocks. Each brings its part of every key block to the shared memory of all: with 128 rows a thread
-block, the L2 would otherwise have to give 5 TB/s at 650 TFLOP/s.
+A thread block that takes several query blocks, one after another, never runs dry between them: keys of the next one
+are copied while the last one ends, its queries as soon as they have met their last keys, and an output is stored while
+the next one is computed.
 """
 
 import functools
@@ -42,7 +41,7 @@ class Scratch(NamedTuple):
     q: Any  # [warpgroups, 64, H]
     k: Any  # [stages, block_kv, H]
     v: Any  # [stages, block_kv, H]
-    o: Any  # [warpgroups, 64, H]; None if q's tile can hold it
+    o: Any  # [warpgroups, 64, H]
     bounds: Any  # [warpgroups, 2, 64]
     lse: Any  # [warpgroups, 64]
     rows_ready: Any  # [warpgroups], of queries and their bounds
@@ -50,7 +49,6 @@ class Scratch(NamedTuple):
     v_ready: Any  # [stages]
     k_free: Any  # [stages]
     v_free: Any  # [stages]
-    turn: Any  # [warpgroups]
 
 
 def make_scratch(
@@ -67,36 +65,73 @@ def make_scratch(
 
     row_tiles = functools.partial(swizzled, warpgroups, WARPGROUP_ROWS, head_dim)
     key_tiles = functools.partial(swizzled, stages, tuning.block_kv, head_dim, dtype=dtype)
-    free: Callable[..., Any] = plgpu.Barrier
-    if tuning.cluster > 1:
-        free = functools.partial(plgpu.ClusterBarrier, collective_axes=("member",))
     return Scratch(
         q=row_tiles(dtype=dtype),
         k=key_tiles(),
         v=key_tiles(),
-        o=None if out_dtype == dtype else row_tiles(dtype=out_dtype),
+        o=row_tiles(dtype=out_dtype),
         bounds=plgpu.SMEM((warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
         lse=plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
         rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
         k_ready=plgpu.Barrier(num_arrivals=copies_per_block, num_barriers=stages),
         v_ready=plgpu.Barrier(num_arrivals=copies_per_block, num_barriers=stages),
-        k_free=free(num_arrivals=warpgroups, num_barriers=stages),
-        v_free=free(num_arrivals=warpgroups, num_barriers=stages),
-        turn=plgpu.Barrier(num_barriers=warpgroups),
+        k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
 
 
-class Work(NamedTuple):
-    """A thread block's share."""
+class Item(NamedTuple):
+    """A block of query rows of one head."""
 
     q_head: jax.Array
     kv_head: jax.Array
     q_block: jax.Array
+
+
+class Schedule(NamedTuple):
+    """Which items a thread block takes, in turn.
+
+    All items are a line: heads of a group side by side, since they read the same keys; in each KV head the last query
+    blocks, which see most under a causal mask, first. Thread blocks take their items from it in rounds, every other
+    round in reverse, so that whoever had the longest item of one has the shortest of the next.
+    """
+
+    group_size: int
+    num_q_blocks: int
+    num_items: int
+    num_programs: int
+
+    def item(self, number: jax.Array) -> Item:
+        """This thread block's item of a round."""
+        place = self._place(number)
+        head_in_group, blocks_before = lax.rem(place, jnp.int32(self.group_size)), place // self.group_size
+        kv_head, q_block = blocks_before // self.num_q_blocks, lax.rem(blocks_before, jnp.int32(self.num_q_blocks))
+        return Item(kv_head * self.group_size + head_in_group, kv_head, self.num_q_blocks - 1 - q_block)
+
+    @property
+    def num_rounds(self) -> jax.Array | int:
+        """Items of this thread block."""
+        full = self.num_items // self.num_programs
+        if self.num_items % self.num_programs == 0:
+            return full
+        return full + (self._place(jnp.int32(full)) < self.num_items).astype(jnp.int32)
+
+    def _place(self, number: jax.Array) -> jax.Array:
+        program = lax.axis_index("program")
+        is_reverse = lax.rem(number, jnp.int32(2)) == 1
+        return number * self.num_programs + jnp.where(is_reverse, self.num_programs - 1 - program, program)
+
+
+class Work(NamedTuple):
+    """The key blocks that an item visits."""
+
     first_key: jax.Array
     num_blocks: jax.Array
     """Of these, all steps below `num_masked` mask."""
     num_masked: jax.Array
     bare_begin: jax.Array
+    num_before: jax.Array
+    """Blocks that this thread block visited for earlier items."""
 
     def block_begin(self, step: jax.Array, block_kv: int) -> jax.Array:
         """The first key of the block visited at this step: masked blocks come first, in order, then bare ones."""
@@ -106,27 +141,10 @@ class Work(NamedTuple):
         return self.first_key + block_kv * jnp.where(step < self.num_masked, masked, bare)
 
 
-def find_work(visits_gmem: Any, group_size: int, tuning: PrefillTuning) -> Work:
-    """The share of this thread block: heads of a group run side by side, and the last query blocks, which see most
-    under a causal mask, first.
-    """
-    kv_head = lax.axis_index("kv_head")
-    head_in_group = lax.axis_index("head_in_group")
-    q_block = visit = visits_gmem.shape[0] - 1 - lax.axis_index("q_block")
-    if group_size % tuning.cluster == 0:
-        head_in_group = head_in_group * tuning.cluster + lax.axis_index("member")
-    else:
-        q_block = visit * tuning.cluster + lax.axis_index("member")
-    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[visit, column] for column in range(4))
-    return Work(
-        q_head=kv_head * group_size + head_in_group,
-        kv_head=kv_head,
-        q_block=q_block,
-        first_key=first_key,
-        num_blocks=num_blocks,
-        num_masked=num_blocks - (bare_end - bare_begin),
-        bare_begin=bare_begin,
-    )
+def find_work(visits_gmem: Any, item: Item, num_before: jax.Array) -> Work:
+    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[item.q_block, column] for column in range(4))
+    num_masked = num_blocks - (bare_end - bare_begin)
+    return Work(first_key, num_blocks, num_masked, bare_begin, num_before)
 
 
 def prefill_kernel(
@@ -134,19 +152,19 @@ def prefill_kernel(
     k_gmem: Any,  # [padded_S, K, H]
     v_gmem: Any,  # [padded_S, K, H]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [clustered q_blocks, 4]
+    visits_gmem: Any,  # [q_blocks, 4]
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
     scratch: Scratch,
     scale: float,
     tuning: PrefillTuning,
+    schedule: Schedule,
 ) -> None:
-    """Over keys that lie in order. See `attend_query_block`."""
+    """Over keys that lie in order. See `attend_query_blocks`."""
     keys = DenseKeys(k_gmem, v_gmem)
-    group_size = q_gmem.shape[1] // k_gmem.shape[1]
     rows = RowMemory(q_gmem, bounds_gmem, o_gmem, lse_gmem)
-    attend_query_block(rows, keys, visits_gmem, Setting(scratch, scale, tuning, group_size))
+    attend_query_blocks(rows, keys, visits_gmem, Setting(scratch, scale, tuning, schedule))
 
 
 def extend_kernel(
@@ -155,21 +173,21 @@ def extend_kernel(
     page_indices_gmem: Any,  # [I]
     layer_gmem: Any,  # [1]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [clustered q_blocks, 4]
+    visits_gmem: Any,  # [q_blocks, 4]
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
     scratch: Scratch,
     scale: float,
     tuning: PrefillTuning,
+    schedule: Schedule,
     num_pages: int,
     page_size: int,
 ) -> None:
-    """Over pages of a pool, where key i is at place i % page_size of entry i // page_size. See `attend_query_block`."""
+    """Over pages of a pool, where key i is at place i % page_size of entry i // page_size. See `attend_query_blocks`."""
     keys = PagedKeys(pool_gmem, page_indices_gmem, layer_gmem, num_pages, page_size)
-    group_size = q_gmem.shape[1] // pool_gmem.shape[1]
     rows = RowMemory(q_gmem, bounds_gmem, o_gmem, lse_gmem)
-    attend_query_block(rows, keys, visits_gmem, Setting(scratch, scale, tuning, group_size, drops_junk=True))
+    attend_query_blocks(rows, keys, visits_gmem, Setting(scratch, scale, tuning, schedule, drops_junk=True))
 
 
 class RowMemory(NamedTuple):
@@ -182,88 +200,122 @@ class RowMemory(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What is the same for all thread blocks."""
+    """What is the same for all items."""
 
     scratch: Scratch
     scale: float
     """Of scores, into base 2."""
     tuning: PrefillTuning
-    group_size: int
+    schedule: Schedule
     drops_junk: bool = False
     """Whether values that are not finite count as zero in masked blocks, where slots that nobody named may be."""
 
 
-def attend_query_block(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_gmem: Any, setting: Setting) -> None:
-    """The whole of a thread block. The grid is ("head_in_group", "q_block", "kv_head"), the cluster axis "member", the
-    thread axis "warpgroup".
-    """
+def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_gmem: Any, setting: Setting) -> None:
+    """The whole of a thread block. The grid is ("program",), the thread axis "warpgroup"."""
     warpgroup = lax.axis_index("warpgroup")
-    scratch, tuning = setting.scratch, setting.tuning
-    work = find_work(visits_gmem, setting.group_size, tuning)
+    tuning, schedule = setting.tuning, setting.schedule
     compute_registers, copy_registers = tuning.registers
+    no_blocks = jnp.int32(0)
 
     @pl.when(warpgroup < tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(compute_registers, action="increase")
-        rows = pl.ds(work.q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS, WARPGROUP_ROWS)
-        ready = scratch.rows_ready.at[warpgroup]
-        plgpu.copy_gmem_to_smem(memory.q.at[rows, work.q_head], scratch.q.at[warpgroup], ready)
-        plgpu.copy_gmem_to_smem(memory.bounds.at[:, rows], scratch.bounds.at[warpgroup], ready)
-        plgpu.barrier_wait(ready)
+        copy_rows(memory, setting, schedule.item(jnp.int32(0)))
 
-        o, lse = attend_rows(setting, work)
-        o_tile = (scratch.q if scratch.o is None else scratch.o).at[warpgroup]
-        o_tile[...] = o.astype(o_tile.dtype)
-        scratch.lse[warpgroup] = lse
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(o_tile, memory.o.at[rows, work.q_head])
-        plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], memory.lse.at[work.q_head, rows])
+        def attend_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
+            item = schedule.item(number)
+            work = find_work(visits_gmem, item, num_before)
+
+            def copy_next_rows() -> None:
+                @pl.when(number + 1 < schedule.num_rounds)
+                def _():
+                    # All warps have read the queries and bounds before others overwrite them.
+                    plgpu.commit_smem()
+                    copy_rows(memory, setting, schedule.item(number + 1))
+
+            o, lse = attend_rows(setting, work, copy_next_rows)
+            store_rows(memory, setting, item, o, lse)
+            return num_before + work.num_blocks
+
+        lax.fori_loop(0, schedule.num_rounds, attend_item, no_blocks)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(copy_registers, action="decrease")
-        copy_key_blocks(keys, scratch, work, tuning)
+
+        def copy_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
+            item = schedule.item(number)
+            work = find_work(visits_gmem, item, num_before)
+            copy_key_blocks(keys, setting, work, item.kv_head)
+            return num_before + work.num_blocks
+
+        lax.fori_loop(0, schedule.num_rounds, copy_item, no_blocks)
 
 
-def copy_key_blocks(keys: DenseKeys | PagedKeys, scratch: Scratch, work: Work, tuning: PrefillTuning) -> None:
+def rows_of(setting: Setting, item: Item) -> Any:
+    """This warpgroup's rows of an item."""
+    first = item.q_block * setting.tuning.block_q + lax.axis_index("warpgroup") * WARPGROUP_ROWS
+    return pl.ds(first, WARPGROUP_ROWS)
+
+
+def copy_rows(memory: RowMemory, setting: Setting, item: Item) -> None:
+    """Begins to bring this warpgroup's queries and bounds to shared memory."""
+    scratch, warpgroup, rows = setting.scratch, lax.axis_index("warpgroup"), rows_of(setting, item)
+    ready = scratch.rows_ready.at[warpgroup]
+    plgpu.copy_gmem_to_smem(memory.q.at[rows, item.q_head], scratch.q.at[warpgroup], ready)
+    plgpu.copy_gmem_to_smem(memory.bounds.at[:, rows], scratch.bounds.at[warpgroup], ready)
+
+
+def store_rows(memory: RowMemory, setting: Setting, item: Item, o: jax.Array, lse: jax.Array) -> None:
+    """Begins to store this warpgroup's results, once those of the item before are out of shared memory."""
+    scratch, warpgroup, rows = setting.scratch, lax.axis_index("warpgroup"), rows_of(setting, item)
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    o_tile = scratch.o.at[warpgroup]
+    o_tile[...] = o.astype(o_tile.dtype)
+    scratch.lse[warpgroup] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(o_tile, memory.o.at[rows, item.q_head])
+    plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], memory.lse.at[item.q_head, rows])
+
+
+def copy_key_blocks(keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array) -> None:
     """Brings the visited key and value blocks to shared memory, each as soon as its stage is free."""
-    axes = "member" if tuning.cluster > 1 else None
+    scratch, tuning = setting.scratch, setting.tuning
 
     @pl.loop(0, work.num_blocks)
     def _(step):
-        stage = lax.rem(step, jnp.int32(tuning.num_stages))
+        place_in_line = work.num_before + step
+        stage = lax.rem(place_in_line, jnp.int32(tuning.num_stages))
         place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
         for tiles, ready, free in (
             (scratch.k, scratch.k_ready, scratch.k_free),
             (scratch.v, scratch.v_ready, scratch.v_free),
         ):
 
-            @pl.when(step >= tuning.num_stages)
+            @pl.when(place_in_line >= tuning.num_stages)
             def _(free=free):
                 plgpu.barrier_wait(free.at[stage])
 
-            tile, is_values = tiles.at[stage], tiles is scratch.v
-            keys.copy(place, work.kv_head, tile, ready.at[stage], values=is_values, collective_axes=axes)
+            keys.copy(place, kv_head, tiles.at[stage], ready.at[stage], values=tiles is scratch.v)
 
 
-def attend_rows(setting: Setting, work: Work) -> tuple[jax.Array, jax.Array]:
-    """Output [64, H] and log-sum-exp [64] of this warpgroup's rows."""
+def attend_rows(setting: Setting, work: Work, copy_next_rows: Callable[[], None]) -> tuple[jax.Array, jax.Array]:
+    """Output [64, H] and log-sum-exp [64] of this warpgroup's rows.
+
+    Args:
+        setting: what is the same for all items.
+        work: the key blocks.
+        copy_next_rows: called when the queries and bounds in shared memory are no longer needed.
+    """
     warpgroup = lax.axis_index("warpgroup")
-    scratch, tuning = setting.scratch, setting.tuning
+    scratch = setting.scratch
+    plgpu.barrier_wait(scratch.rows_ready.at[warpgroup])
     k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
-    q = scratch.q.at[warpgroup]
-    if tuning.q_in_registers:
-        q = plgpu.load(q, layout=plgpu.Layout.WGMMA)
-    rows = Rows(setting, work, warpgroup, q, k_start, k_end)
-
-    @pl.when(warpgroup == 0)
-    def _():
-        if tuning.take_turns:
-            plgpu.barrier_arrive(scratch.turn.at[0])
-
+    rows = Rows(setting, work, warpgroup, k_start, k_end)
     o, maximum, denominator = pl.run_scoped(
-        functools.partial(attend_overlapped if tuning.overlap else attend_in_order, rows),
+        functools.partial(attend_blocks, rows, copy_next_rows),
         plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, scratch.q.shape[-1]), jnp.float32),
     )
     has_keys = k_end > k_start
@@ -278,7 +330,6 @@ class Rows(NamedTuple):
     setting: Setting
     work: Work
     warpgroup: jax.Array
-    q: Any  # [64, H]
     k_start: jax.Array  # [64]
     k_end: jax.Array  # [64]
 
@@ -290,24 +341,16 @@ class Rows(NamedTuple):
     def tuning(self) -> PrefillTuning:
         return self.setting.tuning
 
+    @property
+    def q_tile(self) -> Any:
+        return self.scratch.q.at[self.warpgroup]
+
     def stage(self, step: jax.Array) -> jax.Array:
-        return lax.rem(step, jnp.int32(self.tuning.num_stages))
-
-    def take_turn(self) -> None:
-        if self.tuning.take_turns:
-            plgpu.barrier_wait(self.scratch.turn.at[self.warpgroup])
-
-    def pass_turn(self) -> None:
-        if self.tuning.take_turns:
-            next_warpgroup = lax.rem(self.warpgroup + 1, jnp.int32(self.tuning.num_compute_warpgroups))
-            plgpu.barrier_arrive(self.scratch.turn.at[next_warpgroup])
+        return lax.rem(self.work.num_before + step, jnp.int32(self.tuning.num_stages))
 
     def release(self, free: Any, step: jax.Array) -> None:
-        """Gives the stage of this step back, if a later block takes it: thread blocks may have ended otherwise."""
-
-        @pl.when(step + self.tuning.num_stages < self.work.num_blocks)
-        def _():
-            plgpu.barrier_arrive(free.at[self.stage(step)])
+        """Gives the stage of this step back."""
+        plgpu.barrier_arrive(free.at[self.stage(step)])
 
     def await_values(self, step: jax.Array) -> None:
         """Waits for the values of a step, of which a masked block may hold some that nobody named."""
@@ -327,10 +370,10 @@ class Rows(NamedTuple):
             plgpu.commit_smem()
 
     def issue_scores(self, step: jax.Array, s_acc: Any) -> None:
-        plgpu.wgmma(s_acc, self.q, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
+        plgpu.wgmma(s_acc, self.q_tile, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
 
     def issue_output(self, step: jax.Array, weights: jax.Array, o_acc: Any) -> None:
-        plgpu.wgmma(o_acc, weights.astype(self.q.dtype), self.scratch.v.at[self.stage(step)])
+        plgpu.wgmma(o_acc, weights.astype(self.q_tile.dtype), self.scratch.v.at[self.stage(step)])
 
     def multiply_keys(self, issue: Callable[[Any], None], step: jax.Array, *, num_behind: int) -> jax.Array:
         """Scores [64, block_kv] of the key block that `issue` multiplies, whose stage is then free.
@@ -343,7 +386,6 @@ class Rows(NamedTuple):
 
         def multiply(s_acc: Any) -> jax.Array:
             issue(s_acc)
-            self.pass_turn()
             return plgpu.wgmma_accumulator_load(s_acc, wait_n=num_behind)
 
         s_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self.tuning.block_kv), jnp.float32)
@@ -365,24 +407,21 @@ class Rows(NamedTuple):
         weights = jnp.exp2(scores * self.setting.scale - across(new_maximum, scores))
         return weights, new_maximum, jnp.exp2(maximum - new_maximum)
 
-    def loop(self, attend_block: Callable[..., Any], carry: Any, *, first: int) -> Any:
-        """What is carried after the blocks from step `first` on: masked ones, then bare ones."""
+    def loop(self, attend_block: Callable[..., Any], carry: Any) -> Any:
+        """What is carried after all blocks but the first: masked ones, then bare ones."""
         masked, bare = (functools.partial(attend_block, masked=masked) for masked in (True, False))
-        carry = lax.fori_loop(first, self.work.num_masked, masked, carry)
-        return lax.fori_loop(jnp.maximum(self.work.num_masked, first), self.work.num_blocks, bare, carry)
+        carry = lax.fori_loop(1, self.work.num_masked, masked, carry)
+        return lax.fori_loop(jnp.maximum(self.work.num_masked, 1), self.work.num_blocks, bare, carry)
 
 
-def attend_overlapped(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output [64, H] before its division, maximum and denominator [64]; each block's values are multiplied while the
-    softmax of the next one runs.
-    """
+def attend_blocks(rows: Rows, copy_next_rows: Callable[[], None], o_acc: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output [64, H] before its division, maximum and denominator [64]."""
     scratch = rows.scratch
 
     def attend_block(step, carry, *, masked):
         weights, maximum, denominator = carry
         plgpu.barrier_wait(scratch.k_ready.at[rows.stage(step)])
         rows.await_values(step - 1)
-        rows.take_turn()
 
         def issue(s_acc):
             rows.issue_scores(step, s_acc)
@@ -398,45 +437,19 @@ def attend_overlapped(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax
         return new_weights.astype(weights.dtype), maximum, denominator
 
     first = jnp.int32(0)
-    plgpu.barrier_wait(scratch.k_ready.at[first])
-    rows.take_turn()
+    plgpu.barrier_wait(scratch.k_ready.at[rows.stage(first)])
     scores = rows.multiply_keys(functools.partial(rows.issue_scores, first), first, num_behind=0)
     weights, maximum, _ = rows.weigh(first, scores, full_row(LOWEST), masked=True)
-    carry = weights.astype(rows.q.dtype), maximum, weights.sum(axis=1)
-    weights, maximum, denominator = rows.loop(attend_block, carry, first=1)
+    carry = weights.astype(rows.q_tile.dtype), maximum, weights.sum(axis=1)
+    weights, maximum, denominator = rows.loop(attend_block, carry)
 
     last = rows.work.num_blocks - 1
     rows.await_values(last)
     rows.issue_output(last, weights, o_acc)
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0)), maximum, denominator
-
-
-def attend_in_order(rows: Rows, o_acc: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `attend_overlapped`, but each block's scores, softmax and output follow one another: only the products of the
-    other warpgroups run under the softmax. A turn lasts from the values of one block to the keys of the next.
-    """
-    scratch = rows.scratch
-
-    def attend_block(step, carry, *, masked):
-        maximum, denominator = carry
-        plgpu.barrier_wait(scratch.k_ready.at[rows.stage(step)])
-        scores = rows.multiply_keys(functools.partial(rows.issue_scores, step), step, num_behind=0)
-        weights, maximum, rescale = rows.weigh(step, scores, maximum, masked=masked)
-        o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
-        o_acc[...] = o * across(rescale, o)
-        rows.await_values(step)
-        rows.take_turn()
-        rows.issue_output(step, weights, o_acc)
-        # Summed here, the weights' shuffles run under the product.
-        denominator = denominator * rescale + weights.sum(axis=1)
-        plgpu.wgmma_wait(0)
-        rows.release(scratch.v_free, step)
-        return maximum, denominator
-
-    rows.take_turn()
-    maximum, denominator = rows.loop(attend_block, (full_row(LOWEST), full_row(0.0)), first=0)
-    rows.pass_turn()
-    return lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0)), maximum, denominator
+    copy_next_rows()
+    o = lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
+    rows.release(scratch.v_free, last)
+    return o, maximum, denominator
 
 
 def full_row(value: float) -> jax.Array:

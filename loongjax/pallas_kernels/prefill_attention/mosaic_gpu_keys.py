@@ -24,10 +24,10 @@ class DenseKeys(NamedTuple):
         """Where the block of keys is that begins there."""
         return pl.multiple_of(begin, TMA_ROWS)
 
-    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool) -> None:
         """Brings the located block of keys, or of values, to a tile of shared memory."""
         gmem = self.v_gmem if values else self.k_gmem
-        plgpu.copy_gmem_to_smem(gmem.at[pl.ds(place, tile.shape[0]), kv_head], tile, ready, **options)
+        plgpu.copy_gmem_to_smem(gmem.at[pl.ds(place, tile.shape[0]), kv_head], tile, ready)
 
 
 class PagedKeys(NamedTuple):
@@ -52,7 +52,7 @@ class PagedKeys(NamedTuple):
             slots.append(page * self.page_size + lax.rem(key, jnp.int32(self.page_size)))
         return slots
 
-    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool, **options: Any) -> None:
+    def copy(self, place: Any, kv_head: jax.Array, tile: Any, ready: Any, *, values: bool) -> None:
         """As `DenseKeys.copy`, in as many copies as there are pieces."""
         piece = tile.shape[0] // len(place)
         first_slot = (self.layer_gmem[0] * 2 + int(values)) * self.num_pages * self.page_size
@@ -65,4 +65,4 @@ class PagedKeys(NamedTuple):
             )
             slots = pl.ds(pl.multiple_of(slot, TMA_ROWS), piece)
             piece_of_tile = tile.at[pl.ds(pl.multiple_of(number * piece, piece), piece)]
-            plgpu.copy_gmem_to_smem(self.pool_gmem.at[slots, kv_head], piece_of_tile, ready, **options)
+            plgpu.copy_gmem_to_smem(self.pool_gmem.at[slots, kv_head], piece_of_tile, ready)

@@ -13,7 +13,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import make_scratch
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import Schedule, make_scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
@@ -80,13 +80,12 @@ def attend_rows_over(
     q = pad_rows(q, at_least=tuning.block_q)
     # Rows beyond T see what the last one sees, so that they change no visit. Their output is cut off.
     bounds = jnp.clip(jnp.stack([k_start, k_end]), 0, launch.num_keys)
-    clustered_rows = tuning.clustered_rows(N // launch.num_kv_heads)
-    bounds = jnp.pad(bounds, ((0, 0), (0, -T % clustered_rows)), mode="edge")
+    bounds = jnp.pad(bounds, ((0, 0), (0, -T % tuning.block_q)), mode="edge")
     visits = plan_visits(
         bounds[0],
         bounds[1],
         num_keys=launch.num_keys,
-        block_q=clustered_rows,
+        block_q=tuning.block_q,
         block_kv=tuning.block_kv,
         alignment=launch.key_alignment,
     )
@@ -107,25 +106,25 @@ def _call(
     q: Float[Array, "padded_T N H"],
     keys: tuple[jax.Array, ...],
     bounds: Int32[Array, "2 rows"],
-    visits: Int32[Array, "clusters 4"],
+    visits: Int32[Array, "q_blocks 4"],
 ) -> Any:
     N, H = q.shape[1:]
     K, tuning = launch.num_kv_heads, launch.tuning
     kernel_dtype = q.dtype if launch.out_dtype == q.dtype else jnp.dtype("float32")
     axes = jax.typeof(q).manual_axis_type
-    clustered_heads = tuning.cluster * tuning.block_q // tuning.clustered_rows(N // K)
+    num_items = N * visits.shape[0]
+    num_programs = min(tuning.num_programs or num_items, num_items)
+    schedule = Schedule(N // K, visits.shape[0], num_items, num_programs)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(
-        functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning),
+        functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning, schedule=schedule),
         out_type=(
             jax.ShapeDtypeStruct(q.shape, kernel_dtype, manual_axis_type=axes),
             jax.ShapeDtypeStruct((N, bounds.shape[1]), jnp.float32, manual_axis_type=axes),
         ),
         scratch_types={"scratch": scratch},
-        grid=(N // K // clustered_heads, visits.shape[0], K),
-        grid_names=("head_in_group", "q_block", "kv_head"),
-        cluster=(tuning.cluster,),
-        cluster_names=("member",),
+        grid=(num_programs,),
+        grid_names=("program",),
         num_threads=tuning.num_compute_warpgroups + 1,
         thread_name="warpgroup",
         kernel_name=launch.name,
