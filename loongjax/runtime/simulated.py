@@ -3,8 +3,8 @@
 Iterations that share an instance run in order of submission, as everywhere. Tokens mean nothing here: every one has
 id 0, so a request's length has to be known in advance (`max_tokens`, and no stop tokens).
 
-The clock only moves in `completions`, from one event to the next: the end of an iteration, or the alarm. Sums of
-durations are taken in order, so a decode of many steps (`prolong`) ends at exactly the time at which as many decodes of
+The clock moves from the end of one iteration to the next (`completions`), and to when a request comes (`advance_to`).
+Durations are added in order, so a decode of many steps (`prolong`) ends at exactly the time at which as many decodes of
 one step would.
 """
 
@@ -93,8 +93,6 @@ class SimulatedRuntime:
         self._cost_model = cost_model
         self._on_span = on_span
         self._clock_s = start_s
-        self.alarm_s = math.inf
-        """The clock does not pass this time: `completions` returns at it, empty-handed if need be."""
         self._busy_until_s: dict[InstanceId, float] = dict.fromkeys(shape.all_instances, start_s)
         self._runs: dict[int, _Run] = {}
         """By iteration id, in order of submission."""
@@ -185,10 +183,10 @@ class SimulatedRuntime:
 
     def completions(self, timeout_s: float | None) -> list[Completion]:
         if timeout_s != 0.0:
-            limit_s = self.alarm_s if timeout_s is None else min(self.alarm_s, self._clock_s + timeout_s)
+            limit_s = math.inf if timeout_s is None else self._clock_s + timeout_s
             until_s = min(limit_s, self.next_event_s)
             if until_s < math.inf:
-                self._clock_s = max(self._clock_s, until_s)
+                self._clock_s = until_s
         completions = []
         while self.next_event_s <= self._clock_s:
             _, iteration_id = heapq.heappop(self._ends)

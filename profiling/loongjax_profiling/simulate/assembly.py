@@ -1,0 +1,115 @@
+"""Systems and workloads from a configuration."""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+
+from loongjax.core.request import ServiceLevel
+from loongjax.costmodel.model import CostModel
+from loongjax.costmodel.model_file import load
+from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.scheduler.build import build_policy
+from loongjax.scheduler.policy import Policy
+from loongjax_profiling.simulate.a800 import a800_model
+from loongjax_profiling.simulate.cluster import MODELS, PRESETS, ClusterSpec
+from loongjax_profiling.simulate.config import A800, SimulateConfig, WorkloadName
+from loongjax_profiling.simulate.simulation import SimulatedSystem
+from loongjax_profiling.simulate.workload.lengths import LengthDistribution
+from loongjax_profiling.simulate.workload.leval import LEvalLengths
+from loongjax_profiling.simulate.workload.lveval import LvEvalLengths
+from loongjax_profiling.simulate.workload.mixed import MixedLengths
+from loongjax_profiling.simulate.workload.mooncake import MooncakeLengths, read_mooncake
+from loongjax_profiling.simulate.workload.request import WorkloadRequest
+from loongjax_profiling.simulate.workload.sharegpt import ShareGptLengths
+from loongjax_profiling.simulate.workload.synthetic import synthesize
+from loongjax_profiling.simulate.workload.zipf import ZipfLengths
+
+logger = logging.getLogger(__name__)
+
+
+def assemble_system(config: SimulateConfig) -> SimulatedSystem:
+    """What serves.
+
+    Raises:
+        ConfigError: a cluster or a cost model that cannot be.
+    """
+    cluster = choose_cluster(config)
+    cost_model = choose_cost_model(config, cluster)
+
+    def policy(pod: ClusterSpec) -> Policy:
+        return build_policy(config, shape=pod.shape, max_num_seqs=pod.max_num_seqs, cost_model=cost_model)
+
+    return SimulatedSystem(
+        cluster=cluster,
+        build_policy=policy,
+        cost_model=cost_model,
+        pod_size=config.pod_size,
+        step_by_step=config.step_by_step,
+    )
+
+
+def choose_cluster(config: SimulateConfig) -> ClusterSpec:
+    """The preset, with what the configuration names instead."""
+    preset = PRESETS[config.cluster]
+    return ClusterSpec(
+        num_instances=config.num_instances or preset.num_instances,
+        tp=config.tp or preset.tp,
+        num_slots=config.num_slots or preset.num_slots,
+        page_size=config.page_size or preset.page_size,
+        max_model_len=config.max_model_len or preset.max_model_len,
+        max_num_batched_tokens=config.max_num_batched_tokens or preset.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs or preset.max_num_seqs,
+    )
+
+
+def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel:
+    """The file's, the one that comes with the simulator, or a roofline, which the log says."""
+    if config.cost_model == A800:
+        return a800_model(max_instances=cluster.num_instances)
+    if config.cost_model is not None:
+        return load(pathlib.Path(config.cost_model))
+    rates = DeviceRates.of_device(config.device)
+    logger.warning(
+        "times are estimates: a roofline of %s for %s; --cost-model takes measured ones", rates.name, config.model
+    )
+    return RooflineModel(rates=rates, model=MODELS[config.model])
+
+
+def choose_lengths(name: WorkloadName, zipf_alpha: float) -> LengthDistribution:
+    """The distribution of this name."""
+    match name:
+        case "sharegpt":
+            return ShareGptLengths()
+        case "leval":
+            return LEvalLengths()
+        case "lv-eval":
+            return LvEvalLengths()
+        case "mixed":
+            return MixedLengths()
+        case "zipf":
+            return ZipfLengths(zipf_alpha)
+        case "mooncake":
+            return MooncakeLengths()
+
+
+def make_workload(config: SimulateConfig) -> list[WorkloadRequest]:
+    """The requests, in order of arrival.
+
+    Raises:
+        ConfigError: a rate or a trace that cannot be.
+    """
+    if config.trace is not None:
+        return read_mooncake(config.trace, speed=config.trace_speed, max_requests=config.num_requests)
+    return synthesize(
+        choose_lengths(config.workload, config.zipf_alpha),
+        rate=config.rate,
+        num_requests=config.num_requests,
+        cv=config.cv,
+        seed=config.seed,
+    )
+
+
+def service_level(config: SimulateConfig) -> ServiceLevel:
+    """What every request wishes for."""
+    return ServiceLevel(ttft_s=config.ttft_slo_s, tpot_s=config.tpot_slo_s)

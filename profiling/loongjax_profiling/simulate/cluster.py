@@ -1,0 +1,109 @@
+"""The clusters that are simulated."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from loongjax.core.cluster import ClusterShape
+from loongjax.costmodel.model_shape import ModelShape
+from loongjax.errors import ConfigError
+from loongjax.runtime.protocol import RuntimeLimits
+
+VOCAB_SIZE = 2
+"""Token ids mean nothing in a simulation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClusterSpec:
+    """Instances, their memory, and what one iteration can hold.
+
+    Raises:
+        ConfigError: a size below 1, or slots that are no multiple of the page size.
+    """
+
+    num_instances: int
+    tp: int
+    """Devices of an instance."""
+    num_slots: int
+    """Tokens that an instance's part of the KV pool holds."""
+    page_size: int = 16
+    max_model_len: int | None = None
+    """Tokens of a request; None: what the pool and the largest prefill hold."""
+    max_num_batched_tokens: int = 8192
+    """Tokens of a prefill on one instance; a group of n takes n times as many."""
+    max_num_seqs: int = 64
+    """Requests of one master, and of one prefill."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{field.name} of a cluster must be at least 1, got {value}")
+        if self.num_slots % self.page_size:
+            raise ConfigError(
+                f"num_slots must be a multiple of page_size ({self.page_size}), got {self.num_slots}: "
+                f"try {max(1, self.num_slots // self.page_size) * self.page_size}"
+            )
+
+    @property
+    def shape(self) -> ClusterShape:
+        return ClusterShape(
+            num_instances=self.num_instances,
+            num_pages=self.num_slots // self.page_size,
+            page_size=self.page_size,
+            tp=self.tp,
+        )
+
+    @property
+    def limits(self) -> RuntimeLimits:
+        """With `max_model_len` capped by what the pool and the largest prefill hold."""
+        most = min(self.num_slots, self.max_num_batched_tokens) * self.num_instances
+        return RuntimeLimits(
+            max_model_len=min(self.max_model_len or most, most),
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            vocab_size=VOCAB_SIZE,
+        )
+
+    def of_size(self, num_instances: int) -> ClusterSpec:
+        """The same with so many instances."""
+        return dataclasses.replace(self, num_instances=num_instances)
+
+
+PRESETS = {
+    # The paper's: 8 GPUs of 80 GB, Llama-2-7B in float16; slots by tensor parallelism from its artifact.
+    "a800-4xtp2": ClusterSpec(
+        num_instances=4, tp=2, num_slots=210_000, max_num_batched_tokens=210_000, max_num_seqs=1024
+    ),
+    "a800-1xtp8": ClusterSpec(
+        num_instances=1, tp=8, num_slots=900_000, max_num_batched_tokens=900_000, max_num_seqs=1024
+    ),
+    # 8 GPUs of 141 GB, Llama-3-8B in bfloat16, whose keys and values take 128 KiB a token: 0.9 of the memory without
+    # the weights and 6 GB of workspace.
+    "h200-8xtp1": ClusterSpec(
+        num_instances=8, tp=1, num_slots=800_000, max_num_batched_tokens=65_536, max_num_seqs=256
+    ),
+}
+"""Known clusters by name."""
+
+MODELS = {
+    "llama2-7b": ModelShape(
+        hidden_size=4096,
+        num_layers=32,
+        num_q_heads=32,
+        num_kv_heads=32,
+        head_dim=128,
+        intermediate_size=11008,
+        vocab_size=32000,
+    ),
+    "llama3-8b": ModelShape(
+        hidden_size=4096,
+        num_layers=32,
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        intermediate_size=14336,
+        vocab_size=128256,
+    ),
+}
+"""Known model shapes by name."""

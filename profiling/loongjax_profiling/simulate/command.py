@@ -1,0 +1,60 @@
+"""`loongjax simulate`: the engine and its scheduler on a virtual clock."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+import tyro
+
+from loongjax_profiling.simulate.config import SimulateConfig
+
+USAGE = "loongjax simulate paper-zipf [OPTIONS] compares the policies as in the paper's evaluation."
+
+
+def main(argv: Sequence[str]) -> int:
+    """Simulates, and writes records, metrics and a picture.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        ConfigError: what cannot be simulated, and what would work.
+    """
+    config = tyro.cli(SimulateConfig, prog="loongjax simulate", args=list(argv))
+    return run(config)
+
+
+def run(config: SimulateConfig) -> int:
+    """As `main`, of a configuration."""
+    from loongjax_profiling.metrics import ServingMetrics  # here: `--help` needs none of this
+    from loongjax_profiling.provenance import checked_out_commit
+    from loongjax_profiling.records import write_records
+    from loongjax_profiling.simulate.assembly import assemble_system, make_workload, service_level
+    from loongjax_profiling.simulate.report import describe, summary, write_metrics
+    from loongjax_profiling.simulate.simulation import simulate
+    from loongjax_profiling.simulate.timeline import Timeline
+
+    system, workload, wish = assemble_system(config), make_workload(config), service_level(config)
+    middle_s = workload[-1].arrival_s / 2.0
+    timeline = Timeline(begin_s=max(0.0, middle_s - config.timeline_s / 2.0), length_s=config.timeline_s)
+    begin_s = time.perf_counter()
+    records = simulate(
+        system,
+        workload,
+        slo=lambda request: wish,
+        on_span=timeline.note,
+        progress=sys.stderr.isatty(),
+    )
+    wall_s = time.perf_counter() - begin_s
+    metrics = ServingMetrics.of(records)
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_records(records, config.out / "records.jsonl")
+    about = describe(config) | {"cost_model_source": system.cost_model.source, "commit": checked_out_commit()}
+    write_metrics(metrics, about, config.out / "metrics.json")
+    if config.timeline_s > 0.0:
+        timeline.draw(config.out / "timeline.png", title=f"{config.policy} on {system.cluster.num_instances} instances")
+    print(summary(metrics))
+    print(f"simulated in {wall_s:.1f} s, {metrics.duration_s / max(wall_s, 1e-9):.1f} times real time; {config.out}/")
+    return 0

@@ -1,0 +1,84 @@
+"""What `loongjax simulate` is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from loongjax.config import SchedulingConfig
+from loongjax.errors import ConfigError
+
+ClusterName = Literal["a800-4xtp2", "a800-1xtp8", "h200-8xtp1"]
+ModelName = Literal["llama2-7b", "llama3-8b"]
+WorkloadName = Literal["sharegpt", "leval", "lv-eval", "mixed", "zipf", "mooncake"]
+A800 = "a800"
+"""The cost model that comes with the simulator, instead of a file's path."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulateConfig(SchedulingConfig):
+    """A workload on a simulated cluster: the engine and its scheduler as they are, on a virtual clock.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+
+    cost_model: str | None = None
+    """File with the times of iterations, as `loongjax fit` writes it, or "a800": coefficients from the published times of
+    LoongServe; None: a roofline of `device` and `model`."""
+    device: str = "A800"
+    """Whose rates the roofline takes, for example H200."""
+    model: ModelName = "llama2-7b"
+    """Whose shape the roofline takes."""
+    cluster: ClusterName = "a800-4xtp2"
+    """Instances x GPUs of each, with their memory and limits; the flags below change them one by one."""
+    num_instances: int | None = None
+    """Elastic instances."""
+    tp: int | None = None
+    """GPUs of an instance."""
+    num_slots: int | None = None
+    """Tokens that one instance's part of the KV pool holds."""
+    page_size: int | None = None
+    """Tokens of a page of the KV pool."""
+    max_model_len: int | None = None
+    """Tokens of a request, prompt and output together; None: what fits."""
+    max_num_batched_tokens: int | None = None
+    """Tokens of one prefill on one instance; a group of n takes n times as many."""
+    max_num_seqs: int | None = None
+    """Requests that one master decodes at a time, and requests of one prefill."""
+    pod_size: int = 16
+    """Instances that one scheduler looks after; a router splits larger clusters."""
+    workload: WorkloadName = "sharegpt"
+    """Distribution of prompt and output lengths."""
+    zipf_alpha: float = 1.2
+    """Exponent of the workload zipf."""
+    rate: float = 1.0
+    """Requests a second."""
+    num_requests: int = 1000
+    """How many requests come; of a trace: at most so many."""
+    cv: float = 1.0
+    """Coefficient of variation of the gaps between arrivals; 1: Poisson, above: burstier."""
+    trace: pathlib.Path | None = None
+    """A file in Mooncake's format to play instead, JSON lines with timestamp, input_length and output_length."""
+    trace_speed: float = 1.0
+    """How many times faster than recorded the trace is played."""
+    ttft_slo_s: float | None = None
+    """Time to the first token that every request wishes for, in seconds."""
+    tpot_slo_s: float | None = None
+    """Time per output token that every request wishes for, in seconds."""
+    seed: int = 0
+    """Of lengths and arrivals."""
+    step_by_step: bool = False
+    """Ask the policy after every single decode step: the same result, slowly."""
+    timeline_s: float = 120.0
+    """Seconds of the middle of the simulation to draw; 0: no picture."""
+    out: pathlib.Path = pathlib.Path("simulation")
+    """Folder for records.jsonl, metrics.json and timeline.png."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_requests < 1:
+            raise ConfigError(f"--num-requests must be at least 1, got {self.num_requests}")
+        if not self.timeline_s >= 0.0:
+            raise ConfigError(f"--timeline-s must be at least 0, got {self.timeline_s}: 0 draws nothing")

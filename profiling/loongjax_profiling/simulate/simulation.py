@@ -1,0 +1,110 @@
+"""A workload on a system, from the first arrival to the last token."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+import tqdm
+
+from loongjax.core.cluster import Group, InstanceId
+from loongjax.core.request import NO_SLO, ServiceLevel
+from loongjax.costmodel.model import CostModel
+from loongjax.errors import ConfigError
+from loongjax.runtime.simulated import Span
+from loongjax.scheduler.policy import Policy
+from loongjax_profiling.records import RequestRecord
+from loongjax_profiling.simulate.cluster import ClusterSpec
+from loongjax_profiling.simulate.load import LoadPredictor
+from loongjax_profiling.simulate.pod import Job, Pod
+from loongjax_profiling.simulate.router import Router
+from loongjax_profiling.simulate.workload.request import WorkloadRequest
+
+POD_SIZE = 16
+"""Instances that one policy looks after."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedSystem:
+    """What serves.
+
+    Raises:
+        ConfigError: a pod without instances.
+    """
+
+    cluster: ClusterSpec
+    build_policy: Callable[[ClusterSpec], Policy]
+    """Makes the policy of a pod of this size."""
+    cost_model: CostModel
+    pod_size: int = POD_SIZE
+    """Instances of a pod; a smaller cluster is a single one."""
+    step_by_step: bool = False
+    """Ask the policy after every decode step, instead of letting decodes jump."""
+    checks: bool = False
+    """Check every plan, and the integrity of all state after every step. For tests."""
+
+    def __post_init__(self) -> None:
+        if self.pod_size < 1:
+            raise ConfigError(f"a pod has at least one instance, got {self.pod_size}")
+
+    def parts(self) -> list[tuple[InstanceId, ...]]:
+        """The instances of each pod: as few pods as can be, as even as can be."""
+        count = self.cluster.num_instances
+        num_pods = -(-count // self.pod_size)
+        edges = [count * index // num_pods for index in range(num_pods + 1)]
+        return [tuple(range(begin, end)) for begin, end in itertools.pairwise(edges)]
+
+    def build_pod(self, instances: tuple[InstanceId, ...], on_span: Callable[[Span], None]) -> Pod:
+        """A pod at rest, of these instances of the cluster, which spans name."""
+
+        def rename(span: Span) -> None:
+            names = Group.of(instances[index] for index in span.group.instances)
+            on_span(dataclasses.replace(span, group=names))
+
+        cluster = self.cluster.of_size(len(instances))
+        return Pod(
+            cluster,
+            self.build_policy(cluster),
+            self.cost_model,
+            step_by_step=self.step_by_step,
+            on_span=rename,
+            checks=self.checks,
+        )
+
+
+def simulate(
+    system: SimulatedSystem,
+    workload: Sequence[WorkloadRequest],
+    *,
+    slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
+    on_span: Callable[[Span], None] = lambda span: None,
+    progress: bool = False,
+) -> list[RequestRecord]:
+    """Records of all requests, in order of arrival.
+
+    Args:
+        system: what serves.
+        workload: in order of arrival.
+        slo: what each request wishes for.
+        on_span: is told of each iteration when it is over.
+        progress: whether to show a bar.
+    """
+    router = Router(
+        system.parts(),
+        lambda instances: system.build_pod(instances, on_span),
+        LoadPredictor(system.cost_model, system.cluster.tp),
+    )
+    records: list[RequestRecord] = []
+    with tqdm.tqdm(total=len(workload), unit="request", disable=not progress) as bar:
+        for index, request in enumerate(workload):
+            records += router.run_until(request.arrival_s)
+            job = Job(request_id=f"request-{index}", request=request, slo=slo(request))
+            refused = router.add(job, request.arrival_s)
+            records += [refused] if refused is not None else []
+            bar.update(len(records) - bar.n)
+        records += router.run_until(math.inf)
+        bar.update(len(records) - bar.n)
+    assert len(records) == len(workload), (len(records), len(workload))
+    return sorted(records, key=lambda record: int(record.request_id.removeprefix("request-")))

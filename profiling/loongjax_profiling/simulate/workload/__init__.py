@@ -1,0 +1,1 @@
+"""Which requests come when: arrivals, length distributions, and traces."""

@@ -1,0 +1,34 @@
+"""When requests come: renewal processes at a given rate."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from loongjax.errors import ConfigError
+
+
+def arrival_times(rate: float, num_requests: int, random: np.random.Generator, *, cv: float = 1.0) -> np.ndarray:
+    """Times of arrival with gamma-distributed gaps, in seconds: float64 [num_requests], ascending.
+
+    They are rescaled so that the last one is at num_requests / rate, as the paper's client does: the same seed gives
+    the same pattern at every rate.
+
+    Args:
+        rate: requests a second.
+        num_requests: how many.
+        random: where gaps are drawn from.
+        cv: the gaps' coefficient of variation: 1 is a Poisson process, above is burstier, 0 is a metronome.
+
+    Raises:
+        ConfigError: a rate, number or variation that cannot be.
+    """
+    if not (0.0 < rate < math.inf) or num_requests < 1:
+        raise ConfigError(f"arrivals need a rate above 0 and a request, got {rate} a second and {num_requests}")
+    if not (0.0 <= cv < math.inf):
+        raise ConfigError(f"the gaps' coefficient of variation is at least 0, got {cv}: 1 is a Poisson process")
+    # A gamma variate of shape k has mean k and coefficient of variation 1 / sqrt(k).
+    gaps = random.gamma(1.0 / cv**2, size=num_requests) if cv > 0.0 else np.ones(num_requests)
+    times = np.cumsum(gaps)
+    return times * (num_requests / rate / times[-1])
