@@ -7,7 +7,7 @@ import random
 from collections.abc import Sequence
 
 from loongjax.core.cluster import ClusterShape
-from loongjax.core.request import Request
+from loongjax.core.request import NO_SLO, Request, ServiceLevel
 from loongjax.core.sampling import MAX_SEED, SamplingParams
 from loongjax.engine.client import ModelInfo
 from loongjax.errors import ConfigError, ContextLengthError, RequestError
@@ -21,6 +21,8 @@ def admit(
     request_id: str,
     info: ModelInfo,
     seeds: random.Random,
+    priority: int = 0,
+    slo: ServiceLevel = NO_SLO,
 ) -> tuple[Request, ...]:
     """One request for each of the `sampling.n` samples, with its limits, its seed and its stop tokens resolved.
 
@@ -30,6 +32,8 @@ def admit(
         request_id: unique among live ones; sample i becomes `request_id/i`.
         info: the model.
         seeds: gives the seed if the client names none.
+        priority: lower goes first.
+        slo: how soon the client wants its tokens.
 
     Raises:
         ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`.
@@ -50,6 +54,8 @@ def admit(
             max_tokens=max_tokens,
             seed=sample_seed(seed, index),
             stop_token_ids=stop_token_ids,
+            priority=priority,
+            slo=slo,
         )
         for index in range(sampling.n)
     )

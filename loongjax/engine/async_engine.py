@@ -9,7 +9,7 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from loongjax.core.request import RequestEvent
+from loongjax.core.request import NO_SLO, RequestEvent, ServiceLevel
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.admission import admit
 from loongjax.engine.client import EngineStats, ModelInfo, OutputDelta
@@ -88,7 +88,13 @@ class AsyncEngine:
         self._info = await ready
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        slo: ServiceLevel = NO_SLO,
     ) -> AsyncIterator[OutputDelta]:
         """See `EngineClient.generate`."""
         self._require_alive()
@@ -101,6 +107,8 @@ class AsyncEngine:
             request_id=f"{request_id}#{next(self._numbers)}",
             info=self.info,
             seeds=self._seeds,
+            priority=priority,
+            slo=slo,
         )
         eos_token_ids = frozenset(self.info.eos_token_ids)
         samples = {

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-from loongjax.core.request import FinishReason, Phase, Timings, TokenLogprobs
+from loongjax.core.request import NO_SLO, FinishReason, Phase, ServiceLevel, Timings, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 
 
@@ -88,9 +88,15 @@ class EngineClient(Protocol):
     def info(self) -> ModelInfo: ...
 
     def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        slo: ServiceLevel = NO_SLO,
     ) -> AsyncIterator[OutputDelta]:
-        """Runs one request of `sampling.n` samples; deltas of different samples interleave.
+        """Runs one request of `sampling.n` samples; deltas of different samples interleave. Lower priorities go first.
 
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees its slots.
 

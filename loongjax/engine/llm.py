@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from loongjax.config import EngineConfig
-from loongjax.core.request import Request
+from loongjax.core.request import NO_SLO, Request, ServiceLevel
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.admission import admit
 from loongjax.engine.client import EngineStats
@@ -90,6 +90,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
+        *,
+        priority: int | Sequence[int] = 0,
+        slo: ServiceLevel | Sequence[ServiceLevel] = NO_SLO,
     ) -> list[RequestOutput]:
         """Generates for every prompt; one output each, in the order of the prompts.
 
@@ -97,13 +100,15 @@ class LLM:
             prompts: texts or lists of token ids, or only one of these.
             params: for all of them, or one for each; None: what the checkpoint's generation_config.json recommends.
             use_tqdm: show a progress bar.
+            priority: for all of them, or one for each; lower goes first.
+            slo: how soon tokens are wanted, for all of them, or one for each.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served, ContextLengthError if they are too long. Raised
                 before anything runs.
             EngineDeadError: the engine failed; the outputs are lost.
         """
-        jobs = self._admit(prompts, params)
+        jobs = self._admit(prompts, params, priority, slo)
         by_request = {sample.request_id: (job, sample) for job in jobs for sample in job.samples}
         unsent = collections.deque(request for job in jobs for request in job.requests)
         num_left = len(jobs)
@@ -131,18 +136,27 @@ class LLM:
         return [job.output() for job in jobs]
 
     def _admit(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+        slo: ServiceLevel | Sequence[ServiceLevel],
     ) -> list[_Job]:
         listed = _as_list(prompts)
         if params is None:
             params = dataclasses.replace(SamplingParams(), **dict(self._core.info.default_sampling))
-        if isinstance(params, SamplingParams):
-            params = [params] * len(listed)
-        if len(params) != len(listed):
-            raise RequestError(f"there are {len(listed)} prompts but {len(params)} sampling parameters", "params")
-        return [self._job(prompt, sampling) for prompt, sampling in zip(listed, params, strict=True)]
+        return [
+            self._job(*job)
+            for job in zip(
+                listed,
+                _one_each(params, SamplingParams, len(listed), "params"),
+                _one_each(priority, int, len(listed), "priority"),
+                _one_each(slo, ServiceLevel, len(listed), "slo"),
+                strict=True,
+            )
+        ]
 
-    def _job(self, prompt: Prompt, sampling: SamplingParams) -> _Job:
+    def _job(self, prompt: Prompt, sampling: SamplingParams, priority: int, slo: ServiceLevel) -> _Job:
         info = self._core.info
         requests = admit(
             self._tokenizer.encode(prompt) if isinstance(prompt, str) else prompt,
@@ -150,6 +164,8 @@ class LLM:
             request_id=f"prompt-{next(self._numbers)}",
             info=info,
             seeds=self._seeds,
+            priority=priority,
+            slo=slo,
         )
         samples = tuple(
             SampleCollector(index, request, self._tokenizer, frozenset(info.eos_token_ids))
@@ -175,6 +191,15 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if token_ids:
         raise RequestError("token ids stand among the prompts: put each prompt's into a list of its own", "prompts")
     return texts_and_ids
+
+
+def _one_each[Item](given: Item | Sequence[Item], kind: type[Item], num_prompts: int, param: str) -> Sequence[Item]:
+    if isinstance(given, kind):
+        return [given] * num_prompts
+    assert isinstance(given, Sequence)
+    if len(given) != num_prompts:
+        raise RequestError(f"there are {num_prompts} prompts but {len(given)} of {param}: give one, or one each", param)
+    return given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,26 +16,36 @@ from loongjax_server.disconnect import until_disconnect
 from loongjax_server.generation import Generation
 from loongjax_server.json_response import JsonResponse
 from loongjax_server.logprobs import chat_logprobs, prompt_logprobs
-from loongjax_server.openapi import json_body
+from loongjax_server.openapi import generation_request
 from loongjax_server.prompts import chat_prompt
 from loongjax_server.request_id import take_body_id
 from loongjax_server.sampling import chat_sampling
 from loongjax_server.schemas import ChatBody
+from loongjax_server.service_level import read_service_level
 from loongjax_server.sse import EventStream
 from loongjax_server.token_text import TokenTexts
 
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", openapi_extra=json_body(ChatBody))
+@router.post("/v1/chat/completions", openapi_extra=generation_request(ChatBody))
 async def create_chat_completion(request: Request, context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """Answers a conversation. See `conversation_token_ids` for what becomes of tools."""
     arrival_s = time.perf_counter()
     body = await read_body(request, context, ChatBody)
     request_id = take_body_id(request, body.request_id)
+    slo = read_service_level(request.headers)
     sampling = chat_sampling(body, context.engine.info)
     prompt = await context.off_loop(chat_prompt, body, context.tokenizer, context.engine.info, context.chat_template)
-    generation = Generation(context, f"chatcmpl-{request_id}", [prompt], sampling, arrival_s=arrival_s)
+    generation = Generation(
+        context,
+        f"chatcmpl-{request_id}",
+        [prompt],
+        sampling,
+        arrival_s=arrival_s,
+        priority=body.priority or 0,
+        slo=slo,
+    )
     header = {
         "id": generation.response_id,
         "object": "chat.completion",

@@ -17,26 +17,36 @@ from loongjax_server.disconnect import until_disconnect
 from loongjax_server.generation import Generation
 from loongjax_server.json_response import JsonResponse
 from loongjax_server.logprobs import CompletionLogprobs, prompt_logprobs
-from loongjax_server.openapi import json_body
+from loongjax_server.openapi import generation_request
 from loongjax_server.prompts import completion_prompts
 from loongjax_server.request_id import take_body_id
 from loongjax_server.sampling import completion_sampling
 from loongjax_server.schemas import CompletionBody
+from loongjax_server.service_level import read_service_level
 from loongjax_server.sse import EventStream
 from loongjax_server.token_text import TokenTexts
 
 router = APIRouter()
 
 
-@router.post("/v1/completions", openapi_extra=json_body(CompletionBody))
+@router.post("/v1/completions", openapi_extra=generation_request(CompletionBody))
 async def create_completion(request: Request, context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """Continues one prompt or many."""
     arrival_s = time.perf_counter()
     body = await read_body(request, context, CompletionBody)
     request_id = take_body_id(request, body.request_id)
+    slo = read_service_level(request.headers)
     sampling = completion_sampling(body, context.engine.info)
     prompts = await context.off_loop(completion_prompts, body, context.tokenizer, context.engine.info)
-    generation = Generation(context, f"cmpl-{request_id}", prompts, sampling, arrival_s=arrival_s)
+    generation = Generation(
+        context,
+        f"cmpl-{request_id}",
+        prompts,
+        sampling,
+        arrival_s=arrival_s,
+        priority=body.priority or 0,
+        slo=slo,
+    )
     header = {
         "id": generation.response_id,
         "object": "text_completion",

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 
-from loongjax.core.request import FinishReason, TokenLogprobs
+from loongjax.core.request import NO_SLO, FinishReason, ServiceLevel, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import OutputDelta
 from loongjax.errors import EngineDeadError, EngineError, QueueFullError, RequestError
@@ -35,6 +35,8 @@ class Generation:
         sampling: SamplingParams,
         *,
         arrival_s: float,
+        priority: int = 0,
+        slo: ServiceLevel = NO_SLO,
     ) -> None:
         num_choices = len(prompts) * sampling.n
         if num_choices > context.config.max_num_choices:
@@ -49,6 +51,8 @@ class Generation:
         self.usage = Usage(sum(len(prompt.token_ids) for prompt in prompts))
         self._context = context
         self._arrival_s = arrival_s
+        self._priority = priority
+        self._slo = slo
         self._prompt_logprobs: dict[int, Sequence[TokenLogprobs]] = {}
 
     @property
@@ -101,7 +105,11 @@ class Generation:
         token_ids = self.prompts[prompt_idx].token_ids
         recorder = RequestRecorder(self._context.metrics, len(token_ids), self.sampling, self._arrival_s)
         stream = self._context.engine.generate(
-            token_ids, self.sampling, request_id=self._context.engine_request_id(self.response_id)
+            token_ids,
+            self.sampling,
+            request_id=self._context.engine_request_id(self.response_id),
+            priority=self._priority,
+            slo=self._slo,
         )
         async with _closing(stream), recorder:
             async for delta in stream:

@@ -9,6 +9,8 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from loongjax_server.service_level import describe_headers
+
 _REF_TEMPLATE = "#/components/schemas/{model}"
 
 
@@ -16,6 +18,11 @@ def json_body(body_type: type[BaseModel]) -> dict[str, Any]:
     """`openapi_extra` of a route that reads this body."""
     schema = {"$ref": _REF_TEMPLATE.format(model=body_type.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def generation_request(body_type: type[BaseModel]) -> dict[str, Any]:
+    """`openapi_extra` of a route that generates: this body, and the headers that say how soon."""
+    return {**json_body(body_type), "parameters": describe_headers()}
 
 
 def describe_bodies(app: FastAPI, body_types: tuple[type[BaseModel], ...]) -> None:

@@ -110,6 +110,8 @@ class GenerationBody(Body):
     truncate_prompt_tokens: Int64 | None = None
     """Keep only this many of the prompt's last tokens; -1: as many as the context holds."""
     return_token_ids: bool | None = None
+    priority: Int64 | None = None
+    """Lower goes first."""
     request_id: Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")] | None = None
     user: str | None = None
 

@@ -41,7 +41,6 @@ HARMLESS = frozenset(
         "cache_salt",
         "metadata",
         "parallel_tool_calls",
-        "priority",
         "prediction",
         "safety_identifier",
         "service_tier",

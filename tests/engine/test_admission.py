@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from loongjax.core.request import Request
+from loongjax.core.request import NO_SLO, Request, ServiceLevel
 from loongjax.core.sampling import MAX_SEED, SamplingParams
 from loongjax.engine.admission import admit, sample_seed
 from loongjax.errors import ContextLengthError, RequestError
@@ -96,3 +96,10 @@ def test_ids_outside_the_vocabulary_are_refused(prompt: list[int], sampling: dic
 def test_eos_stops_unless_it_is_ignored_and_stop_tokens_always_do() -> None:
     assert admitted([1], stop_token_ids=(5,))[0].stop_token_ids == {EOS, 5}
     assert admitted([1], stop_token_ids=(5,), ignore_eos=True)[0].stop_token_ids == {5}
+
+
+def test_every_sample_has_the_priority_and_the_wishes_of_its_request() -> None:
+    slo = ServiceLevel(ttft_s=0.5)
+    requests = admit([1], SamplingParams(n=2), request_id="r", info=INFO, seeds=random.Random(0), priority=-2, slo=slo)
+    assert [(request.priority, request.slo) for request in requests] == [(-2, slo)] * 2
+    assert (admitted([1])[0].priority, admitted([1])[0].slo) == (0, NO_SLO)

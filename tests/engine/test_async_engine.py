@@ -17,11 +17,12 @@ from typing import Any
 
 import pytest
 
-from loongjax.core.request import FinishReason, Request
+from loongjax.core.request import FinishReason, Request, ServiceLevel
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.async_engine import AsyncEngine
 from loongjax.engine.client import EngineClient, OutputDelta
 from loongjax.engine.loop import EngineHost
+from loongjax.engine.messages import AddRequests, ToEngine
 from loongjax.engine.process import EngineProcess
 from loongjax.engine.thread import EngineThread
 from loongjax.errors import CheckpointError, ContextLengthError, EngineDeadError, QueueFullError
@@ -345,3 +346,22 @@ def _is_running(pid: str) -> bool:
         return "zombie" not in pathlib.Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_priorities_and_wishes_travel_with_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    host, sent, slo = EngineThread(Factory()), [], ServiceLevel(ttft_s=0.2)
+    send = host.send
+
+    def note_and_send(message: ToEngine) -> None:
+        sent.append(message)
+        send(message)
+
+    async def main() -> None:
+        async with started(host) as engine:
+            stream = engine.generate([1, 2], SAMPLING, request_id="r", priority=4, slo=slo)
+            assert [delta async for delta in stream]
+
+    monkeypatch.setattr(host, "send", note_and_send)
+    run(main())
+    (added,) = [message for message in sent if isinstance(message, AddRequests)]
+    assert [(request.priority, request.slo) for request in added.requests] == [(4, slo)]

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 
 from loongjax.core.iteration import Iteration, PrefillIteration
-from loongjax.core.request import FinishReason
+from loongjax.core.plan import Plan
+from loongjax.core.request import NO_SLO, FinishReason, ServiceLevel
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.core import EngineCore
 from loongjax.engine.llm import LLM
 from loongjax.engine.parts import EngineParts
 from loongjax.errors import ContextLengthError, EngineDeadError, RequestError
+from loongjax.scheduler.simple import SimplePolicy
+from loongjax.scheduler.view import ClusterView
 from tests.engine.cluster import Cluster, assert_nothing_leaks
 from tests.engine.fake_runtime import expected_tokens
 from tests.engine.hosted import LetterTokenizer
@@ -152,3 +155,33 @@ def test_leaving_the_block_closes_the_engine() -> None:
         engine.generate("AB", GREEDY, use_tqdm=False)
         assert engine.stats().num_generation_tokens == 12
     assert runtime.is_closed
+
+
+class Spy(SimplePolicy):
+    """Notes what the waiting requests ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple[int, ServiceLevel]] = {}
+
+    def plan(self, view: ClusterView) -> tuple[Plan, ...]:
+        self.seen |= {request.request_id: (request.priority, request.slo) for request in view.waiting}
+        return super().plan(view)
+
+
+def test_priorities_and_wishes_reach_the_policy_one_for_all_or_one_each() -> None:
+    spy, slo = Spy(), ServiceLevel(ttft_s=1.0, tpot_s=0.1)
+    llm(CLUSTER.core(policy=spy)).generate(["A", "B"], GREEDY, use_tqdm=False, priority=[3, -1], slo=slo)
+    assert list(spy.seen.values()) == [(3, slo), (-1, slo)]
+
+
+def test_without_them_there_is_no_wish() -> None:
+    spy = Spy()
+    llm(CLUSTER.core(policy=spy)).generate("A", GREEDY, use_tqdm=False)
+    assert list(spy.seen.values()) == [(0, NO_SLO)]
+
+
+@pytest.mark.parametrize("given", [{"priority": [1]}, {"slo": [NO_SLO] * 3}])
+def test_one_each_means_as_many_as_prompts(given: dict[str, Any]) -> None:
+    with pytest.raises(RequestError, match=f"there are 2 prompts but . of {next(iter(given))}"):
+        llm().generate(["A", "B"], GREEDY, use_tqdm=False, **given)

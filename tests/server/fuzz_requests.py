@@ -98,6 +98,7 @@ def _sampling(vocab_size: int) -> st.SearchStrategy[dict[str, object]]:
             "skip_special_tokens": st.booleans(),
             "prompt_logprobs": st.integers(0, 20),
             "return_token_ids": st.booleans(),
+            "priority": st.sampled_from([-(2**63), -1, 0, 1, 2**63 - 1]),
         },
     )
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import jinja2
 
-from loongjax.core.request import FinishReason, Phase, Timings, TokenLogprobs
+from loongjax.core.request import NO_SLO, FinishReason, Phase, ServiceLevel, Timings, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats, ModelInfo, OutputDelta
 from loongjax.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
@@ -95,6 +95,8 @@ class Call:
     prompt_token_ids: list[int]
     sampling: SamplingParams
     request_id: str
+    priority: int
+    slo: ServiceLevel
 
 
 class FakeEngine:
@@ -142,11 +144,17 @@ class FakeEngine:
         )
 
     async def generate(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, *, request_id: str
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        request_id: str,
+        priority: int = 0,
+        slo: ServiceLevel = NO_SLO,
     ) -> AsyncIterator[OutputDelta]:
         self._admit(prompt_token_ids, sampling)
         assert request_id not in {call.request_id for call in self.calls}
-        self.calls.append(Call(list(prompt_token_ids), sampling, request_id))
+        self.calls.append(Call(list(prompt_token_ids), sampling, request_id, priority, slo))
         self.num_live += 1
         self.num_live_samples += sampling.n
         self.most_live = max(self.most_live, self.num_live)

@@ -147,6 +147,7 @@ WRONG = {
     "request_id": ["", "a b", "é", "x" * 129, "a\nb", 3],
     "ignore_eos": ["yes"],
     "user": [3],
+    "priority": [1.5, "1", True, 2**63],
     "best_of": [2],
     "suffix": ["x"],
     "response_format": [{"type": "json_object"}, {"type": "json_schema", "json_schema": {}}, "json", [], 0],
