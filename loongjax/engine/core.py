@@ -124,6 +124,11 @@ class EngineCore:
         """Whether no request lives, nothing is in flight, and every event was taken."""
         return not (self._live or self._flights or self._events)
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next step finds nothing to do before an iteration completes."""
+        return not (self._must_plan or self._events)
+
     def add(self, *requests: Request) -> None:
         """Accepts all of these requests, as `loongjax.engine.admission.admit` makes them, or none.
 

@@ -25,8 +25,8 @@ class SimulateConfig(SchedulingConfig):
     """
 
     cost_model: str | None = None
-    """File with the times of iterations, as `loongjax fit` writes it, or "a800": coefficients from the published times of
-    LoongServe; None: a roofline of `device` and `model`."""
+    """File with the times of iterations, as `loongjax fit` writes it, or "a800": coefficients from the times that
+    LoongServe's authors published; None: a roofline of `device` and `model`."""
     device: str = "A800"
     """Whose rates the roofline takes, for example H200."""
     model: ModelName = "llama2-7b"
