@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -46,9 +47,17 @@ class Corrector:
     max_surprise ** weight: a stall or a compilation hardly shows, a lasting change is followed.
     """
 
-    def __init__(self, config: CorrectorConfig | None = None) -> None:
+    def __init__(
+        self, config: CorrectorConfig | None = None, *, factors: Mapping[tuple[Kind, Strategy], float] | None = None
+    ) -> None:
+        """`factors`: to go on from, as another corrector's `factors` gave them."""
         self._config = config or CorrectorConfig()
-        self._log_factors: dict[tuple[Kind, Strategy], float] = {}
+        self._log_factors = {key: self._bounded(math.log(factor)) for key, factor in (factors or {}).items()}
+
+    @property
+    def factors(self) -> dict[tuple[Kind, Strategy], float]:
+        """What was learned: a factor for each kind and strategy that was observed."""
+        return {key: math.exp(log_factor) for key, log_factor in self._log_factors.items()}
 
     def factor(self, kind: Kind, strategy: Strategy) -> float:
         """What to multiply predictions by; 1 before anything was observed."""
@@ -69,8 +78,11 @@ class Corrector:
         most = math.log(self._config.max_surprise)
         surprise = math.log(actual_s) - math.log(predicted_s) - old
         new = old + self._config.weight * min(max(surprise, -most), most)
+        self._log_factors[kind, strategy] = self._bounded(new)
+
+    def _bounded(self, log_factor: float) -> float:
         bound = math.log(self._config.max_factor)
-        self._log_factors[kind, strategy] = min(max(new, -bound), bound)
+        return min(max(log_factor, -bound), bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

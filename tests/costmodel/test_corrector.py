@@ -68,6 +68,23 @@ def test_the_factor_stays_within_its_bounds(pairs):
         assert 0.25 * (1 - 1e-12) <= corrector.factor("decode", ONE) <= 4.0 * (1 + 1e-12)
 
 
+def test_a_corrector_goes_on_from_what_another_has_learned():
+    first = Corrector(CorrectorConfig(weight=0.5))
+    first.observe("decode", ONE, predicted_s=1.0, actual_s=1.4)
+    second = Corrector(CorrectorConfig(weight=0.5), factors=first.factors)
+    assert second.factors == first.factors
+    for corrector in (first, second):
+        corrector.observe("decode", ONE, predicted_s=1.0, actual_s=1.5)
+    assert second.factor("decode", ONE) == pytest.approx(first.factor("decode", ONE), rel=1e-12)
+    assert second.factor("prefill", ONE) == 1.0
+
+
+def test_factors_to_go_on_from_are_held_within_the_bounds():
+    corrector = Corrector(CorrectorConfig(max_factor=4.0), factors={("decode", ONE): 100.0, ("prefill", ONE): 0.001})
+    assert corrector.factor("decode", ONE) == pytest.approx(4.0)
+    assert corrector.factor("prefill", ONE) == pytest.approx(0.25)
+
+
 @pytest.mark.parametrize("nothing", [0.0, -1.0, math.nan, math.inf])
 def test_a_time_that_says_nothing_is_passed_over(nothing):
     corrector = Corrector()
