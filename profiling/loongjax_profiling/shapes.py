@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
-
-from loongjax.costmodel.model_shape import ModelShape
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
-from loongjax.runtime.model_spec import ModelSpec
 
 SHAPES = {
     "llama2-7b": ModelConfig(
@@ -50,18 +46,3 @@ def named_shape(name: str) -> ModelConfig:
     if name not in SHAPES:
         raise ConfigError(f"there is no model shape {name!r}: --random-weights takes {', '.join(SHAPES)}")
     return SHAPES[name]
-
-
-def cost_shape(spec: ModelSpec) -> ModelShape:
-    """What the cost model needs to know of a model."""
-    config = spec.config
-    return ModelShape(
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_q_heads=config.num_q_heads,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        intermediate_size=config.intermediate_size,
-        vocab_size=config.vocab_size,
-        dtype_bytes=jnp.dtype(spec.dtype).itemsize,
-    )

@@ -17,13 +17,13 @@ from tqdm import tqdm
 from loongjax.config import EngineConfig
 from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.engine.cost_model import model_shape
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.buckets import LEAST_NUM_TOKENS, Buckets
 from loongjax.runtime.build import build_runtime
-from loongjax.runtime.local import LocalRuntime
-from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.protocol import Runtime
 from loongjax.runtime.sizing import resolve_dtype
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import MAX_NUM_BATCHED_TOKENS, IterationCommand
@@ -33,7 +33,7 @@ from loongjax_profiling.iteration.meter import IterationFailedError, Meter, Mete
 from loongjax_profiling.iteration.placement import why_not
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
-from loongjax_profiling.shapes import cost_shape, named_shape
+from loongjax_profiling.shapes import named_shape
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ class _Profile:
         self._platform = devices[0].platform
         self._model, self._model_name = _model_of(command)
         config = command.engine_config(tp=1, max_num_batched_tokens=1)
-        spec = ModelSpec(self._model, resolve_dtype(config, self._model.dtype, self._platform))
-        self._system = System(device=devices[0].device_kind, model=cost_shape(spec))
+        dtype = resolve_dtype(config, self._model.dtype, self._platform)
+        self._system = System(device=devices[0].device_kind, model=model_shape(self._model, dtype))
         self._estimate = RooflineModel(rates=DeviceRates.of_device(self._system.device), model=self._system.model)
         self._left_out: collections.Counter[str] = collections.Counter()
         self._num_measured = 0
@@ -86,6 +86,9 @@ class _Profile:
                 left_s = started_s + self._command.limit_s - time.monotonic()
                 deadline_s = time.monotonic() + left_s / (len(tps) - index)
             self._measure_with(tp, [[case for case in cases if case.strategy.tp == tp] for cases in passes], deadline_s)
+            # The next runtime needs the memory of this one's weights, pool and executables.
+            gc.collect()
+            jax.clear_caches()
         self._report(time.monotonic() - started_s)
 
     def _passes(self) -> list[list[Case]]:
@@ -126,11 +129,9 @@ class _Profile:
 
     def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float | None) -> None:
         """Measures with instances of `tp` devices, until the deadline on the monotonic clock."""
-        config = self._command.engine_config(
-            tp=tp, max_num_batched_tokens=self._max_num_batched_tokens(itertools.chain.from_iterable(passes))
-        )
         started_s = time.monotonic()
-        runtime = self._build(config)
+        longest = self._max_num_batched_tokens(itertools.chain.from_iterable(passes))
+        runtime = self._build(self._command.engine_config(tp=tp, max_num_batched_tokens=longest))
         try:
             meter = Meter(runtime, MeterConfig(rounds=self._command.rounds, num_steps=self._command.num_steps))
             chosen = [case for cases in passes for case in self._in_order(cases, runtime, meter)]
@@ -144,14 +145,10 @@ class _Profile:
                 expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
                 if deadline_s is not None and time.monotonic() + expected_s > deadline_s:
                     self._num_not_reached += 1
-                    continue
-                self._measure(meter, case, run_id)
+                else:
+                    self._measure(meter, case, run_id)
         finally:
             runtime.close()
-            del runtime
-            # The next runtime needs the memory: its weights and pool are as large.
-            gc.collect()
-            jax.clear_caches()
 
     def _measure(self, meter: Meter, case: Case, run_id: int) -> None:
         try:
@@ -163,7 +160,7 @@ class _Profile:
             self.num_failed += 1
         self._database.add(run_id, point)
 
-    def _in_order(self, cases: Sequence[Case], runtime: LocalRuntime, meter: Meter) -> list[Case]:
+    def _in_order(self, cases: Sequence[Case], runtime: Runtime, meter: Meter) -> list[Case]:
         """Those of a pass that fit, shortest first; the others are counted."""
         fitting = []
         for case in cases:
@@ -198,12 +195,12 @@ class _Profile:
         needed = max((number for number in tokens if number <= most), default=1)
         return LEAST_NUM_TOKENS << max(0, (-(-needed // LEAST_NUM_TOKENS) - 1).bit_length())
 
-    def _build(self, config: EngineConfig) -> LocalRuntime:
+    def _build(self, config: EngineConfig) -> Runtime:
         return (
             build_runtime(config) if self._command.random_weights is None else build_random_runtime(config, self._model)
         )
 
-    def _run_of(self, runtime: LocalRuntime) -> Run:
+    def _run_of(self, runtime: Runtime) -> Run:
         buckets = Buckets.for_limits(
             max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
             max_num_seqs=runtime.limits.max_num_seqs,

@@ -19,14 +19,14 @@ def draw(times: Times) -> Figure:
         ConfigError: no pair of points was measured.
     """
     cases = times.grid("figure13").cases
-    works = list(dict.fromkeys((case.batch_size, case.input_len) for case in cases))
     down = {_work(case): _over(times, case, scales_down=False) for case in cases if case.scales_down}
     up = {
         number: {_work(case): _over(times, case, num_masters=1) for case in cases if case.num_masters == number}
         for number in sorted({case.num_masters for case in cases if case.num_masters > 1})
     }
     pairs = [case for case in cases if case.scales_down or case.num_masters > 1]
-    times.require("figure13", [case for case in pairs if _base(case) in times.seconds])
+    there = times.require("figure13", [case for case in pairs if _base(case) in times.seconds])
+    works = [work for work in dict.fromkeys(map(_work, cases)) if work in set(map(_work, there))]
     figure = Figure(figsize=(13, 4.5), layout="constrained")
     figure.suptitle(f"Scaling down and up on {cases[0].strategy}: {times.system}")
     left, right = figure.subplots(1, 2)
