@@ -17,12 +17,13 @@ from tqdm import tqdm
 from loongjax.config import EngineConfig
 from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
-from loongjax.engine.cost_model import model_shape
+from loongjax.engine.cost_model import cost_shape
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.buckets import LEAST_NUM_TOKENS, Buckets
 from loongjax.runtime.build import build_runtime
+from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.protocol import Runtime
 from loongjax.runtime.sizing import resolve_dtype
 from loongjax_profiling.iteration.case import Case
@@ -62,8 +63,8 @@ class _Profile:
         self._platform = devices[0].platform
         self._model, self._model_name = _model_of(command)
         config = command.engine_config(tp=1, max_num_batched_tokens=1)
-        dtype = resolve_dtype(config, self._model.dtype, self._platform)
-        self._system = System(device=devices[0].device_kind, model=model_shape(self._model, dtype))
+        spec = ModelSpec(self._model, resolve_dtype(config, self._model.dtype, self._platform))
+        self._system = System(device=devices[0].device_kind, model=cost_shape(spec))
         self._estimate = RooflineModel(rates=DeviceRates.of_device(self._system.device), model=self._system.model)
         self._left_out: collections.Counter[str] = collections.Counter()
         self._num_measured = 0
