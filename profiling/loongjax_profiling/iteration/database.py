@@ -118,10 +118,18 @@ class Database:
         if create:
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            # Every statement is its own transaction: a point is on disk at once.
             self._connection = sqlite3.connect(path, isolation_level=None)
-            self._open(path)
         except sqlite3.Error as error:
             raise ConfigError(f"{path} cannot be opened as a database of points: {error}") from None
+        try:
+            self._open(path)
+        except sqlite3.Error as error:
+            self.close()
+            raise ConfigError(f"{path} cannot be opened as a database of points: {error}") from None
+        except ConfigError:
+            self.close()
+            raise
 
     def __enter__(self) -> Database:
         return self

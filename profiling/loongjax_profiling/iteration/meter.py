@@ -116,6 +116,11 @@ class Meter:
             case "decode":
                 return self._decode(case)
 
+    def check_integrity(self) -> None:
+        """Asserts that pages and requests add up."""
+        self._kv_cache.check_integrity()
+        assert set(self._resident) == set(self._kv_cache.request_ids)
+
     def _repeat(self, iterations: Iterator[Iteration]) -> Timing:
         """The first round only warms up."""
         self._run(next(iterations))
