@@ -4,6 +4,8 @@ import ctypes
 import functools
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -70,8 +72,7 @@ class PeerMemory:
 
     def check(self) -> None:
         """Waits for all programs so far, and raises EngineError if a device gave up waiting for another in any."""
-        headers = [_read_header(workspace) for workspace in self._workspaces]
-        for header in headers:
+        for header in self._headers(range(len(self.devices))):
             if status := int(np.asarray(header)[STATUS // 4]):
                 raise EngineError(self.describe(status))
 
@@ -90,14 +91,21 @@ class PeerMemory:
         on: `workspace` says why. Tables stay as they are.
         """
         places = [self.devices.index(device) for device in (self.devices if devices is None else devices)]
-        jax.block_until_ready([_read_header(self._workspaces[place]) for place in places])
+        jax.block_until_ready(self._headers(places))
         is_forgotten = np.isin(np.arange(MAX_DEVICES), places)
         for place in places:
-            forgetting = jax.device_put(is_forgotten, self.devices[place])
-            self._workspaces[place] = _forget(self._workspaces[place], forgetting)
+            with _only(self.devices[place]):
+                self._workspaces[place] = _forget(self._workspaces[place], is_forgotten)
             address = self._workspaces[place].unsafe_buffer_pointer()
             assert address == self._addresses[place], "donated memory has moved"
         jax.block_until_ready([self._workspaces[place] for place in places])
+
+    def _headers(self, places: Sequence[int]) -> list[jax.Array]:
+        headers = []
+        for place in places:
+            with _only(self.devices[place]):
+                headers.append(_read_header(self._workspaces[place]))
+        return headers
 
 
 def check_reachable(devices: Sequence[jax.Device]) -> None:
@@ -138,7 +146,13 @@ def _zeros_with_limit(num_words: int, poll_limit: Int32[Array, ""]) -> Int32[Arr
 
 
 def _new_workspace(num_words: int, poll_limit: int, device: jax.Device) -> Int32[Array, "words"]:
-    return _zeros_with_limit(num_words, jax.device_put(np.int32(poll_limit), device))
+    with _only(device):
+        return _zeros_with_limit(num_words, jax.device_put(np.int32(poll_limit), device))
+
+
+def _only(device: jax.Device) -> AbstractContextManager[Any]:
+    """For programs of one device, whatever mesh is in use."""
+    return jax.set_mesh(Mesh(np.array([device]), ("device",)))
 
 
 @functools.partial(jax.jit, donate_argnums=0)
