@@ -44,9 +44,10 @@ def _even_shares(free_pages: dict[InstanceId, int], num_pages: int) -> dict[Inst
     num_free = 0
     for count, instance in enumerate(emptiest, start=1):
         num_free += free_pages[instance]
+        # The last `num_above` of these are left with one page more.
         level, num_above = divmod(num_free - num_pages, count)
         if level >= (free_pages[emptiest[count]] if count < len(emptiest) else 0):
             for place, giver in enumerate(emptiest[:count]):
-                shares[giver] = free_pages[giver] - level - (place < num_above)
+                shares[giver] = free_pages[giver] - level - (place >= count - num_above)
             return shares
     raise AssertionError(f"{num_pages} pages of {free_pages}")
