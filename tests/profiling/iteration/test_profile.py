@@ -1,0 +1,242 @@
+"""`loongjax profile iteration`: on scripted runtimes for what it decides, on a real one for what it measures."""
+
+import gc
+import os
+from pathlib import Path
+
+import jax
+import pytest
+
+from loongjax.core.cluster import ClusterShape
+from loongjax.core.iteration import PrefillIteration, RecoverIteration
+from loongjax.costmodel.work import Strategy
+from loongjax.errors import ConfigError
+from loongjax.runtime.protocol import RuntimeLimits
+from loongjax_profiling import command as profile_command
+from loongjax_profiling.iteration import profile
+from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.command import IterationCommand
+from loongjax_profiling.iteration.database import Database
+from loongjax_profiling.iteration.grids import build_grid
+from tests.profiling.iteration.scripted_runtime import ScriptedRuntime
+
+NUM_DEVICES = 8
+"""Virtual ones, of all tests."""
+
+
+def command_for(db: Path, **settings) -> IterationCommand:
+    defaults = {"random_weights": "tiny", "grid": ("figure2",), "shrink": 100, "max_num_seqs": 16, "commit": "0123abc"}
+    return IterationCommand(db=db, **(defaults | settings))
+
+
+def points_in(db: Path) -> dict[Case, float | None]:
+    """Seconds, or None of a failed one, by case."""
+    with Database(db) as database:
+        [system] = database.systems
+        return {p.case: None if p.timing is None else p.timing.seconds for p in database.points(system)}
+
+
+class Builds:
+    """Stands for `build_random_runtime`, and remembers what was built."""
+
+    def __init__(self) -> None:
+        self.configs = []
+        self.runtimes: list[ScriptedRuntime] = []
+        self.error = lambda iteration: None
+        self.num_pages = 100_000
+
+    def __call__(self, config, model):
+        shape = ClusterShape(
+            num_instances=NUM_DEVICES // config.tp, num_pages=self.num_pages, page_size=config.page_size, tp=config.tp
+        )
+        limits = RuntimeLimits(
+            max_model_len=10**6,
+            max_num_batched_tokens=config.max_num_batched_tokens,
+            max_num_seqs=config.max_num_seqs,
+            vocab_size=model.vocab_size,
+        )
+        self.configs.append(config)
+        self.runtimes.append(
+            ScriptedRuntime(lambda *_: 0.5, lambda iteration: self.error(iteration), shape=shape, limits=limits)
+        )
+        return self.runtimes[-1]
+
+
+@pytest.fixture
+def builds(monkeypatch):
+    builds = Builds()
+    monkeypatch.setattr(profile, "build_random_runtime", builds)
+    return builds
+
+
+@pytest.fixture
+def db(tmp_path):
+    return tmp_path / "points.sqlite"
+
+
+def test_every_point_of_the_grid_is_measured_and_stored(builds, db, capsys):
+    assert profile.profile_iteration(command_for(db)) == 0
+    grid = build_grid("figure2", num_devices=NUM_DEVICES, shrink=100)
+    measurable = {case for case in grid.cases if case.strategy.tp <= 4}
+    assert points_in(db) == dict.fromkeys(measurable, 0.5)
+    printed = capsys.readouterr().out
+    assert f"measured {len(measurable)} points" in printed
+    assert f"{len(grid.cases) - len(measurable)} left out: each has a tp that does not divide the model" in printed
+
+
+def test_each_tp_has_a_runtime_that_is_closed_before_the_next_is_built(builds, db):
+    profile.profile_iteration(command_for(db))
+    assert [config.tp for config in builds.configs] == [1, 2, 4]
+    assert all(runtime.is_closed for runtime in builds.runtimes)
+
+
+def test_what_is_there_is_not_measured_again(builds, db, capsys):
+    profile.profile_iteration(command_for(db))
+    before = points_in(db)
+    del builds.runtimes[:]
+    assert profile.profile_iteration(command_for(db, commit="another")) == 0
+    assert builds.runtimes == []
+    assert points_in(db) == before
+    assert "measured 0 points" in capsys.readouterr().out
+
+
+def test_a_grid_goes_on_where_another_has_ended(builds, db, capsys):
+    profile.profile_iteration(command_for(db, grid=("scale-up",)))
+    first = points_in(db)
+    profile.profile_iteration(command_for(db, grid=("figure13",)))
+    assert first.keys() < points_in(db).keys()
+    assert f"{len(first)} left out: each is in the database" in capsys.readouterr().out
+
+
+def test_a_failed_point_is_stored_with_its_error_and_the_others_are_measured(builds, db, capsys):
+    builds.error = lambda iteration: (
+        "out of memory" if isinstance(iteration, PrefillIteration) and len(iteration.inputs) == 16 else None
+    )
+    assert profile.profile_iteration(command_for(db, tp=(1,))) == 1
+    points = points_in(db)
+    failed = {case for case, seconds in points.items() if seconds is None}
+    assert failed == {case for case in points if case.kind == "prefill" and case.batch_size == 16} != set()
+    assert len(failed) < len(points)
+    assert f"{len(failed)} failed" in capsys.readouterr().out
+    with Database(db) as database:
+        [system] = database.systems
+        assert {point.error for point in database.points(system)} == {None, "out of memory"}
+
+
+@pytest.mark.parametrize("retries", [False, True])
+def test_failed_points_are_measured_again_only_if_asked(builds, db, retries):
+    builds.error = lambda iteration: None if isinstance(iteration, RecoverIteration) else "out of memory"
+    profile.profile_iteration(command_for(db, tp=(1,)))
+    assert set(points_in(db).values()) == {None}
+    builds.error = lambda iteration: None
+    profile.profile_iteration(command_for(db, tp=(1,), retry_failed=retries))
+    assert set(points_in(db).values()) == {0.5 if retries else None}
+
+
+def test_what_does_not_fit_is_counted_by_reason(builds, db, capsys):
+    builds.num_pages = 10
+    profile.profile_iteration(command_for(db, tp=(1,), max_num_seqs=8))
+    printed = capsys.readouterr().out
+    assert "left out: each has more requests than --max-num-seqs" in printed
+    assert "left out: each does not fit into the KV pool" in printed
+    assert all(case.batch_size <= 8 and case.input_len <= 160 for case in points_in(db))
+
+
+def test_the_largest_prefill_decides_how_many_tokens_are_batched(builds, db):
+    profile.profile_iteration(command_for(db, tp=(2,)))
+    # 100,000 / 100 = 1000 tokens on one instance.
+    assert builds.configs[0].max_num_batched_tokens == 1024
+    profile.profile_iteration(command_for(db, tp=(1,), max_num_batched_tokens=300))
+    assert builds.configs[1].max_num_batched_tokens == 300
+    assert max(case.input_len for case in points_in(db) if case.strategy.tp == 1 and case.kind == "prefill") <= 300
+
+
+def test_time_that_is_over_leaves_the_rest_for_another_run(builds, db, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(profile.time, "monotonic", lambda: clock[0])
+    measure = profile.Meter.measure
+
+    def measure_and_wait(meter, case):
+        clock[0] += 10.0
+        return measure(meter, case)
+
+    monkeypatch.setattr(profile.Meter, "measure", measure_and_wait)
+    profile.profile_iteration(command_for(db, limit_s=155.0))
+    # Each of three runtimes has its part of the time, and what one leaves falls to the next.
+    counts = [sum(case.strategy.tp == tp for case in points_in(db)) for tp in (1, 2, 4)]
+    assert counts == [6, 5, 5]
+    assert "were not reached within --limit-s: run it again to go on" in capsys.readouterr().out
+
+
+def test_a_partial_run_has_measured_all_strategies_and_scales(builds, db, monkeypatch):
+    chosen: list[Case] = []
+    monkeypatch.setattr(profile._Profile, "_measure", lambda self, meter, case, run_id: chosen.append(case))
+    profile.profile_iteration(command_for(db, grid=("analytical-model",), tp=(2,), max_num_seqs=256))
+    coarse = build_grid("analytical-model", num_devices=NUM_DEVICES, shrink=100).passes[0]
+    begin = chosen[: sum(case in coarse for case in chosen)]
+    assert set(begin) <= set(coarse)
+    assert {case.strategy for case in begin} == {Strategy(sp, 2) for sp in (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"grid": ()}, "names no group"),
+        ({"checkpoint": "."}, "two models"),
+        ({"rounds": 0}, "--rounds must be at least 1"),
+        ({"limit_s": 0.0}, "--limit-s must be at least 1"),
+        ({"page_size": 3}, "--page-size must be a power of two"),
+    ],
+)
+def test_a_command_that_cannot_work_is_refused(db, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        command_for(db, **settings)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory) -> Path:
+    """Points of a real runtime: four instances of two virtual devices."""
+    folder = tmp_path_factory.mktemp("measured")
+    db = folder / "points.sqlite"
+    arguments = [
+        "iteration", "--random-weights", "tiny", "--grid", "figure13", "toy", "--db", str(db), "--shrink", "4000",
+        "--max-num-seqs", "2", "--num-slots", "2048", "--num-steps", "3", "--rounds", "2",
+        "--compilation-cache-dir", str(folder / "xla"),
+    ]  # fmt: skip
+    environment = dict(os.environ)
+    live = sum(array.nbytes for array in jax.live_arrays())
+    try:
+        assert profile_command.main(arguments) == 0
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    gc.collect()
+    assert sum(array.nbytes for array in jax.live_arrays()) <= live, "the runtime's memory is free"
+    return db
+
+
+def test_a_real_runtime_is_measured_in_prefill_and_decode_scaled_down_and_up(measured):
+    points = points_in(measured)
+    assert {case.strategy for case in points} == {Strategy(4, 2)}
+    assert {case.num_masters for case in points} == {0, 1, 2, 4}
+    assert {case.scales_down for case in points} == {False, True}
+    assert all(seconds is not None and 0.0 < seconds < 60.0 for seconds in points.values())
+    assert {(case.batch_size, case.input_len) for case in points if case.kind == "prefill"} == {
+        (2, 25),
+        (1, 50),
+        (1, 1),
+    }
+
+
+def test_a_run_says_where_it_comes_from(measured):
+    with Database(measured) as database:
+        [system] = database.systems
+        [run] = database.runs(system)
+    assert system.device == jax.devices()[0].device_kind
+    assert system.model.hidden_size == 64
+    assert system.model.dtype_bytes == 4
+    assert run.num_devices == NUM_DEVICES
+    assert run.model_name == "tiny, random weights"
+    assert run.page_size == 16
+    assert run.padding.row_buckets == (1, 2)
+    assert run.padding.token_buckets[0] == 64
