@@ -41,6 +41,7 @@ def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, f
         max_num_seqs=32,
         prefill_tokens_per_instance=args.prefill_tokens_per_instance,
         warm_up=args.warm_up,
+        exchange=args.exchange,
     )
     started = time.monotonic()
     runtime = build_random_runtime(config, SHAPES[shape])
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int, default=4096 + 64)
     parser.add_argument("--prefill-tokens-per-instance", type=int, default=2048)
     parser.add_argument("--warm-up", action="store_true", help="build every executable first, as serve does on GPU")
+    parser.add_argument("--exchange", choices=["auto", "xla"], default="auto", help="auto: through peer memory")
     parser.add_argument("--cases", nargs="+", default=["1x1024", "1x4096", "8x1024"], help="requests x prompt tokens")
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
