@@ -91,30 +91,31 @@ class Item(NamedTuple):
 class Schedule(NamedTuple):
     """Which items a thread block takes, in turn.
 
-    All items are a line: heads of a group side by side, since they read the same keys; in each KV head the last query
-    blocks, which see most under a causal mask, first. Thread blocks take their items from it in rounds, every other
-    round in reverse, so that whoever had the longest item of one has the shortest of the next.
+    All items are a line: all heads of a query block side by side, and the last query blocks, which see most under a
+    causal mask, first. Thread blocks take their items from it in rounds, every other round in reverse, so that whoever
+    had the longest item of one has the shortest of the next.
     """
 
+    num_q_heads: int
     group_size: int
     num_q_blocks: int
-    num_items: int
     num_programs: int
+
+    @property
+    def num_items(self) -> int:
+        return self.num_q_heads * self.num_q_blocks
+
+    @property
+    def num_rounds(self) -> jax.Array:
+        """Items of this thread block."""
+        full = jnp.int32(self.num_items // self.num_programs)
+        return full + (self._place(full) < self.num_items).astype(jnp.int32)
 
     def item(self, number: jax.Array) -> Item:
         """This thread block's item of a round."""
         place = self._place(number)
-        head_in_group, blocks_before = lax.rem(place, jnp.int32(self.group_size)), place // self.group_size
-        kv_head, q_block = blocks_before // self.num_q_blocks, lax.rem(blocks_before, jnp.int32(self.num_q_blocks))
-        return Item(kv_head * self.group_size + head_in_group, kv_head, self.num_q_blocks - 1 - q_block)
-
-    @property
-    def num_rounds(self) -> jax.Array | int:
-        """Items of this thread block."""
-        full = self.num_items // self.num_programs
-        if self.num_items % self.num_programs == 0:
-            return full
-        return full + (self._place(jnp.int32(full)) < self.num_items).astype(jnp.int32)
+        q_head = lax.rem(place, jnp.int32(self.num_q_heads))
+        return Item(q_head, q_head // self.group_size, self.num_q_blocks - 1 - place // self.num_q_heads)
 
     def _place(self, number: jax.Array) -> jax.Array:
         program = lax.axis_index("program")

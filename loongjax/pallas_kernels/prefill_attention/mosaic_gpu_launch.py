@@ -17,6 +17,7 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import Schedule
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
+from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
@@ -112,9 +113,8 @@ def _call(
     K, tuning = launch.num_kv_heads, launch.tuning
     kernel_dtype = q.dtype if launch.out_dtype == q.dtype else jnp.dtype("float32")
     axes = jax.typeof(q).manual_axis_type
-    num_items = N * visits.shape[0]
-    num_programs = min(tuning.num_programs or num_items, num_items)
-    schedule = Schedule(N // K, visits.shape[0], num_items, num_programs)
+    num_programs = min(tuning.num_programs or num_multiprocessors(), N * visits.shape[0])
+    schedule = Schedule(N, N // K, visits.shape[0], num_programs)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(
         functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning, schedule=schedule),
