@@ -1,0 +1,51 @@
+"""From names to policies."""
+
+import pytest
+
+from loongjax.config import POLICIES, EngineConfig, SchedulingConfig
+from loongjax.core.cluster import ClusterShape
+from loongjax.errors import ConfigError
+from loongjax.scheduler.build import build_policy, max_request_tokens
+from loongjax.scheduler.policy import Policy
+
+FOUR = ClusterShape(num_instances=4, num_pages=10, page_size=16)
+ONE = ClusterShape(num_instances=1, num_pages=10, page_size=16, tp=4)
+
+
+def config(name: str) -> SchedulingConfig:
+    return SchedulingConfig(policy=name)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_name_is_a_policy(name: str):
+    shape = ONE if name == "prefill-first" else FOUR
+    policy = build_policy(config(name), shape=shape, max_num_seqs=8)
+    assert isinstance(policy, Policy)
+    assert isinstance(policy.copy(), type(policy))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("policy", "fifo", f"--policy must be one of {', '.join(POLICIES)}, got 'fifo'"),
+        ("admission", "best", "--admission must be one of quantile, worst-case, got 'best'"),
+    ],
+)
+@pytest.mark.parametrize("kind", [SchedulingConfig, EngineConfig])
+def test_an_unknown_name_is_refused_with_those_that_are_known(
+    kind: type[SchedulingConfig], field: str, value: str, message: str
+):
+    made = kind()
+    object.__setattr__(made, field, value)  # past the type checks, as a user without them
+    with pytest.raises(ConfigError, match=message):
+        made.__post_init__()
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("simple", 641), ("static", 641), ("replicated", 161), ("disaggregated", 161)],
+)
+def test_the_longest_request_is_what_the_instances_that_it_may_use_hold(name: str, expected: int):
+    assert max_request_tokens(config(name), FOUR, max_num_batched_tokens=10_000) == expected
+    # 160 slots an instance; the last token needs none, but a prefill may have to take it.
+    assert max_request_tokens(config(name), FOUR, max_num_batched_tokens=100) == (expected // 160) * 100
