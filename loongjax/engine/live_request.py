@@ -146,7 +146,7 @@ class LiveRequest:
 
 
 class WaitingQueue:
-    """Requests in order of arrival. One that was preempted comes back before all that arrived after it."""
+    """Requests by priority, then in order of arrival. One that was preempted comes back to its old place."""
 
     def __init__(self) -> None:
         self._requests: list[LiveRequest] = []
@@ -183,4 +183,8 @@ class WaitingQueue:
         return self._snapshot
 
     def _index(self, live: LiveRequest) -> int:
-        return bisect.bisect_left(self._requests, live.order, key=lambda other: other.order)
+        return bisect.bisect_left(self._requests, _place(live), key=_place)
+
+
+def _place(live: LiveRequest) -> tuple[int, int]:
+    return live.request.priority, live.order

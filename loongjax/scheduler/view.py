@@ -96,7 +96,7 @@ class ClusterView:
     instances: tuple[InstanceView, ...]
     """Every instance, in ascending order."""
     waiting: tuple[WaitingView, ...]
-    """In queue order, preempted requests first."""
+    """In queue order: by priority, then by order of arrival."""
     running: tuple[RunningView, ...]
     """In any order."""
     max_num_batched_tokens: int

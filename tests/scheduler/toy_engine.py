@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from collections.abc import Callable
 
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
+from loongjax.core.request import NO_SLO, FinishReason, ServiceLevel
+from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.kvcache.kv_cache import KVCache
+from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.validate import check_plan
-from loongjax.scheduler.view import ClusterView, InstanceView, RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView, FlightView, InstanceView, RunningView, WaitingView
 
 
 @dataclasses.dataclass
@@ -21,6 +25,10 @@ class Job:
     order: int
     num_prompt_tokens: int
     max_tokens: int
+    priority: int = 0
+    slo: ServiceLevel = NO_SLO
+    arrival_s: float = 0.0
+    first_token_s: float | None = None
     num_generated: int = 0
     is_aborted: bool = False
 
@@ -35,6 +43,10 @@ class Job:
             num_tokens=self.num_prompt_tokens + self.num_generated,
             max_total_tokens=self.num_prompt_tokens + self.max_tokens,
             keeps_kv=self.max_tokens > 0,
+            num_output_tokens=self.num_generated,
+            arrival_s=self.arrival_s,
+            priority=self.priority,
+            slo=self.slo,
         )
 
 
@@ -43,11 +55,24 @@ class InFlight:
     plan: Prefill | Decode | Migrate
     group: Group
     request_ids: tuple[str, ...]
+    work: PrefillWork | DecodeWork | None
+    started_s: float
+
+    def view(self) -> FlightView:
+        return FlightView(plan=self.plan, group=self.group, work=self.work, started_s=self.started_s)
 
 
 class ToyEngine:
+    """Its clock stands still but when an iteration completes: then it is at least `duration_s` after its start."""
+
     def __init__(
-        self, policy: Policy, shape: ClusterShape, *, max_num_batched_tokens: int = 10**9, max_num_seqs: int = 256
+        self,
+        policy: Policy,
+        shape: ClusterShape,
+        *,
+        max_num_batched_tokens: int = 10**9,
+        max_num_seqs: int = 256,
+        duration_s: Callable[[FlightView], float] = lambda flight: 1.0,
     ) -> None:
         self.policy = policy
         self.shape = shape
@@ -60,12 +85,16 @@ class ToyEngine:
         self.in_flight: list[InFlight] = []
         self.history: list[Plan] = []
         self.num_arrived = 0
+        self.now_s = 0.0
+        self.duration_s = duration_s
+        self.news: list[Observation] = []
 
-    def add(self, num_prompt_tokens: int, max_tokens: int) -> Job:
-        job = Job(f"r{self.num_arrived}", self.num_arrived, num_prompt_tokens, max_tokens)
+    def add(self, num_prompt_tokens: int, max_tokens: int, *, priority: int = 0, slo: ServiceLevel = NO_SLO) -> Job:
+        order = self.num_arrived
+        job = Job(f"r{order}", order, num_prompt_tokens, max_tokens, priority, slo, self.now_s)
         self.num_arrived += 1
         self.jobs[job.request_id] = job
-        self.waiting.append(job.waiting_view())
+        self._enqueue(job)
         return job
 
     def abort(self, request_id: str) -> None:
@@ -100,16 +129,26 @@ class ToyEngine:
                     max_total_tokens=job.num_prompt_tokens + job.max_tokens,
                     kv=self.cache.local_lens(job.request_id),
                     is_in_flight=job.request_id in flying,
+                    num_output_tokens=job.num_generated,
+                    arrival_s=job.arrival_s,
+                    first_token_s=job.first_token_s,
+                    priority=job.priority,
+                    slo=job.slo,
                 )
                 for job in self.running.values()
             ),
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,
+            now_s=self.now_s,
+            flights=tuple(iteration.view() for iteration in self.in_flight),
         )
 
     def ask(self) -> tuple[Plan, ...]:
         """Asks the policy, checks its answer, and starts what it says."""
         view = self.view()
+        if self.news:
+            self.policy.observe(self.news)
+            self.news = []
         plans = self.policy.plan(view)
         check_plan(view, plans)
         for plan in plans:
@@ -122,10 +161,21 @@ class ToyEngine:
     def complete(self, index: int) -> InFlight:
         """Ends an iteration in flight; every request of it but a migrated one gets its token."""
         iteration = self.in_flight.pop(index)
+        self.now_s = max(self.now_s, iteration.started_s + self.duration_s(iteration.view()))
+        if iteration.work is not None and not isinstance(iteration.plan, Migrate):
+            self.news.append(
+                IterationEnded(
+                    plan=iteration.plan,
+                    strategy=Strategy(iteration.group.dop, self.shape.tp),
+                    work=iteration.work,
+                    elapsed_s=self.now_s - iteration.started_s,
+                )
+            )
         for request_id in iteration.request_ids:
             job = self.jobs[request_id]
             if not isinstance(iteration.plan, Migrate):
                 job.num_generated += 1
+                job.first_token_s = self.now_s if job.first_token_s is None else job.first_token_s
             if job.is_over:
                 self._end(job)
         return iteration
@@ -142,26 +192,47 @@ class ToyEngine:
             case Preempt():
                 for request_id in plan.request_ids:
                     self.cache.release(request_id)
-                    self.waiting.appendleft(self.running.pop(request_id).waiting_view())
+                    self._enqueue(self.running.pop(request_id))
             case Prefill():
                 for request in plan.requests:
                     self.waiting = deque(view for view in self.waiting if view.request_id != request.request_id)
                     self.running[request.request_id] = self.jobs[request.request_id]
                     self.cache.keep(request.request_id, request.kept)
                 names = tuple(request.request_id for request in plan.requests)
-                self.in_flight.append(InFlight(plan, plan.group, names))
+                jobs = [self.jobs[name] for name in names]
+                work = PrefillWork(new_lens=tuple(job.num_prompt_tokens + job.num_generated for job in jobs))
+                self.in_flight.append(InFlight(plan, plan.group, names, work, self.now_s))
             case Decode():
                 for batch in plan.sub_batches:
                     for request_id in batch.request_ids:
                         self.cache.append(request_id, batch.master)
-                self.in_flight.append(InFlight(plan, plan.group, plan.request_ids))
+                num_keys = dict.fromkeys(plan.group.instances, 0)
+                for request_id in plan.request_ids:
+                    for instance, num_held in self.cache.local_lens(request_id):
+                        num_keys[instance] += num_held
+                work = DecodeWork(
+                    rows=tuple(len(batch.request_ids) for batch in plan.sub_batches), keys=tuple(num_keys.values())
+                )
+                self.in_flight.append(InFlight(plan, plan.group, plan.request_ids, work, self.now_s))
             case Migrate():
                 self.cache.migrate(plan.request_id, plan.source, plan.target, plan.num_tokens)
                 group = Group.of((plan.source, plan.target))
-                self.in_flight.append(InFlight(plan, group, (plan.request_id,)))
+                self.in_flight.append(InFlight(plan, group, (plan.request_id,), None, self.now_s))
+
+    def _enqueue(self, job: Job) -> None:
+        """Into the queue's order: by priority, then by age."""
+        views = [*self.waiting, job.waiting_view()]
+        self.waiting = deque(sorted(views, key=lambda view: (view.priority, view.order)))
 
     def _end(self, job: Job) -> None:
         del self.jobs[job.request_id]
+        self.news.append(
+            RequestEnded(
+                num_prompt_tokens=job.num_prompt_tokens,
+                num_output_tokens=min(job.num_generated, job.max_tokens),
+                finish_reason=FinishReason.ABORT if job.is_aborted else FinishReason.LENGTH,
+            )
+        )
         if self.running.pop(job.request_id, None) is not None:
             self.cache.release(job.request_id)
         else:

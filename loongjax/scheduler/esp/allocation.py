@@ -1,0 +1,161 @@
+"""Step 2 of the paper, elastic allocation: which further instances the chosen requests are worth.
+
+An instance set e is added to the chosen E while (equation 3)
+
+    gain = sum over R of w_r x (seconds until R is done on E - the same on E u e)
+
+is no less than what it takes to free e, the cheapest of
+
+    pausing its decodes:          their weight x the seconds they stand still
+    moving their keys (eq. 4):    (weight of R + weight of the decodes) x the time of the migration, after which they
+                                  decode elsewhere
+    waiting for prefills to end:  the weight of the decodes paused already x the wait, which the gain has in it
+
+The paper looks at used slots only, fewest first, and moves keys at a fixed rate; the seconds here all come from the
+cost model. Keys are moved to one instance that has room for all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.dispatch import Choice
+from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.outlook import Outlook, Site
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.view import RunningView
+
+MAX_REFUSALS = 4
+"""Sites that may be refused before the rest, which hold more keys, is not asked."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """Keys to move before the prefill can begin: all of these requests', from their one instance to another."""
+
+    requests: tuple[RunningView, ...]
+    source: InstanceId
+    target: InstanceId
+
+
+@dataclasses.dataclass(frozen=True)
+class _Offer:
+    """One way to have a site."""
+
+    step: Literal["allocate", "migrate", "wait"]
+    gain: float
+    cost: float
+    ready_s: float
+    target: InstanceId | None = None
+
+
+class Allocator:
+    """Adds instances to a choice."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        outlook: Outlook,
+        window: Window,
+        times: Times,
+        *,
+        fairness: Fairness,
+        can_migrate: bool,
+        min_tokens_between_migrations: int,
+        explain: Sink | None,
+    ) -> None:
+        self._draft = draft
+        self._outlook = outlook
+        self._window = window
+        self._times = times
+        self._fairness = fairness
+        self._can_migrate = can_migrate
+        self._min_tokens_between_migrations = min_tokens_between_migrations
+        self._explain = explain
+
+    def allocate(self, choice: Choice) -> Move | None:
+        """Adds what pays to the choice, and says what keys have to be moved first, if any."""
+        num_refusals = 0
+        for site in self._candidates(choice):
+            offer = max(self._offers(choice, site), key=lambda offer: offer.gain - offer.cost)
+            is_taken = offer.gain > 0.0 and offer.gain >= offer.cost
+            self._tell(choice, site, offer, is_taken)
+            if not is_taken:
+                num_refusals += 1
+                if num_refusals >= MAX_REFUSALS:
+                    break
+            elif offer.target is not None:
+                return Move(site.requests, site.instances[0], offer.target)
+            else:
+                choice.take(site)
+        return None
+
+    def _candidates(self, choice: Choice) -> list[Site]:
+        """Sites that are not taken: decode groups, those with fewest keys first, then prefills, the soonest first."""
+        decodes = [site for site in self._outlook.decodes if site not in choice.sites]
+        decodes.sort(key=lambda site: (sum([request.num_tokens for request in site.requests]), site.instances))
+        return [*decodes, *self._outlook.emptied]
+
+    def _offers(self, choice: Choice, site: Site) -> list[_Offer]:
+        requests = self._window.views(choice.places)
+        weight = self._window.weight(choice.places)
+        paused = sum([taken.pause_weight for taken in choice.sites])
+        now_s = choice.ready_s + self._times.batch_s(choice.dop, requests)
+        duration_s = self._times.batch_s(choice.dop + len(site.instances), requests)
+        ready_s = max(choice.ready_s, site.ready_s)
+        gain = weight * (now_s - ready_s - duration_s)
+        if not site.requests:
+            return [_Offer("wait", gain, paused * max(0.0, ready_s - choice.ready_s), ready_s)]
+        offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)]
+        target = self._target(choice, site)
+        if target is not None:
+            num_tokens = sum([request.num_tokens for request in site.requests])
+            moved_s = self._times.migration_s(num_tokens)
+            cost = (weight + site.pause_weight) * moved_s
+            offers.append(_Offer("migrate", gain, cost, ready_s + moved_s, target))
+        return offers
+
+    def _target(self, choice: Choice, site: Site) -> InstanceId | None:
+        """The fullest instance that can take over all keys of a site of one instance; None if there is none."""
+        draft = self._draft
+        if not self._can_migrate or len(site.instances) > 1:
+            return None
+        if any(len(request.kv) > 1 or not self._may_move(request) for request in site.requests):
+            return None
+        num_pages = sum([draft.shape.num_pages_for(request.num_tokens) for request in site.requests])
+        targets = [
+            instance
+            for other in self._outlook.decodes
+            if other is not site and other not in choice.sites
+            for instance in other.instances
+            if draft.room(instance) >= num_pages
+            and draft.num_newest[instance] + len(site.requests) <= draft.view.max_num_seqs
+        ]
+        return min(targets, key=lambda instance: (draft.room(instance), instance), default=None)
+
+    def _may_move(self, request: RunningView) -> bool:
+        return self._fairness.may_migrate(request, self._min_tokens_between_migrations)
+
+    def _tell(self, choice: Choice, site: Site, offer: _Offer, is_taken: bool) -> None:
+        if self._explain is not None:
+            self._explain(
+                Decision(
+                    now_s=self._draft.view.now_s,
+                    step=offer.step,
+                    is_taken=is_taken,
+                    gain=offer.gain,
+                    cost=offer.cost,
+                    instances=site.instances,
+                    request_ids=tuple([request.request_id for request in self._window.views(choice.places)]),
+                    terms=(
+                        ("ready_s", offer.ready_s),
+                        ("pause_weight", site.pause_weight),
+                        ("gain_weight", self._window.weight(choice.places)),
+                    ),
+                )
+            )

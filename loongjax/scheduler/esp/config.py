@@ -1,0 +1,52 @@
+"""The settings of the ESP policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from loongjax.errors import ConfigError
+
+Admission = Literal["quantile", "worst-case"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EspConfig:
+    """What the cost model cannot say: how careful to be with memory, and how long anybody may be made to wait.
+
+    Raises:
+        ConfigError: a value below its least one.
+    """
+
+    admission: Admission = "quantile"
+    """How long outputs are taken to be when memory is promised: "quantile" of those that ended lately, at most each
+    request's own limit; "worst-case" that limit."""
+    scale_up: bool = True
+    """Whether decode groups take in more instances; only a request that fits nowhere else still does without it."""
+    max_picked: int = 64
+    """Requests that one answer considers for prefilling together, in queue order."""
+    max_lookahead: int = 8
+    """Requests that are tried behind those which do not fit now."""
+    max_overtakes: int = 16
+    """Times that later requests may be prefilled before the first one that is left waiting."""
+    max_prefills_before_decode: int = 4
+    """Prefills that a running request lets pass before its next token comes first."""
+    growth_tokens: int = 64
+    """Tokens of room that a prefill leaves for every running request where its newest token lies."""
+    min_tokens_between_migrations: int = 64
+    """Tokens that a request generates before its keys may be moved again."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("max_picked", 1),
+            ("max_lookahead", 0),
+            ("max_overtakes", 0),
+            ("max_prefills_before_decode", 1),
+            ("growth_tokens", 0),
+            ("min_tokens_between_migrations", 1),
+        ):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
+        if self.admission not in ("quantile", "worst-case"):
+            raise ConfigError(f"admission must be quantile or worst-case, got {self.admission!r}")

@@ -1,0 +1,226 @@
+"""Step 1 of the paper, dispatching: which waiting requests are prefilled next, and which decodes are paused for them.
+
+Requests are taken in queue order as far as instances, pages and the memory admission reach. Instances on which nobody
+decodes cost nothing. A decode group B with instances G is paused for further requests R' if (equations 1 and 2)
+
+    gain = sum over R' of w_r x (wait without them - wait with them)
+    cost = sum over B of w_r x (wait with them + T(R u R', E u G))
+
+where w is 1 / length times priority and pressure (`objective`), T the prefill's predicted time, R and E what was taken
+before. The paper's wait is until B ends; here it is the least of that, of the end of what R occupies, and of the end of
+prefills in flight that leave instances without keys.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.core.cluster import InstanceId
+from loongjax.costmodel.work import PrefillTotals
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.memory import MemoryAdmission
+from loongjax.scheduler.esp.outlook import Outlook, Site
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.fairness import Fairness
+
+MAX_SITES = 16
+"""Decode groups, the cheapest ones, that one answer considers pausing."""
+
+
+@dataclasses.dataclass
+class Choice:
+    """Requests to prefill and instances to do it on, which later steps add to."""
+
+    places: list[int]
+    """Of the requests in the window."""
+    instances: list[InstanceId]
+    sites: list[Site]
+    """Decode groups that are paused for it, and others' instances that it waits for."""
+
+    @property
+    def dop(self) -> int:
+        return len(self.instances)
+
+    @property
+    def ready_s(self) -> float:
+        """In how many seconds all its instances should be idle."""
+        return max([site.ready_s for site in self.sites], default=0.0)
+
+    def take(self, site: Site) -> None:
+        self.sites.append(site)
+        self.instances.extend(site.instances)
+
+
+class Dispatcher:
+    """Makes a `Choice` from a window of waiting requests."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        outlook: Outlook,
+        window: Window,
+        memory: MemoryAdmission,
+        times: Times,
+        *,
+        config: EspConfig,
+        fairness: Fairness,
+        lengths: OutputLengths,
+        explain: Sink | None,
+    ) -> None:
+        self._draft = draft
+        self._outlook = outlook
+        self._window = window
+        self._memory = memory
+        self._times = times
+        self._config = config
+        self._fairness = fairness
+        self._lengths = lengths
+        self._explain = explain
+
+    def dispatch(self) -> Choice:
+        """Fills the vacant instances, then pauses decodes one group after the other where the gain exceeds the cost."""
+        choice = Choice([], [], [])
+        if self._outlook.vacant:
+            choice.places = self.pick(self._outlook.vacant, [])
+            if choice.places:
+                choice.instances = list(self._outlook.vacant)
+        for site in self._outlook.decodes[:MAX_SITES]:
+            more = self.pick([*choice.instances, *site.instances], choice.places)
+            if more and self._is_worth_pausing(choice, site, more):
+                choice.take(site)
+                choice.places += more
+            if len(choice.places) >= min(self._config.max_picked, len(self._window)):
+                break
+        return choice
+
+    def pick(self, instances: Sequence[InstanceId], taken: Sequence[int]) -> list[int]:
+        """Further requests, by their places, that fit on these instances beside those taken, in queue order."""
+        view, window = self._draft.view, self._window
+        num_tokens = len(instances) * view.max_num_batched_tokens - sum([window.lens[place] for place in taken])
+        num_pages = sum([self._draft.room(instance) for instance in instances])
+        num_pages -= sum([window.pages[place] for place in taken])
+        num_seats = sum([max(0, view.max_num_seqs - self._draft.num_newest[instance]) for instance in instances])
+        num_seats -= len(taken)
+        trial = self._memory.trial()
+        for place in taken:
+            trial.admit(place)
+        picked: list[int] = []
+        skipped: list[int] = []
+        already = set(taken)
+        for place in range(len(window)):
+            if place in already:
+                continue
+            if len(picked) + len(taken) >= self._config.max_picked:
+                break
+            is_alone = window[place].is_suspect
+            fits = (
+                window.lens[place] <= num_tokens
+                and window.pages[place] <= num_pages
+                and num_seats > 0
+                and not (is_alone and (picked or taken))
+                and trial.admit(place)
+            )
+            if fits:
+                picked.append(place)
+                num_tokens -= window.lens[place]
+                num_pages -= window.pages[place]
+                num_seats -= 1
+                if is_alone:
+                    break
+            else:
+                skipped.append(place)
+                if len(skipped) > self._config.max_lookahead or not self._fairness.may_overtake(window[skipped[0]]):
+                    break
+        return picked
+
+    def _is_worth_pausing(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
+        """Equations 1 and 2."""
+        window = self._window
+        dop = choice.dop + len(site.instances)
+        wait_s = max(choice.ready_s, site.ready_s)
+        duration_s = self._times.batch_s(dop, window.views([*choice.places, *more]))
+        otherwise_s = self._wait_otherwise_s(choice, site, more)
+        gain = window.weight(more) * max(0.0, otherwise_s - wait_s)
+        cost = site.pause_weight * (wait_s - site.ready_s + duration_s)
+        if self._explain is not None:
+            self._explain(
+                Decision(
+                    now_s=self._draft.view.now_s,
+                    step="dispatch",
+                    is_taken=gain > cost,
+                    gain=gain,
+                    cost=cost,
+                    instances=site.instances,
+                    request_ids=tuple([request.request_id for request in window.views(more)]),
+                    terms=(
+                        ("wait_s", wait_s),
+                        ("wait_otherwise_s", otherwise_s),
+                        ("prefill_s", duration_s),
+                        ("pause_weight", site.pause_weight),
+                        ("gain_weight", window.weight(more)),
+                    ),
+                )
+            )
+        return gain > cost
+
+    def _wait_otherwise_s(self, choice: Choice, site: Site, more: Sequence[int]) -> float:
+        """In how many seconds the first of these requests could begin if this group were not paused."""
+        first = more[0]
+        num_pages, num_tokens = self._window.pages[first], self._window.lens[first]
+        waits = [self._until_over_s(site)]
+        if choice.places:
+            num_free = sum([self._draft.room(instance) for instance in choice.instances])
+            num_free -= sum([self._window.pages[place] for place in choice.places])
+            if num_free >= num_pages and num_tokens <= choice.dop * self._draft.view.max_num_batched_tokens:
+                duration_s = self._times.batch_s(choice.dop, self._window.views(choice.places))
+                waits.append(choice.ready_s + duration_s)
+        for emptied in self._outlook.emptied:
+            num_free = sum([self._draft.room(instance) for instance in emptied.instances])
+            capacity = len(emptied.instances) * self._draft.view.max_num_batched_tokens
+            if num_free >= num_pages and num_tokens <= capacity:
+                waits.append(emptied.ready_s)
+                break
+        return min(waits)
+
+    def _until_over_s(self, site: Site) -> float:
+        """In how many seconds the last decode of the group is expected to end: the paper's AvgLat_d - exec_time."""
+        generated = np.array([request.num_output_tokens for request in site.requests], np.int64)
+        prompts = [request.num_tokens - request.num_output_tokens for request in site.requests]
+        limits = np.array([request.max_total_tokens for request in site.requests], np.int64) - np.array(prompts)
+        num_steps = float(np.max(self._lengths.expected_left(generated, limits)))
+        num_keys = sum([request.num_tokens for request in site.requests])
+        dop = len(site.instances)
+        step_s = float(self._times.step_s(dop, len(site.requests), -(-num_keys // dop), [1])[0])
+        return site.ready_s + max(0.0, num_steps) * step_s
+
+
+def num_worth_batching(times: Times, dop: int, lens: np.ndarray, weights: np.ndarray) -> int:
+    """The tipping point: how many of these requests, in queue order, one prefill should take; the others come next.
+
+    While a prefill is bound by memory another request costs next to nothing, and it saves a prefill of its own, which
+    takes `fixed` seconds however small it is. Beyond, it delays those before it. So the first r is put off for which
+
+        (T(1..r) - T(1..r-1)) x sum of w before r  >  fixed x sum of w from r on.
+
+    With A + B tokens and n equal requests that is where the tokens exceed A / B, the model's tipping point, times the
+    requests put off: a long queue is served in larger batches.
+
+    Args:
+        times: predictions.
+        dop: instances of the prefill.
+        lens: tokens of each request, int64.
+        weights: what a second of waiting costs each, float64.
+    """
+    if len(lens) < 2:
+        return len(lens)
+    seconds = times.prefill_s(dop, PrefillTotals.of_sums(np.cumsum(lens), np.cumsum(lens * lens)))
+    before = np.cumsum(weights)[:-1]
+    is_put_off = np.diff(seconds) * before > times.least_prefill_s(dop) * (weights.sum() - before)
+    return 1 + int(np.argmax(is_put_off)) if is_put_off.any() else len(lens)

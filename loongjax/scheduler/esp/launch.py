@@ -1,0 +1,114 @@
+"""Steps 3 and 4 of the paper for a choice: which of its requests run together, and where their keys stay."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.core.cluster import Group, InstanceId
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.batching import split
+from loongjax.scheduler.esp.dispatch import Choice, num_worth_batching
+from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.placement import Shelf, place_keys
+from loongjax.scheduler.view import WaitingView
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """What became of a choice."""
+
+    places: list[int]
+    """Requests whose prefill starts now, by their places in the window."""
+    has_held: bool
+    """Whether idle instances were kept for requests that start when others are idle too."""
+
+
+def launch(
+    draft: Draft, choice: Choice, window: Window, times: Times, *, growth_tokens: int, explain: Sink | None
+) -> Launch:
+    """Splits the choice into batches, starts those whose instances are idle, and holds the idle instances of others.
+
+    Requests beyond a batch's tipping point are left waiting.
+    """
+    instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
+    by_length = sorted(choice.places, key=lambda place: (-window.lens[place], place))
+    started: list[int] = []
+    has_held = False
+    for places, group in _batches(draft, by_length, instances, window, times):
+        idle = [instance for instance in group if instance in draft.idle]
+        if len(idle) < len(group):
+            draft.reserve(idle)
+            has_held = has_held or bool(idle)
+            continue
+        in_order = sorted(places)
+        lens, weights = window.arrays(in_order)
+        kept = in_order[: num_worth_batching(times, len(group), lens, weights)]
+        start(draft, group, window.views(kept), growth_tokens)
+        started += kept
+        if explain is not None:
+            requests = window.views(kept)
+            duration_s = times.batch_s(len(group), requests)
+            explain(
+                Decision(
+                    now_s=draft.view.now_s,
+                    step="batch",
+                    is_taken=True,
+                    gain=0.0,
+                    cost=duration_s * window.weight(kept),
+                    instances=tuple(sorted(group)),
+                    request_ids=tuple([request.request_id for request in requests]),
+                    terms=(("prefill_s", duration_s), ("num_put_off", float(len(places) - len(kept)))),
+                )
+            )
+    return Launch(started, has_held)
+
+
+def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:
+    """Puts one prefill into the draft. Its keys stay on the fewest instances that can hold them: scale-down."""
+    page_size = draft.shape.page_size
+    num_needed = sum([draft.shape.num_pages_for(request.num_tokens) for request in requests if request.keeps_kv])
+    num_spare = sum([draft.shape.num_pages_for(growth_tokens) for request in requests if request.keeps_kv])
+    has_room = sum([draft.room(instance) for instance in group]) >= num_needed
+    shelves = [
+        Shelf(
+            instance,
+            draft.room(instance) if has_room else draft.free[instance],
+            max(0, draft.view.max_num_seqs - draft.num_newest[instance]),
+        )
+        for instance in group
+    ]
+    kept = place_keys(requests, shelves, page_size=page_size, num_spare_pages=num_spare)
+    draft.prefill(Group.of(group), kept)
+
+
+def _batches(
+    draft: Draft, by_length: list[int], instances: list[InstanceId], window: Window, times: Times
+) -> list[tuple[list[int], list[InstanceId]]]:
+    """(places, instances) of each batch of equation 5. If memory is too scattered for all requests, the last in queue
+    order are left out, half of them at a time."""
+    page_size = draft.shape.page_size
+    free_tokens = np.array([draft.room(instance) * page_size for instance in instances], np.int64)
+    while by_length:
+        lens, weights = window.arrays(by_length)
+        batches = split(
+            lens,
+            weights,
+            free_tokens,
+            times.prefill_s,
+            max_tokens_per_instance=draft.view.max_num_batched_tokens,
+            max_requests=draft.view.max_num_seqs,
+            kept_tokens=np.array([window.pages[place] * page_size for place in by_length], np.int64),
+        )
+        if batches is not None:
+            return [
+                ([by_length[index] for index in batch.requests], [instances[index] for index in batch.instances])
+                for batch in batches
+            ]
+        left_out = set(sorted(by_length)[-(-len(by_length) // 2) :] if len(by_length) > 1 else by_length)
+        by_length = [place for place in by_length if place not in left_out]
+    return []

@@ -1,0 +1,123 @@
+"""Memory admission: whether everybody's keys will fit until they end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from loongjax.scheduler.esp.config import Admission
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+
+
+def peak_tokens(held: Int[np.ndarray, " requests"], left: Int[np.ndarray, " requests"]) -> int:
+    """Slots that are taken at the worst moment, if all requests grow by a token a step and give back all at their end.
+
+    Just before the k-th last request ends, the k last ones live, and each has grown by what that one grew: the most,
+    over k, of k left_k + held_1 + ... + held_k in descending order of `left` (section 5.1 of the paper).
+
+    Args:
+        held: slots that each has now.
+        left: tokens that each will still add.
+    """
+    order = np.argsort(-left, kind="stable")
+    return int(np.max(left[order] * np.arange(1, len(order) + 1) + np.cumsum(held[order]), initial=0))
+
+
+class MemoryAdmission:
+    """Lets requests in while the peak of all outputs, as long as they may become, fits the whole pool.
+
+    Any token may lie on any instance, so the pool is one. What was promised and turns out too little is made up for by
+    preemption.
+
+    Args:
+        view: the cluster.
+        candidates: waiting requests that may be let in.
+        lengths: of outputs that have ended.
+        admission: how long outputs are taken to become.
+    """
+
+    def __init__(
+        self, view: ClusterView, candidates: Sequence[WaitingView], lengths: OutputLengths, admission: Admission
+    ) -> None:
+        self._page_size = view.shape.page_size
+        self._lengths = lengths
+        self._admission: Admission = admission
+        self._capacity = view.shape.num_instances * view.shape.num_slots
+        self._held, self._left = self._demands(_running_table([request for request in view.running if request.kv]))
+        self._most = int(self._held.sum() + self._left.sum())
+        held, left = self._demands(_waiting_table(candidates))
+        self._candidates: list[tuple[int, int]] = list(zip(held.tolist(), left.tolist(), strict=True))
+
+    def trial(self) -> Trial:
+        """Nobody admitted yet."""
+        return Trial(self)
+
+    def demand(self, candidate: int) -> tuple[int, int]:
+        """Slots that the prefill of a candidate takes, and tokens that it will add."""
+        return self._candidates[candidate]
+
+    def fits(self, demands: Sequence[tuple[int, int]], sum_of_demands: int) -> bool:
+        """Whether these fit beside what runs."""
+        if self._most + sum_of_demands <= self._capacity:
+            return True
+        more = np.array(demands, np.int64).reshape(-1, 2)
+        held = np.concatenate((self._held, more[:, 0]))
+        left = np.concatenate((self._left, more[:, 1]))
+        return peak_tokens(held, left) <= self._capacity
+
+    def _demands(
+        self, table: Int[np.ndarray, "requests 3"]
+    ) -> tuple[Int[np.ndarray, " requests"], Int[np.ndarray, " requests"]]:
+        """Slots held, in whole pages, and tokens still to come; the last token of an output never gets a slot."""
+        num_tokens, max_total_tokens, num_output_tokens = table.T
+        num_prompt_tokens = num_tokens - num_output_tokens
+        final = max_tokens = max_total_tokens - num_prompt_tokens
+        if self._admission == "quantile":
+            final = self._lengths.bounds(num_output_tokens, max_tokens)
+        left = np.maximum(num_prompt_tokens + final - 1 - num_tokens, 0)
+        return -(-num_tokens // self._page_size) * self._page_size, left
+
+
+class Trial:
+    """Candidates that are admitted together, one after the other."""
+
+    def __init__(self, memory: MemoryAdmission) -> None:
+        self._memory = memory
+        self._demands: list[tuple[int, int]] = []
+        self._sum = 0
+
+    def admit(self, candidate: int) -> bool:
+        """Takes the candidate in if it fits beside what runs and those before it."""
+        demand = self._memory.demand(candidate)
+        self._demands.append(demand)
+        self._sum += sum(demand)
+        if self._memory.fits(self._demands, self._sum):
+            return True
+        self._demands.pop()
+        self._sum -= sum(demand)
+        return False
+
+
+def _running_table(requests: Sequence[RunningView]) -> Int[np.ndarray, "requests 3"]:
+    """Tokens with keys, most tokens ever, and generated tokens that have keys: at rest, all but the newest."""
+    return np.array(
+        [
+            (request.num_tokens, request.max_total_tokens, request.num_output_tokens - (not request.is_in_flight))
+            for request in requests
+        ],
+        np.int64,
+    ).reshape(-1, 3)
+
+
+def _waiting_table(requests: Sequence[WaitingView]) -> Int[np.ndarray, "requests 3"]:
+    """As for running ones, as if their prefill were over; of one that keeps no keys, nothing."""
+    return np.array(
+        [
+            (request.num_tokens, request.max_total_tokens, request.num_output_tokens) if request.keeps_kv else (0, 0, 0)
+            for request in requests
+        ],
+        np.int64,
+    ).reshape(-1, 3)

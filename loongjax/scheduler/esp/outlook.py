@@ -1,0 +1,83 @@
+"""Where prefills could go: instances that are free, that decode, or that other prefills will leave empty."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Collection
+
+from loongjax.core.cluster import InstanceId
+from loongjax.core.plan import Prefill
+from loongjax.scheduler.components import Component, find_components
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.objective import decode_weight
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.view import RunningView
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Site:
+    """Instances that prefills can have together, or not at all."""
+
+    instances: tuple[InstanceId, ...]
+    """Ascending."""
+    ready_s: float = 0.0
+    """In how many seconds all of them should be idle."""
+    pause_weight: float = 0.0
+    """What it costs a second that the decodes there stand still."""
+    requests: tuple[RunningView, ...] = ()
+    """Those decodes."""
+
+
+class Outlook:
+    """All sites, and when each instance should be free.
+
+    Args:
+        draft: the cluster.
+        times: predictions.
+        barred: instances that no prefill may have now.
+    """
+
+    def __init__(self, draft: Draft, times: Times, barred: Collection[InstanceId]) -> None:
+        view = draft.view
+        self.components = find_components(draft)
+        """Every decode group there could be, busy or not."""
+        self.until_free_s = times.until_free_s(view)
+        """In seconds, by instance."""
+        decoding = {instance for component in self.components for instance in component.instances}
+        by_room = sorted(draft.idle, key=lambda instance: (-draft.room(instance), instance))
+        self.vacant = [instance for instance in by_room if instance not in decoding and instance not in barred]
+        """Idle instances on which nobody waits for a next token, those with most room first."""
+        sites = [self._site(component, view.now_s) for component in self.components]
+        self.decodes = [site for site in sites if site.ready_s < math.inf and not _meets(site.instances, barred)]
+        """Decode groups, those first that are cheapest to pause for each instance."""
+        self.decodes.sort(key=lambda site: (site.pause_weight / len(site.instances), site.instances))
+        self.emptied = self._emptied(draft, barred)
+        """Instances that prefills in flight will leave without keys, soonest first."""
+
+    def _site(self, component: Component, now_s: float) -> Site:
+        return Site(
+            instances=tuple(sorted(component.instances)),
+            ready_s=max([self.until_free_s[instance] for instance in component.instances]),
+            pause_weight=sum([decode_weight(request, now_s) for request in component.requests]),
+            requests=tuple(component.requests),
+        )
+
+    def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:
+        sites: list[Site] = []
+        for flight in draft.view.flights:
+            if isinstance(flight.plan, Prefill):
+                instances = tuple(
+                    [
+                        instance
+                        for instance in flight.group.instances
+                        if not draft.residents[instance] and instance not in barred
+                    ]
+                )
+                if instances:
+                    sites.append(Site(instances=instances, ready_s=self.until_free_s[instances[0]]))
+        return sorted(sites, key=lambda site: site.ready_s)
+
+
+def _meets(instances: Collection[InstanceId], barred: Collection[InstanceId]) -> bool:
+    return any(instance in barred for instance in instances)

@@ -1,0 +1,73 @@
+"""How long outputs have turned out to be, and so how long those under way may become."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from jaxtyping import Float, Int
+
+WINDOW = 512
+"""Outputs that are remembered."""
+QUANTILE = 0.9
+
+
+class OutputLengths:
+    """The lengths of the last outputs that ended by themselves or at their limit.
+
+    What is expected of a request follows from those outputs only that were longer than its own is already. Quantiles
+    count the request itself among them: of m lengths the ceil(0.9 (m + 1))-th in order bounds the next one with
+    probability 0.9, and where m is too small for that the request's own limit does. A value object in effect: learning
+    replaces the arrays, so that a copy costs nothing.
+    """
+
+    def __init__(self) -> None:
+        self._recent = np.empty(0, np.int64)
+        """In order of their end."""
+        self._ascending = self._recent
+        self._sums_from = np.zeros(1)
+        """[i]: the sum of the ascending lengths from the i-th on."""
+
+    def copy(self) -> OutputLengths:
+        other = OutputLengths()
+        other.__dict__.update(self.__dict__)
+        return other
+
+    def __len__(self) -> int:
+        return len(self._recent)
+
+    def add(self, num_output_tokens: int) -> None:
+        """Learns from an output that ended."""
+        self._recent = np.append(self._recent[1 - WINDOW :], num_output_tokens)
+        self._ascending = np.sort(self._recent)
+        self._sums_from = np.append(np.cumsum(self._ascending[::-1])[::-1], 0.0)
+
+    def bounds(
+        self, num_output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"]
+    ) -> Int[np.ndarray, " requests"]:
+        """The 0.9-quantile of each request's final output length, given what it has generated; at most its limit."""
+        ascending = self._ascending
+        first = np.searchsorted(ascending, num_output_tokens, side="right")
+        num_longer = len(ascending) - first
+        rank = np.ceil(QUANTILE * (num_longer + 1)).astype(np.int64)
+        padded = np.append(ascending, np.iinfo(np.int64).max)
+        index = np.where(rank <= num_longer, first + rank - 1, len(ascending))
+        return np.minimum(padded[index], max_tokens)
+
+    def expected_left(
+        self, num_output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"]
+    ) -> Float[np.ndarray, " requests"]:
+        """Tokens that each request is still expected to generate: the mean of the longer outputs, less its own.
+
+        Where none was longer, it is taken to be half way.
+        """
+        first = np.searchsorted(self._ascending, num_output_tokens, side="right")
+        num_longer = len(self._ascending) - first
+        mean = self._sums_from[first] / np.maximum(num_longer, 1) - num_output_tokens
+        guess = np.where(num_longer > 0, mean, np.maximum(num_output_tokens, 1))
+        return np.minimum(guess, max_tokens - num_output_tokens)
+
+
+def least_sample() -> int:
+    """Outputs that must have ended before a quantile is known for a request that has generated nothing."""
+    return math.ceil(QUANTILE / (1.0 - QUANTILE) - 1e-9)

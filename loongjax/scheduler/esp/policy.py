@@ -1,0 +1,119 @@
+"""The ESP policy: dispatching, elastic allocation, batching and scaling, asked whenever a group completes.
+
+There is no macro iteration. Each answer plans for the instances that are idle, and knows when the others should be:
+where waiting for some of them pays, the idle ones are held until then. Every second comes from the cost model, which
+is corrected by what iterations really take.
+
+Why every request ends: each prefill and each decode gives its requests a token, so it is enough that something always
+runs and nobody is passed over for ever. The oldest request of all, if it waits, is prefilled whatever it costs, and
+younger ones are preempted for it; it is never preempted itself. Any waiting request is overtaken a bounded number of
+times, after which nobody is prefilled before it; any running one lets a bounded number of prefills pass, after which
+no prefill starts on its instances before it has decoded. Instances are held only for others that are busy, so with
+nothing in flight nothing is held.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from loongjax.core.plan import Plan
+from loongjax.core.request import FinishReason
+from loongjax.costmodel.corrector import CorrectedModel, Corrector
+from loongjax.costmodel.model import CostModel
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, PrefillWork
+from loongjax.errors import ConfigError
+from loongjax.scheduler.decode_planner import DecodePlanner
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.explain import Sink
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.prefill import PrefillPlanner
+from loongjax.scheduler.esp.scaling import CostModelRules
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.observation import IterationEnded, Observation
+from loongjax.scheduler.view import ClusterView
+
+
+class EspPolicy:
+    """Elastic sequence parallelism by predicted times. See `loongjax.scheduler.policy.Policy`.
+
+    Args:
+        config: what the cost model cannot say.
+        cost_model: knows every strategy that the cluster can form. Without migration times no keys are moved.
+        explain: is given every decision, those that the engine only rehearses included.
+    """
+
+    def __init__(self, config: EspConfig, cost_model: CostModel, *, explain: Sink | None = None) -> None:
+        self._config = config
+        self._base_model = cost_model
+        self._corrector = Corrector()
+        self._model = CorrectedModel(base=cost_model, corrector=self._corrector)
+        self._can_migrate = _knows_migration(cost_model)
+        self._explain = explain
+        self._lengths = OutputLengths()
+        self._fairness = Fairness(
+            max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes
+        )
+
+    def copy(self) -> EspPolicy:
+        """See `Policy.copy`. Corrections of the cost model are shared: they are facts to all copies."""
+        other = copy.copy(self)
+        other._fairness = self._fairness.copy()
+        other._lengths = self._lengths.copy()
+        return other
+
+    def observe(self, observations: Sequence[Observation]) -> None:
+        """Corrects the cost model, and learns how long outputs are. See `Policy.observe`."""
+        for observation in observations:
+            if isinstance(observation, IterationEnded):
+                self._correct(observation)
+            elif observation.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+                self._lengths.add(observation.num_output_tokens)
+
+    def plan(self, view: ClusterView) -> tuple[Plan, ...]:
+        """Plans for the instances that are not busy. See `Policy.plan`."""
+        draft = Draft(view, self._config.growth_tokens)
+        if not draft.idle:
+            return ()
+        times = Times(self._model, view.shape.tp)
+        if view.waiting:
+            PrefillPlanner(
+                draft,
+                times,
+                config=self._config,
+                fairness=self._fairness,
+                lengths=self._lengths,
+                can_migrate=self._can_migrate,
+                explain=self._explain,
+            ).plan()
+        if draft.idle:
+            rules = CostModelRules(
+                times,
+                self._config,
+                self._lengths,
+                can_migrate=self._can_migrate,
+                now_s=view.now_s,
+                explain=self._explain,
+            )
+            DecodePlanner(draft, rules, self._fairness).plan()
+        self._fairness.prune(view.running, view.waiting)
+        return draft.plans
+
+    def _correct(self, ended: IterationEnded) -> None:
+        if isinstance(ended.work, PrefillWork):
+            predicted_s = self._base_model.prefill_s(ended.strategy, PrefillTotals.of([ended.work]))
+            kind = "prefill"
+        else:
+            predicted_s = self._base_model.decode_s(ended.strategy, DecodeTotals.of([ended.work]))
+            kind = "decode"
+        self._corrector.observe(kind, ended.strategy, predicted_s=float(predicted_s[0]), actual_s=ended.elapsed_s)
+
+
+def _knows_migration(model: CostModel) -> bool:
+    try:
+        model.migration_s(1, 1)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,141 @@
+"""The prefills of one answer: dispatching, allocation, batching and placement, one after the other."""
+
+from __future__ import annotations
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.allocation import Allocator, Move
+from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.dispatch import Choice, Dispatcher
+from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.launch import launch
+from loongjax.scheduler.esp.memory import MemoryAdmission
+from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.senior import SeniorPlanner, senior_of
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.view import WaitingView
+
+
+class PrefillPlanner:
+    """Plans the prefills of one answer, and the migrations that make way for them."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        times: Times,
+        *,
+        config: EspConfig,
+        fairness: Fairness,
+        lengths: OutputLengths,
+        can_migrate: bool,
+        explain: Sink | None,
+    ) -> None:
+        self._draft = draft
+        self._view = draft.view
+        self._times = times
+        self._config = config
+        self._fairness = fairness
+        self._lengths = lengths
+        self._can_migrate = can_migrate
+        self._explain = explain
+
+    def plan(self) -> None:
+        """Puts prefills and migrations into the draft, and holds instances for those that cannot start yet."""
+        view, draft = self._view, self._draft
+        senior = senior_of(view)
+        num_tried = self._config.max_picked + self._config.max_lookahead
+        requests = list(view.waiting[:num_tried])
+        if senior is not None:
+            requests = [senior, *[request for request in requests if request is not senior]]
+        window = Window(requests, view.shape, view.now_s)
+        idle_before = set(draft.idle)
+        barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
+        outlook = Outlook(draft, self._times, barred)
+        choice, started, is_under_way = self._optimise(window, outlook)
+        first = window[0]
+        must_start = senior is not None or not self._fairness.may_overtake(first)
+        is_left = 0 not in started and not (is_under_way and 0 in choice.places)
+        if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
+            started = [*started, 0]
+        self._note(window, started, idle_before - draft.idle)
+
+    def _optimise(self, window: Window, outlook: Outlook) -> tuple[Choice, list[int], bool]:
+        """(the choice, what starts of it, whether the rest is on its way: instances are held, or keys moved for it)."""
+        draft = self._draft
+        memory = MemoryAdmission(self._view, window.requests, self._lengths, self._config.admission)
+        dispatcher = Dispatcher(
+            draft,
+            outlook,
+            window,
+            memory,
+            self._times,
+            config=self._config,
+            fairness=self._fairness,
+            lengths=self._lengths,
+            explain=self._explain,
+        )
+        choice = dispatcher.dispatch()
+        if not choice.places:
+            return choice, [], False
+        move = Allocator(
+            draft,
+            outlook,
+            window,
+            self._times,
+            fairness=self._fairness,
+            can_migrate=self._can_migrate,
+            min_tokens_between_migrations=self._config.min_tokens_between_migrations,
+            explain=self._explain,
+        ).allocate(choice)
+        if move is not None:
+            self._make_way(choice, move)
+            return choice, [], True
+        launched = launch(
+            draft, choice, window, self._times, growth_tokens=self._config.growth_tokens, explain=self._explain
+        )
+        return choice, launched.places, launched.has_held
+
+    def _make_way(self, choice: Choice, move: Move) -> None:
+        """Moves the keys of one more request, once both instances are idle, and holds what the choice has."""
+        draft = self._draft
+        if {move.source, move.target} <= draft.idle:
+            request = min(move.requests, key=lambda request: request.order)
+            self._fairness.note_migrated(request)
+            draft.migrate(request.request_id, move.source, move.target, request.num_tokens)
+        draft.reserve([move.source, move.target])
+        draft.reserve(choice.instances)
+
+    def _force(self, request: WaitingView, outlook: Outlook, *, may_preempt: bool) -> bool:
+        is_started = SeniorPlanner(self._draft, outlook, self._config.growth_tokens).plan(
+            request, may_preempt=may_preempt
+        )
+        if self._explain is not None:
+            self._explain(
+                Decision(
+                    now_s=self._view.now_s,
+                    step="senior",
+                    is_taken=is_started,
+                    gain=0.0,
+                    cost=0.0,
+                    instances=tuple(sorted(self._draft.prefilling)),
+                    request_ids=(request.request_id,),
+                )
+            )
+        return is_started
+
+    def _note(self, window: Window, started: list[int], taken: set[InstanceId]) -> None:
+        """Remembers who was overtaken and who had to stand still."""
+        if not started:
+            return
+        left = set(range(len(window))) - set(started)
+        requests = window.views(started)
+        if left:
+            first_left = window[min(left)]
+            if any(request.order > first_left.order for request in requests):
+                self._fairness.note_overtaken(first_left)
+        self._fairness.note_prefilled(requests)
+        passed = [request for request in self._draft.residents_of(taken) if not request.is_in_flight]
+        self._fairness.note_passed(passed)

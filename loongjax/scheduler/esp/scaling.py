@@ -1,0 +1,132 @@
+"""Step 4 of the paper for decodes: when masters join for computing, and when moving keys lets an instance go.
+
+Scale-down of prefills is `loongjax.scheduler.placement`; which master takes which request, and scale-up for memory, is
+`loongjax.scheduler.decode_planner`, which asks these rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.components import Component
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.view import RunningView
+
+
+class CostModelRules:
+    """`DecodeRules` of predicted step times; no number of requests is a threshold here.
+
+    A change pays if what it saves in the steps that the group is expected to take still exceeds the time of the
+    migration that it needs now, or that undoing it will need.
+    """
+
+    def __init__(
+        self,
+        times: Times,
+        config: EspConfig,
+        lengths: OutputLengths,
+        *,
+        can_migrate: bool,
+        now_s: float = 0.0,
+        explain: Sink | None = None,
+    ) -> None:
+        self._times = times
+        self._config = config
+        self._lengths = lengths
+        self._can_migrate = can_migrate
+        self._now_s = now_s
+        self._explain = explain
+
+    @property
+    def min_tokens_between_migrations(self) -> int:
+        return self._config.min_tokens_between_migrations
+
+    def rows_per_master(self, component: Component) -> int:
+        """An even share for as many masters as make the step shortest."""
+        num_rows, dop = len(component.requests), len(component.instances)
+        if dop == 1:
+            return num_rows
+        num_masters = np.arange(1, min(dop, num_rows) + 1)
+        steps_s = self._times.step_s(dop, num_rows, _busiest_keys(component.requests), num_masters.tolist())
+        return -(-num_rows // int(num_masters[np.argmin(steps_s)]))
+
+    def wants_instance(self, component: Component) -> bool:
+        """Where computing bounds the step, one more master shortens it.
+
+        gain = steps still expected x (step of k instances - step of k + 1), cost = moving the new master's keys back.
+        """
+        if not self._config.scale_up or len(component.requests) <= len(component.instances):
+            return False
+        num_rows, dop = len(component.requests), len(component.instances)
+        busiest_keys = _busiest_keys(component.requests)
+        now_s = float(self._times.step_s(dop, num_rows, busiest_keys, range(1, dop + 1)).min())
+        then_s = float(self._times.step_s(dop + 1, num_rows, busiest_keys, [dop + 1])[0])
+        if then_s >= now_s:
+            return False
+        num_steps = self._steps_left(component.requests)
+        gain = num_steps * (now_s - then_s)
+        num_new_keys = num_steps * -(-num_rows // (dop + 1))
+        cost = self._times.migration_s(num_new_keys) if self._can_migrate else 0.0
+        self._tell("scale-up", component.instances, gain, cost, (("step_s", now_s), ("step_then_s", then_s)))
+        return gain > cost
+
+    def allows_memory_scale_up(self) -> bool:
+        return self._config.scale_up
+
+    def is_worth_moving(self, draft: Draft, component: Component, source: InstanceId, num_tokens: int) -> bool:
+        """gain = steps still expected x (step of k instances - step of k - 1), cost = moving the keys now."""
+        if not self._can_migrate:
+            return False
+        num_rows, dop = len(component.requests), len(component.instances)
+        busiest_keys = _busiest_keys(component.requests)
+        now_s = float(self._times.step_s(dop, num_rows, busiest_keys, range(1, dop + 1)).min())
+        then_s = float(self._times.step_s(dop - 1, num_rows, busiest_keys + num_tokens, range(1, dop)).min())
+        if then_s >= now_s:
+            return False
+        gain = self._steps_left(component.requests) * (now_s - then_s)
+        cost = self._times.migration_s(num_tokens)
+        self._tell("scale-down", (source,), gain, cost, (("step_s", now_s), ("step_then_s", then_s)))
+        return gain > cost
+
+    def _steps_left(self, requests: Sequence[RunningView]) -> float:
+        """Steps until half of the requests' expected tokens are generated, at least one: the mean over requests."""
+        generated = np.array([request.num_output_tokens for request in requests], np.int64)
+        totals = np.array([request.max_total_tokens - request.num_tokens for request in requests], np.int64)
+        return max(1.0, float(np.mean(self._lengths.expected_left(generated, generated + totals))))
+
+    def _tell(
+        self,
+        step: str,
+        instances: set[InstanceId] | tuple[InstanceId, ...],
+        gain: float,
+        cost: float,
+        terms: tuple[tuple[str, float], ...],
+    ) -> None:
+        if self._explain is not None:
+            self._explain(
+                Decision(
+                    now_s=self._now_s,
+                    step="scale-up" if step == "scale-up" else "scale-down",
+                    is_taken=gain > cost,
+                    gain=gain,
+                    cost=cost,
+                    instances=tuple(sorted(instances)),
+                    terms=terms,
+                )
+            )
+
+
+def _busiest_keys(requests: Sequence[RunningView]) -> int:
+    """Keys on the instance that holds most of them."""
+    num_keys: dict[InstanceId, int] = {}
+    for request in requests:
+        for instance, count in request.kv:
+            num_keys[instance] = num_keys.get(instance, 0) + count
+    return max(num_keys.values())

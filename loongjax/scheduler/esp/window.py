@@ -1,0 +1,48 @@
+"""The waiting requests that one answer looks at, and what each of them takes and weighs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.core.cluster import ClusterShape
+from loongjax.scheduler.esp.objective import prefill_weight
+from loongjax.scheduler.view import WaitingView
+
+
+class Window:
+    """Some waiting requests, by their place in the order in which they are tried.
+
+    Args:
+        requests: in that order.
+        shape: the cluster's.
+        now_s: the engine's clock.
+    """
+
+    def __init__(self, requests: Sequence[WaitingView], shape: ClusterShape, now_s: float) -> None:
+        self.requests = requests
+        self.lens = [request.num_tokens for request in requests]
+        self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
+        """Pages that each prefill leaves filled."""
+        self.weights = [prefill_weight(request, now_s) for request in requests]
+        """What a second of waiting costs."""
+        self._lens_array = np.array(self.lens, np.int64)
+        self._weights_array = np.array(self.weights, np.float64)
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+    def __getitem__(self, place: int) -> WaitingView:
+        return self.requests[place]
+
+    def views(self, places: Sequence[int]) -> list[WaitingView]:
+        return [self.requests[place] for place in places]
+
+    def weight(self, places: Sequence[int]) -> float:
+        """Of these requests together."""
+        return sum([self.weights[place] for place in places])
+
+    def arrays(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Lengths, int64, and weights, float64, of these requests."""
+        return self._lens_array[places], self._weights_array[places]
