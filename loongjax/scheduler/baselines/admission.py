@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,26 +31,36 @@ def next_batch(
     num_tokens_left = group.dop * view.max_num_batched_tokens
     num_pages = group.dop * view.shape.num_pages
     num_free = sum(view.instances[instance].num_free_pages for instance in group.instances)
-    growth = [_growth(view.shape, request) for request in running]
+    num_growing = len(running)
     batch: list[WaitingView] = []
     for request in waiting:
-        pages_and_growth = _growth(view.shape, request)
         num_tokens_left -= request.num_tokens
         is_suspicious = bool(batch) and (request.is_suspect or batch[0].is_suspect)
         if num_tokens_left < 0 or len(batch) == view.max_num_seqs or is_suspicious:
             break
         if request.keeps_kv:
-            has_company = bool(growth)
-            growth.append(pages_and_growth)
-            num_free -= pages_and_growth[0]
-            if num_free < 0 or len(growth) > view.max_num_seqs:
-                break
-            if has_company and num_free < config.watermark * num_pages:
-                break
-            if has_company and config.reserves_max_tokens and peak_pages(growth, group.dop, view.shape) > num_pages:
+            num_free -= view.shape.num_pages_for(request.num_tokens)
+            num_growing += 1
+            if num_free < (config.watermark * num_pages if num_growing > 1 else 0) or num_growing > view.max_num_seqs:
                 break
         batch.append(request)
-    return batch
+    return _that_can_grow(view.shape, group.dop, batch, running) if config.reserves_max_tokens else batch
+
+
+def _that_can_grow(
+    shape: ClusterShape, dop: int, batch: list[WaitingView], running: Sequence[RunningView]
+) -> list[WaitingView]:
+    """The longest beginning of the batch with which everybody can grow to its limit; never less than a first one that
+    nobody runs beside."""
+
+    def overflows(count: int) -> bool:
+        growing = [*running, *(request for request in batch[:count] if request.keeps_kv)]
+        if len(growing) < 2 and not running:
+            return False
+        return peak_pages([_growth(shape, request) for request in growing], dop, shape) > dop * shape.num_pages
+
+    # More requests never take less.
+    return batch[: bisect.bisect_left(range(1, len(batch) + 1), True, key=overflows)]
 
 
 def _growth(shape: ClusterShape, request: WaitingView | RunningView) -> tuple[int, int]:
