@@ -185,7 +185,7 @@ def extend_kernel(
     num_pages: int,
     page_size: int,
 ) -> None:
-    """Over pages of a pool, where key i is at place i % page_size of entry i // page_size. See `attend_query_blocks`."""
+    """Over pages of a pool, where key i is at place i % page_size of entry i // page_size. As `prefill_kernel`."""
     keys = PagedKeys(pool_gmem, page_indices_gmem, layer_gmem, num_pages, page_size)
     rows = RowMemory(q_gmem, bounds_gmem, o_gmem, lse_gmem)
     attend_query_blocks(rows, keys, visits_gmem, Setting(scratch, scale, tuning, schedule, drops_junk=True))

@@ -73,7 +73,7 @@ def attend_rows_over(
         k_start: each row's first key.
         k_end: one past each row's last key.
     """
-    T, N, _ = q.shape
+    T = q.shape[0]
     tuning, sm_scale = launch.tuning, launch.sm_scale
     if sm_scale <= 0:
         # The running maximum is taken before scaling, which only a positive factor allows.
