@@ -54,3 +54,5 @@ def test_the_commands_are_those_of_the_project(installed):
     assert "serve = loongjax_server.command:main" in lines
     assert "convert = loongjax.commands.convert:main" in lines
     assert "profile = loongjax_profiling.command:main" in lines
+    assert "fit = loongjax_profiling.fit.command:main" in lines
+    assert "plot = loongjax_profiling.plot.command:main" in lines

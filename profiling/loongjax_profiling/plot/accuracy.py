@@ -5,27 +5,28 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from loongjax.costmodel.measurement import PrefillPoint
+from loongjax.costmodel.fit import Padding, fit
+from loongjax.costmodel.measurement import Measurements, PrefillPoint
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.errors import ConfigError
-from loongjax_profiling.plot.times import Fitted
 
 BATCH_SIZES = (1, 2, 4, 8)
 MAX_PANELS = 3
 
 
-def draw(fitted: Fitted, system: str) -> Figure:
-    """A panel for each strategy of most devices: lines are predicted, markers measured.
+def draw(measurements: Measurements, padding: Padding, system: str) -> Figure:
+    """A panel for each strategy of most devices: lines are predicted by a model fitted to all points, markers measured.
 
     Raises:
         ConfigError: no prefill of these batch sizes was measured.
     """
-    points = [point for point in fitted.measurements.prefills if len(point.work.new_lens) in BATCH_SIZES]
+    points = [point for point in measurements.prefills if len(point.work.new_lens) in BATCH_SIZES]
     if not points:
         raise ConfigError(
             f"the database has no prefills of {', '.join(map(str, BATCH_SIZES))} requests: "
             "`loongjax profile iteration --grid analytical-model --db FILE` measures them"
         )
+    model = fit(measurements, padding)
     most = max(point.strategy.sp * point.strategy.tp for point in points)
     strategies = sorted({point.strategy for point in points if point.strategy.sp * point.strategy.tp == most})
     strategies = strategies[:MAX_PANELS]
@@ -42,7 +43,7 @@ def draw(fitted: Fitted, system: str) -> Figure:
             )
             grid = np.unique(np.geomspace(lens.min(), lens.max(), 200).round())
             totals = PrefillTotals.of_sums(batch_size * grid, batch_size * grid**2)
-            axes.plot(grid, fitted.model.prefill_s(strategy, totals), color=markers.get_color(), linewidth=1)
+            axes.plot(grid, model.prefill_s(strategy, totals), color=markers.get_color(), linewidth=1)
         axes.set_title(str(strategy))
         axes.set_xlabel("tokens of a request")
         axes.set_ylabel("seconds")

@@ -9,7 +9,6 @@ from typing import Literal
 
 import tyro
 
-from loongjax.costmodel.fit import fit
 from loongjax.errors import ConfigError
 from loongjax_profiling.fit.command import split_by_points
 from loongjax_profiling.iteration.database import Database
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     command = tyro.cli(PlotCommand, prog="loongjax plot", args=argv)
     # Here: they need matplotlib, and `--help` does not.
     from loongjax_profiling.plot import accuracy, scaling, sequence_parallelism, tensor_parallelism
-    from loongjax_profiling.plot.times import Fitted, Times
+    from loongjax_profiling.plot.times import Times
 
     with Database(command.db) as database:
         system = choose_system(database, device=command.device, model=command.model)
@@ -76,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             figure = scaling.draw(times)
         case "14":
             enough, _ = split_by_points(measured)
-            figure = accuracy.draw(Fitted(model=fit(enough, padding), measurements=enough), title)
+            figure = accuracy.draw(enough, padding, title)
     command.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(command.out, format="png", dpi=150)
     print(f"wrote {command.out}")

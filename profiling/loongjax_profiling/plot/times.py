@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Mapping
 
-from loongjax.costmodel.measurement import Measurements
-from loongjax.costmodel.model import FittedModel
 from loongjax.errors import ConfigError
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.grids import Grid, GridName, build_grid
@@ -43,11 +41,3 @@ class Times:
                 "machine and with the model that the others are from"
             )
         return there
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Fitted:
-    """A cost model beside what it was fitted to."""
-
-    model: FittedModel
-    measurements: Measurements

@@ -2,6 +2,7 @@
 
 import itertools
 import statistics
+from typing import get_args
 
 import hypothesis.strategies as st
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.core.iteration import DecodeIteration, MigrateIteration, PrefillIteration, RecoverIteration
 from loongjax.costmodel.work import Strategy
-from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.case import Case, Kind
 from loongjax_profiling.iteration.meter import (
     FIRST_STEPS,
     DevicesLostError,
@@ -183,7 +184,7 @@ def test_an_iteration_that_does_not_come_back_ends_it():
 
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
-    kind = draw(st.sampled_from(["prefill", "decode", "migration"]))
+    kind: Kind = draw(st.sampled_from(get_args(Kind)))
     sp = 2 if kind == "migration" else draw(st.integers(1, 4))
     batch_size = 1 if kind == "migration" else draw(st.integers(1, 20))
     return Case(

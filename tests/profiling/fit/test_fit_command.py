@@ -1,0 +1,119 @@
+"""`loongjax fit`: known coefficients come back, and what is printed is what they are worth."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from loongjax.costmodel.fit import fit
+from loongjax.costmodel.model_file import load
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
+from loongjax.errors import ConfigError
+from loongjax_profiling.fit.command import main, split_by_points
+from loongjax_profiling.fit.report import format_report, residuals
+from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.meter import Timing
+from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, decode, measurements, refined
+from tests.profiling.synthetic import make_database, model_cases, timed
+
+ONE, TWO, FOUR = Strategy(1), Strategy(2), Strategy(4)
+
+
+def fit_file(database: Path) -> Path:
+    out = database.parent / "models" / "model.json"
+    assert main(["--db", str(database), "--out", str(out)]) == 0
+    return out
+
+
+def test_the_times_that_points_came_from_are_recovered(tmp_path):
+    model = load(fit_file(make_database(tmp_path / "points.sqlite", model_cases((ONE, TWO, FOUR)))))
+    prompts = PrefillTotals.of_sums([5, 12_345, 300_000], [25, 12_345**2, 300_000**2])
+    for strategy in (ONE, TWO, FOUR):
+        np.testing.assert_allclose(model.prefill_s(strategy, prompts), refined(strategy.sp).seconds(prompts), rtol=1e-6)
+        steps = DecodeTotals.even(strategy, [1, 40, 64], [500, 90_000, 10**6], [1, 1, strategy.sp])
+        np.testing.assert_allclose(model.decode_s(strategy, steps), decode(strategy.sp).seconds(steps), rtol=1e-6)
+    np.testing.assert_allclose(model.migration_s([77, 10**6], 1), MIGRATION.seconds([77, 10**6], LLAMA2_7B, 1))
+
+
+def test_the_file_says_where_it_comes_from(tmp_path):
+    model = load(fit_file(make_database(tmp_path / "points.sqlite", model_cases((ONE,)))))
+    assert model.provenance.hardware == "4 x NVIDIA H200"
+    assert model.provenance.model == LLAMA2_7B
+    assert model.provenance.commit == "0123abc"
+    errors = model.times(ONE).paper_prefill_errors
+    assert errors is not None
+    assert errors.held_out is not None
+
+
+def test_errors_of_both_forms_on_both_kinds_of_points_are_printed(tmp_path, capsys):
+    out = fit_file(make_database(tmp_path / "points.sqlite", model_cases((ONE, TWO))))
+    printed = capsys.readouterr().out
+    errors = load(out).times(TWO).paper_prefill_errors
+    assert errors is not None
+    assert errors.held_out is not None
+    [line] = [line for line in printed.splitlines() if line.startswith("sp2 tp1   prefill, paper")]
+    assert re.findall(r"[\d.]+(?=%)", line) == [
+        f"{100 * mean:.2f}"
+        for part in (errors.training, errors.held_out)
+        for mean in (part.arithmetic_mean, part.geometric_mean)
+    ]
+    for form in ("sp1 tp1   prefill, ours", "sp1 tp1   decode", "sp2 tp1   decode", "all       migration"):
+        assert form in printed
+    assert "prefill, ours, held out, all strategies:" in printed
+    assert str(out) in printed
+
+
+def test_the_worst_point_is_named_first(tmp_path, capsys):
+    cases = model_cases((ONE,))
+    wrong = next(case for case in cases if case.kind == "prefill" and (case.batch_size, case.input_len) == (3, 700))
+
+    def time(case: Case) -> Timing:
+        return Timing(seconds=9.0, stddev_s=None, num_rounds=1) if case == wrong else timed(case)
+
+    fit_file(make_database(tmp_path / "points.sqlite", cases, time=time))
+    worst = capsys.readouterr().out.split("worst points:\n")[1].splitlines()[0]
+    assert "prefill of 3 x 700 on sp1 tp1: 9000.000 ms measured" in worst
+
+
+def test_a_strategy_with_few_points_is_left_out_and_said(tmp_path, capsys):
+    few = [Case(kind="prefill", strategy=FOUR, input_len=length) for length in (1, 2, 3)]
+    out = fit_file(make_database(tmp_path / "points.sqlite", [*model_cases((ONE,)), *few]))
+    assert "left out: sp4 tp1 has 3 prefills and 0 decodes, and a fit needs 5" in capsys.readouterr().out
+    assert set(load(out).strategies) == {ONE}
+
+
+def test_without_enough_points_nothing_is_written(tmp_path):
+    path = make_database(tmp_path / "points.sqlite", model_cases((ONE,))[:4])
+    with pytest.raises(ConfigError, match="--grid analytical-model"):
+        main(["--db", str(path), "--out", str(tmp_path / "model.json")])
+    assert not (tmp_path / "model.json").exists()
+
+
+def test_without_a_database_it_is_said_what_makes_one(tmp_path):
+    with pytest.raises(ConfigError, match="profile iteration"):
+        main(["--db", str(tmp_path / "none.sqlite"), "--out", str(tmp_path / "model.json")])
+
+
+def test_points_are_split_by_strategy(tmp_path):
+    whole = measurements((ONE, FOUR))
+    enough, too_few = split_by_points(whole)
+    assert enough == whole
+    assert too_few == {}
+
+
+def test_every_point_has_a_residual_with_its_sign():
+    whole = measurements((ONE, TWO), noise=0.05)
+    found = list(residuals(fit(whole, PADDING), whole))
+    assert len(found) == len(whole.prefills) + len(whole.decodes) + len(whole.migrations)
+    for residual in found:
+        assert residual.relative_error == pytest.approx(residual.predicted_s / residual.measured_s - 1.0)
+        assert f"{residual.relative_error:+.1%}" in str(residual)
+
+
+def test_a_report_without_held_out_points_says_none():
+    whole = measurements((ONE,))
+    whole = dataclasses.replace(whole, migrations=whole.migrations[:4])
+    report = format_report(fit(whole, PADDING), whole)
+    assert re.search(r"all +migration +[\d.]+% +[\d.]+% +\d+ +none", report)
