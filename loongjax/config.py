@@ -18,7 +18,7 @@ CPU_NUM_DEVICES = 8
 """Virtual devices on CPU."""
 
 
-PolicyName = Literal["simple", "static", "replicated", "prefill-first", "disaggregated"]
+PolicyName = Literal["esp", "simple", "static", "replicated", "prefill-first", "disaggregated"]
 """See `loongjax.scheduler.build`."""
 
 POLICIES: tuple[str, ...] = typing.get_args(PolicyName)
@@ -33,19 +33,19 @@ class SchedulingConfig:
     """
 
     policy: PolicyName = "simple"
-    """Who works with whom. simple: elastic, by thresholds; static: every iteration on all instances; replicated: each
-    instance for itself; prefill-first: one instance, as in vLLM 0.3; disaggregated: prefill and decode apart, as in
-    DistServe."""
+    """Who works with whom. esp: elastic, by predicted times; simple: elastic, by thresholds; static: every iteration on
+    all instances; replicated: each instance for itself; prefill-first: one instance, as in vLLM 0.3; disaggregated:
+    prefill and decode apart, as in DistServe."""
     cost_model: str | None = None
-    """File with the times of iterations, as `loongjax fit` writes it, for policies that ask; None: a roofline estimate
-    for the devices."""
+    """File with the times of iterations, as `loongjax fit` writes it, for the policy esp; None: a roofline estimate for
+    the devices."""
     scale_up: bool = True
-    """Let instances join a decode group while it runs."""
+    """The policy esp lets instances join a decode group while it runs."""
     admission: Literal["quantile", "worst-case"] = "quantile"
-    """How long outputs are taken to be when a request is let into memory: quantile: by those that have ended;
-    worst-case: as long as each request allows."""
+    """How long the policy esp takes outputs to be when it lets a request into memory; quantile: by those that have
+    ended; worst-case: as long as each request allows."""
     explain: str | None = None
-    """File to which every decision's terms of gain and cost are appended, as JSON lines."""
+    """File to which the policy esp appends every decision's terms of gain and cost, as JSON lines."""
     num_prefill_instances: int | None = None
     """Instances that the policy disaggregated prefills on; None: half."""
     prefill_tokens_per_instance: int = 2048

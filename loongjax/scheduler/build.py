@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import weakref
+
 from loongjax.config import SchedulingConfig
 from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.model import CostModel
+from loongjax.errors import ConfigError
 from loongjax.scheduler.baselines.disaggregated import DisaggregatedPolicy
 from loongjax.scheduler.baselines.prefill_first import PrefillFirstPolicy
 from loongjax.scheduler.baselines.replicated import ReplicatedPolicy
 from loongjax.scheduler.baselines.static import StaticPolicy
+from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.explain import JsonLines
+from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.simple import SimplePolicy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 
-_POLICIES_THAT_ASK: frozenset[str] = frozenset()
+_POLICIES_THAT_ASK = frozenset({"esp"})
 _POLICIES_OF_ONE_INSTANCE_A_REQUEST = frozenset({"replicated", "disaggregated"})
 
 
@@ -34,9 +40,12 @@ def build_policy(
         cost_model: the times of iterations, for a policy that asks (`needs_cost_model`).
 
     Raises:
-        ConfigError: the policy cannot serve such a cluster, or its name is not known.
+        ConfigError: the policy cannot serve such a cluster, or the file to explain in cannot be written.
     """
     match config.policy:
+        case "esp":
+            assert cost_model is not None, "the policy esp asks how long iterations take"
+            return _build_esp(config, cost_model)
         case "simple":
             return SimplePolicy(
                 SimplePolicyConfig(
@@ -52,6 +61,21 @@ def build_policy(
             return PrefillFirstPolicy(shape)
         case "disaggregated":
             return DisaggregatedPolicy(shape, config.num_prefill_instances)
+
+
+def _build_esp(config: SchedulingConfig, cost_model: CostModel) -> EspPolicy:
+    esp_config = EspConfig(admission=config.admission, scale_up=config.scale_up)
+    if config.explain is None:
+        return EspPolicy(esp_config, cost_model)
+    try:
+        lines = JsonLines(config.explain)
+    except OSError as error:
+        raise ConfigError(
+            f"--explain {config.explain} cannot be written ({error.strerror}): give the path of a file"
+        ) from None
+    policy = EspPolicy(esp_config, cost_model, explain=lines)
+    weakref.finalize(policy, lines.close)
+    return policy
 
 
 def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_batched_tokens: int) -> int:

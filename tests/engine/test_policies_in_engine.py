@@ -9,8 +9,10 @@ import pytest
 
 from loongjax.config import POLICIES, SchedulingConfig
 from loongjax.core.iteration import Iteration, PrefillIteration, RecoverIteration
+from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.scheduler.build import build_policy
 from loongjax.scheduler.policy import Policy
+from tests.costmodel.shapes import LLAMA2_7B
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
 
 EACH = pytest.mark.parametrize("name", POLICIES)
@@ -24,7 +26,8 @@ def cluster_for(name: str) -> Cluster:
 
 def policy_for(name: str, cluster: Cluster) -> Policy:
     config = SchedulingConfig(policy=name)  # pyright: ignore[reportArgumentType]
-    return build_policy(config, shape=cluster.shape, max_num_seqs=cluster.max_num_seqs)
+    roofline = RooflineModel(rates=DeviceRates.of_device("H200"), model=LLAMA2_7B)
+    return build_policy(config, shape=cluster.shape, max_num_seqs=cluster.max_num_seqs, cost_model=roofline)
 
 
 @EACH

@@ -1,14 +1,21 @@
 """From names to policies."""
 
+import json
+import pathlib
+
 import pytest
 
 from loongjax.config import POLICIES, EngineConfig, SchedulingConfig
 from loongjax.core.cluster import ClusterShape
+from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.errors import ConfigError
 from loongjax.scheduler.build import build_policy, max_request_tokens
 from loongjax.scheduler.policy import Policy
+from tests.costmodel.shapes import LLAMA2_7B
+from tests.scheduler.views import cluster, waiting
 
 FOUR = ClusterShape(num_instances=4, num_pages=10, page_size=16)
+ROOFLINE = RooflineModel(rates=DeviceRates.of_device("H200"), model=LLAMA2_7B)
 ONE = ClusterShape(num_instances=1, num_pages=10, page_size=16, tp=4)
 
 
@@ -19,7 +26,7 @@ def config(name: str) -> SchedulingConfig:
 @pytest.mark.parametrize("name", POLICIES)
 def test_every_name_is_a_policy(name: str):
     shape = ONE if name == "prefill-first" else FOUR
-    policy = build_policy(config(name), shape=shape, max_num_seqs=8)
+    policy = build_policy(config(name), shape=shape, max_num_seqs=8, cost_model=ROOFLINE)
     assert isinstance(policy, Policy)
     assert isinstance(policy.copy(), type(policy))
 
@@ -43,9 +50,26 @@ def test_an_unknown_name_is_refused_with_those_that_are_known(
 
 @pytest.mark.parametrize(
     ("name", "expected"),
-    [("simple", 641), ("static", 641), ("replicated", 161), ("disaggregated", 161)],
+    [("esp", 641), ("simple", 641), ("static", 641), ("replicated", 161), ("disaggregated", 161)],
 )
 def test_the_longest_request_is_what_the_instances_that_it_may_use_hold(name: str, expected: int):
     assert max_request_tokens(config(name), FOUR, max_num_batched_tokens=10_000) == expected
     # 160 slots an instance; the last token needs none, but a prefill may have to take it.
     assert max_request_tokens(config(name), FOUR, max_num_batched_tokens=100) == (expected // 160) * 100
+
+
+def test_decisions_are_explained_in_a_file(tmp_path: pathlib.Path):
+    path = tmp_path / "why.jsonl"
+    view = cluster(waits=[waiting(f"w{i}", i, 100) for i in range(4)])
+    settings = SchedulingConfig(policy="esp", explain=str(path))
+    policy = build_policy(settings, shape=view.shape, max_num_seqs=8, cost_model=ROOFLINE)
+    assert policy.plan(view)
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines
+    assert all({"step", "gain", "cost"} <= line.keys() for line in lines)
+
+
+def test_a_file_to_explain_in_that_cannot_be_written_is_refused(tmp_path: pathlib.Path):
+    settings = SchedulingConfig(policy="esp", explain=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"--explain .* cannot be written \(Is a directory\)"):
+        build_policy(settings, shape=FOUR, max_num_seqs=8, cost_model=ROOFLINE)
