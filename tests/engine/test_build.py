@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 
 from loongjax.config import EngineConfig
+from loongjax.core.cluster import ClusterShape
 from loongjax.core.plan import Decode
+from loongjax.engine.build import choose_policy, resolve_max_model_len
+from loongjax.errors import ConfigError
+from loongjax.models.config import ModelConfig
+from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.protocol import RuntimeLimits
+from loongjax.scheduler.baselines.static import StaticPolicy
 from loongjax.scheduler.build import build_policy
+from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 from loongjax.scheduler.validate import check_plan
 from tests.scheduler.views import cluster, running
@@ -46,3 +56,37 @@ def test_a_policy_without_a_configuration_has_the_defaults_of_one_with() -> None
     config, default = EngineConfig(), SimplePolicyConfig()
     assert config.prefill_tokens_per_instance == default.prefill_tokens_per_instance
     assert config.max_num_seqs // 2 == default.max_requests_per_master
+
+
+LIMITS = RuntimeLimits(max_model_len=600, max_num_batched_tokens=1000, max_num_seqs=8, vocab_size=100)
+SPEC = ModelSpec(
+    ModelConfig(
+        hidden_size=64, num_layers=2, num_q_heads=4, num_kv_heads=2, head_dim=16, intermediate_size=128, vocab_size=100
+    ),
+    "float32",
+)
+FOUR = ClusterShape(num_instances=4, num_pages=10, page_size=16)
+
+
+def test_a_policy_of_one_instance_a_request_shortens_the_context() -> None:
+    assert resolve_max_model_len(EngineConfig(), FOUR, LIMITS) == 600
+    assert resolve_max_model_len(EngineConfig(policy="replicated"), FOUR, LIMITS) == 161
+
+
+def test_a_context_that_was_asked_for_and_does_not_fit_one_instance_is_refused() -> None:
+    config = EngineConfig(policy="disaggregated", max_model_len=162)
+    with pytest.raises(ConfigError, match="under the policy disaggregated one request has at most 161 tokens"):
+        resolve_max_model_len(config, FOUR, LIMITS)
+
+
+def test_a_cost_model_that_nobody_asks_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    config = EngineConfig(policy="static", cost_model="model.json")
+    assert isinstance(choose_policy(config, FOUR, LIMITS, SPEC), StaticPolicy)
+    assert "the policy static asks no cost model: model.json is not read" in caplog.text
+
+
+def test_the_policy_is_told_and_a_cost_model_is_found_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="loongjax"):
+        assert isinstance(choose_policy(EngineConfig(policy="esp"), FOUR, LIMITS, SPEC), EspPolicy)
+    assert "policy: esp" in caplog.text
+    assert "cost model: a roofline estimate" in caplog.text
