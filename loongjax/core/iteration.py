@@ -146,7 +146,11 @@ class Completion:
     """From submission to the result on the host, in seconds."""
     error: str | None = None
     """Why it failed. The keys that its group held are then lost, and its instances do nothing until they recover."""
-    num_steps: int = 1
-    """Steps of a decode that this stands for, with `tokens` in each: more than one only from a `JumpingRuntime`."""
+    steps_s: tuple[float, ...] = ()
+    """From a `JumpingRuntime`: how long each step of a decode took; this stands for all, with `tokens` in each."""
     is_over: bool = True
     """Whether the iteration is over; False if a `JumpingRuntime` tells what it has done so far."""
+
+    @property
+    def num_steps(self) -> int:
+        return max(1, len(self.steps_s))

@@ -24,14 +24,13 @@ def work_of(iteration: Iteration) -> PrefillWork | DecodeWork | None:
     return None
 
 
-def work_after(iteration: DecodeIteration, work: DecodeWork, num_steps: int) -> DecodeWork:
-    """The work of a decode's step so many steps after the one with this work: each adds one key a request, on its
-    master.
-    """
-    return DecodeWork(
-        rows=work.rows,
-        keys=tuple([have + num_steps * more for have, more in zip(work.keys, new_keys(iteration), strict=True)]),
-    )
+def works_of_steps(iteration: DecodeIteration, work: DecodeWork, num_steps: int) -> list[DecodeWork]:
+    """Works of so many steps of a decode, the first of which has this one; each adds a key a request, on its master."""
+    more = new_keys(iteration)
+    return [
+        DecodeWork(rows=work.rows, keys=tuple([held + step * new for held, new in zip(work.keys, more, strict=True)]))
+        for step in range(num_steps)
+    ]
 
 
 def new_keys(iteration: DecodeIteration) -> tuple[int, ...]:

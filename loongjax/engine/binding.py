@@ -19,7 +19,7 @@ from loongjax.core.iteration import (
     PrefillIteration,
 )
 from loongjax.core.plan import Decode, Migrate, Prefill
-from loongjax.costmodel.iteration_work import work_after, work_of
+from loongjax.costmodel.iteration_work import work_of, works_of_steps
 from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.engine.live_request import LiveRequest
 from loongjax.kvcache.kv_cache import KVCache
@@ -51,12 +51,16 @@ class Flight:
         """What it has to do, in the cost model's terms."""
         return work_of(self.iteration)
 
-    def pass_steps(self, num_steps: int, ended_s: float) -> None:
-        """Notes that a decode has done so many of its steps by that time, and is in the next one."""
+    def works(self, num_steps: int) -> list[DecodeWork]:
+        """What a decode of several steps has to do in the one that it is in, and in those after it."""
         assert isinstance(self.iteration, DecodeIteration), self.iteration
         assert isinstance(self.work, DecodeWork), self.work
+        return works_of_steps(self.iteration, self.work, num_steps)
+
+    def pass_steps(self, num_steps: int, ended_s: float) -> None:
+        """Notes that a decode has done so many of its steps by that time, and is in the next one."""
         self.started_s = ended_s
-        self.work = work_after(self.iteration, self.work, num_steps)
+        self.work = self.works(num_steps + 1)[-1]
 
     def view(self) -> FlightView:
         return FlightView(plan=self.plan, group=self.group, work=self.work, started_s=self.started_s)

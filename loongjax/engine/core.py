@@ -33,7 +33,7 @@ from loongjax.engine.counters import Counters
 from loongjax.engine.failures import MAX_FAILURES, RECOVERY_TIMEOUT_S, blame, recovery_failed, recovery_overdue
 from loongjax.engine.flights import Flights
 from loongjax.engine.integrity import check_state, lost_when_idle
-from loongjax.engine.jumps import Jumps, foresee, longest_jump
+from loongjax.engine.jumps import Jumps, Surroundings, foresee, longest_jump
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from loongjax.engine.snapshot import take_snapshot
 from loongjax.engine.watch import Watch
@@ -333,8 +333,11 @@ class EngineCore:
 
     def _jump(self, jumps: Jumps) -> None:
         """Lets decodes stand for as many steps as nobody could interfere with. See `loongjax.engine.jumps`."""
-        idle = frozenset(self._runtime.shape.all_instances).difference(self._flights.by_instance())
-        if (len(self._waiting) or not jumps.hold(idle)) and self._catch_up(stop=True):
+        surroundings = Surroundings(
+            idle=frozenset(self._runtime.shape.all_instances).difference(self._flights.by_instance()),
+            left=frozenset([live.request_id for live in self._live.values() if live.num_in_flight == 0]),
+        )
+        if (len(self._waiting) or not jumps.hold(surroundings)) and self._catch_up(stop=True):
             return
         if len(self._waiting):
             return
@@ -345,7 +348,7 @@ class EngineCore:
                 def would_repeat(num_steps: int, flight: Flight = flight, plan: Decode = plan) -> bool:
                     return self._ask(self._policy.copy(), flight, num_steps - 1) == (plan,)
 
-                jumps.start(flight, longest_jump(flight, self._kv_cache, would_repeat), idle)
+                jumps.start(flight, longest_jump(flight, self._kv_cache, would_repeat), surroundings)
 
     def _catch_up(self, *, stop: bool) -> bool:
         """Takes in what decodes of many steps have done; whether one is over by that, and its instances are idle."""
@@ -385,8 +388,9 @@ class EngineCore:
     def _pass_steps(self, flight: Flight, completion: Completion) -> None:
         """Takes in steps of a decode that is in the next one now."""
         self._grow(flight, completion.num_steps)
-        flight.pass_steps(completion.num_steps, flight.submitted_s + completion.elapsed_s)
         self._counters.record(flight, completion.num_steps)
+        self._note_end(flight, completion)
+        flight.pass_steps(completion.num_steps, flight.submitted_s + completion.elapsed_s)
         self._hand_out(flight, completion)
 
     def _grow(self, flight: Flight, num_tokens: int) -> None:
@@ -403,16 +407,16 @@ class EngineCore:
                 self._take(live, by_request[live.request_id], is_prefill, completion.num_steps)
 
     def _note_end(self, flight: Flight, completion: Completion) -> None:
-        if completion.num_steps == 1 and flight.work is not None and isinstance(flight.plan, Prefill | Decode):
-            waited_s = flight.started_s - flight.submitted_s
-            self._observations.append(
-                IterationEnded(
-                    plan=flight.plan,
-                    strategy=Strategy(flight.group.dop, self._runtime.shape.tp),
-                    work=flight.work,
-                    elapsed_s=max(0.0, completion.elapsed_s - waited_s),
-                )
-            )
+        """Notes what the policy will be told: each step by itself."""
+        plan = flight.plan
+        if flight.work is None or not isinstance(plan, Prefill | Decode):
+            return
+        waited_s = flight.started_s - flight.submitted_s
+        works = [flight.work] if completion.num_steps == 1 else flight.works(completion.num_steps)
+        steps_s = completion.steps_s or (max(0.0, completion.elapsed_s - waited_s),)
+        strategy = Strategy(flight.group.dop, self._runtime.shape.tp)
+        for work, elapsed_s in zip(works, steps_s, strict=True):
+            self._observations.append(IterationEnded(plan=plan, strategy=strategy, work=work, elapsed_s=elapsed_s))
 
     def _take(self, live: LiveRequest, sampled: SampledToken, is_prefill: bool, num_steps: int) -> None:
         """Adds the token of each step to a request, says so, and ends the request if this was its last."""

@@ -1,9 +1,10 @@
 """Jumps: in a simulation, a decode in flight may stand for many steps, while nobody could interfere.
 
-Nobody could as long as no request waits, the decode's own requests go on and have pages to grow into, and no instance
-has become idle that the decode might want. What the policy would say between two steps is not assumed but rehearsed, at
-the end of the first step and before the last: a copy is asked, on the cluster as it will be then. In between everything
-only grows, so an answer that is the same at both ends is taken to be the same everywhere.
+Nobody could as long as no request waits, the decode's own requests go on and have pages to grow into, and there is
+nobody that might join them or whom they might join: no instance has become idle, and no other request that runs has
+been left out of what is in flight. What the policy would say between two steps is not assumed but rehearsed, at the end
+of the first step and before the last: a copy is asked, on the cluster as it will be then. In between things only grow,
+so an answer that is the same at both ends is taken to be the same everywhere.
 
 Whenever one of these conditions fails, all jumps end with the step that they are in.
 """
@@ -25,26 +26,42 @@ MAX_STEPS = 4096
 """A jump's length, so that nothing is computed far ahead in vain."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Whom a decode in flight might want, or who might want it, once a step is over."""
+
+    idle: frozenset[InstanceId]
+    """Instances that do nothing."""
+    left: frozenset[str]
+    """Requests that run but are not in flight."""
+
+    def are_quieter_than(self, before: Surroundings) -> bool:
+        """Whether nothing here could change a plan that was made there: nobody more, and those left as they were, since
+        any of them may have stood in the way of another.
+        """
+        return self.idle <= before.idle and (not self.left or self.left == before.left)
+
+
 class Jumps:
     """The decodes in flight that stand for many steps, and what must not change meanwhile."""
 
     def __init__(self, runtime: JumpingRuntime) -> None:
         self._runtime = runtime
         self._iteration_ids: set[int] = set()
-        self._idle: frozenset[InstanceId] = frozenset()
-        """Instances that were idle when the jumps were decided."""
+        self._surroundings = Surroundings(idle=frozenset(), left=frozenset())
+        """What was there whenever a jump was decided."""
 
     def __contains__(self, flight: Flight) -> bool:
         return flight.iteration.iteration_id in self._iteration_ids
 
-    def hold(self, idle: frozenset[InstanceId]) -> bool:
-        """Whether jumps go on now that these instances are idle, and no request waits."""
-        return not self._iteration_ids or idle <= self._idle
+    def hold(self, surroundings: Surroundings) -> bool:
+        """Whether jumps go on among these, if no request waits."""
+        return not self._iteration_ids or surroundings.are_quieter_than(self._surroundings)
 
-    def start(self, flight: Flight, num_steps: int, idle: frozenset[InstanceId]) -> None:
-        """Lets a decode stand for so many steps, the one it is in included, while no other than these is idle."""
+    def start(self, flight: Flight, num_steps: int, surroundings: Surroundings) -> None:
+        """Lets a decode stand for so many steps, the one it is in included, while there is nothing else around it."""
         if num_steps > 1:
-            self._idle = self._idle & idle if self._iteration_ids else idle
+            self._surroundings = surroundings
             self._iteration_ids.add(flight.iteration.iteration_id)
             self._runtime.prolong(flight.iteration.iteration_id, num_steps)
 

@@ -211,12 +211,17 @@ class SimulatedRuntime:
         return self._report(run, num_steps, is_over=True)
 
     def _report(self, run: _Run, num_over: int, *, is_over: bool) -> Completion:
-        num_steps, run.num_reported = num_over - run.num_reported, num_over
+        first, run.num_reported = run.num_reported, num_over
+        steps_s: list[float] = []
+        if len(run.ends_s) > 1:
+            steps_s = np.diff(
+                run.ends_s[first:num_over], prepend=run.ends_s[first - 1] if first else run.begin_s
+            ).tolist()
         return Completion(
             run.iteration.iteration_id,
             run.tokens,
             float(run.ends_s[num_over - 1]) - run.submitted_s,
-            num_steps=num_steps,
+            steps_s=tuple(steps_s),
             is_over=is_over,
         )
 
