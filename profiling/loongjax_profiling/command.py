@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import pathlib
+import shlex
 import sys
 from collections.abc import Sequence
 from typing import Literal, get_args
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
             os.environ.update(device_environment(iteration_command.engine_config(tp=1, max_num_batched_tokens=1)))
             from loongjax_profiling.iteration.profile import profile_iteration
 
-            return profile_iteration(iteration_command)
+            return profile_iteration(iteration_command, shlex.join(["loongjax", "profile", "iteration", *rest]))
         case ["-h" | "--help"]:
             print(USAGE)
             return 0

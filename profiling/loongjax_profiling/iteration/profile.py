@@ -6,8 +6,6 @@ import collections
 import gc
 import itertools
 import logging
-import shlex
-import sys
 import time
 from collections.abc import Iterable, Sequence
 
@@ -41,22 +39,23 @@ logger = logging.getLogger(__name__)
 CPU_SHRINK = 256
 
 
-def profile_iteration(command: IterationCommand) -> int:
-    """Measures, stores, and prints what it does. Returns 1 if a point failed, else 0.
+def profile_iteration(command: IterationCommand, command_line: str) -> int:
+    """Measures, stores, and prints what it does; `command_line` is stored too. Returns 1 if a point failed, else 0.
 
     Raises:
         ConfigError: a model, grid or database that cannot work.
         DevicesLostError: the devices do not answer any more; what was measured is stored.
     """
     with Database(command.db, create=True) as database:
-        profile = _Profile(command, database)
+        profile = _Profile(command, command_line, database)
         profile.run()
         return int(profile.num_failed > 0)
 
 
 class _Profile:
-    def __init__(self, command: IterationCommand, database: Database) -> None:
+    def __init__(self, command: IterationCommand, command_line: str, database: Database) -> None:
         self._command = command
+        self._command_line = command_line
         self._database = database
         devices = jax.devices()
         self._num_devices = len(devices)
@@ -212,7 +211,7 @@ class _Profile:
             model_name=self._model_name,
             commit=self._command.commit or checked_out_commit(),
             jax=jax.__version__,
-            command="loongjax " + shlex.join(sys.argv[1:]),
+            command=self._command_line,
             page_size=runtime.shape.page_size,
             padding=Padding(token_buckets=buckets.num_tokens, row_buckets=buckets.num_rows),
         )

@@ -29,6 +29,10 @@ def command_for(db: Path, **settings) -> IterationCommand:
     return IterationCommand(db=db, **(defaults | settings))
 
 
+def run(db: Path, **settings) -> int:
+    return profile.profile_iteration(command_for(db, **settings), "loongjax profile iteration")
+
+
 def points_in(db: Path) -> dict[Case, float | None]:
     """Seconds, or None of a failed one, by case."""
     with Database(db) as database:
@@ -75,7 +79,7 @@ def db(tmp_path):
 
 
 def test_every_point_of_the_grid_is_measured_and_stored(builds, db, capsys):
-    assert profile.profile_iteration(command_for(db)) == 0
+    assert run(db) == 0
     grid = build_grid("figure2", num_devices=NUM_DEVICES, shrink=100)
     measurable = {case for case in grid.cases if case.strategy.tp <= 4}
     assert points_in(db) == dict.fromkeys(measurable, 0.5)
@@ -85,25 +89,25 @@ def test_every_point_of_the_grid_is_measured_and_stored(builds, db, capsys):
 
 
 def test_each_tp_has_a_runtime_that_is_closed_before_the_next_is_built(builds, db):
-    profile.profile_iteration(command_for(db))
+    run(db)
     assert [config.tp for config in builds.configs] == [1, 2, 4]
     assert all(runtime.is_closed for runtime in builds.runtimes)
 
 
 def test_what_is_there_is_not_measured_again(builds, db, capsys):
-    profile.profile_iteration(command_for(db))
+    run(db)
     before = points_in(db)
     del builds.runtimes[:]
-    assert profile.profile_iteration(command_for(db, commit="another")) == 0
+    assert run(db, commit="another") == 0
     assert builds.runtimes == []
     assert points_in(db) == before
     assert "measured 0 points" in capsys.readouterr().out
 
 
 def test_a_grid_goes_on_where_another_has_ended(builds, db, capsys):
-    profile.profile_iteration(command_for(db, grid=("scale-up",)))
+    run(db, grid=("scale-up",))
     first = points_in(db)
-    profile.profile_iteration(command_for(db, grid=("figure13",)))
+    run(db, grid=("figure13",))
     assert first.keys() < points_in(db).keys()
     assert f"{len(first)} left out: each is in the database" in capsys.readouterr().out
 
@@ -112,7 +116,7 @@ def test_a_failed_point_is_stored_with_its_error_and_the_others_are_measured(bui
     builds.error = lambda iteration: (
         "out of memory" if isinstance(iteration, PrefillIteration) and len(iteration.inputs) == 16 else None
     )
-    assert profile.profile_iteration(command_for(db, tp=(1,))) == 1
+    assert run(db, tp=(1,)) == 1
     points = points_in(db)
     failed = {case for case, seconds in points.items() if seconds is None}
     assert failed == {case for case in points if case.kind == "prefill" and case.batch_size == 16} != set()
@@ -126,16 +130,16 @@ def test_a_failed_point_is_stored_with_its_error_and_the_others_are_measured(bui
 @pytest.mark.parametrize("retries", [False, True])
 def test_failed_points_are_measured_again_only_if_asked(builds, db, retries):
     builds.error = lambda iteration: None if isinstance(iteration, RecoverIteration) else "out of memory"
-    profile.profile_iteration(command_for(db, tp=(1,)))
+    run(db, tp=(1,))
     assert set(points_in(db).values()) == {None}
     builds.error = lambda iteration: None
-    profile.profile_iteration(command_for(db, tp=(1,), retry_failed=retries))
+    run(db, tp=(1,), retry_failed=retries)
     assert set(points_in(db).values()) == {0.5 if retries else None}
 
 
 def test_what_does_not_fit_is_counted_by_reason(builds, db, capsys):
     builds.num_pages = 10
-    profile.profile_iteration(command_for(db, tp=(1,), max_num_seqs=8))
+    run(db, tp=(1,), max_num_seqs=8)
     printed = capsys.readouterr().out
     assert "left out: each has more requests than --max-num-seqs" in printed
     assert "left out: each does not fit into the KV pool" in printed
@@ -143,10 +147,10 @@ def test_what_does_not_fit_is_counted_by_reason(builds, db, capsys):
 
 
 def test_the_largest_prefill_decides_how_many_tokens_are_batched(builds, db):
-    profile.profile_iteration(command_for(db, tp=(2,)))
+    run(db, tp=(2,))
     # 100,000 / 100 = 1000 tokens on one instance.
     assert builds.configs[0].max_num_batched_tokens == 1024
-    profile.profile_iteration(command_for(db, tp=(1,), max_num_batched_tokens=300))
+    run(db, tp=(1,), max_num_batched_tokens=300)
     assert builds.configs[1].max_num_batched_tokens == 300
     assert max(case.input_len for case in points_in(db) if case.strategy.tp == 1 and case.kind == "prefill") <= 300
 
@@ -161,7 +165,7 @@ def test_time_that_is_over_leaves_the_rest_for_another_run(builds, db, capsys, m
         return measure(meter, case)
 
     monkeypatch.setattr(profile.Meter, "measure", measure_and_wait)
-    profile.profile_iteration(command_for(db, limit_s=155.0))
+    run(db, limit_s=155.0)
     # Each of three runtimes has its part of the time, and what one leaves falls to the next.
     counts = [sum(case.strategy.tp == tp for case in points_in(db)) for tp in (1, 2, 4)]
     assert counts == [6, 5, 5]
@@ -171,7 +175,7 @@ def test_time_that_is_over_leaves_the_rest_for_another_run(builds, db, capsys, m
 def test_a_partial_run_has_measured_all_strategies_and_scales(builds, db, monkeypatch):
     chosen: list[Case] = []
     monkeypatch.setattr(profile._Profile, "_measure", lambda self, meter, case, run_id: chosen.append(case))
-    profile.profile_iteration(command_for(db, grid=("analytical-model",), tp=(2,), max_num_seqs=256))
+    run(db, grid=("analytical-model",), tp=(2,), max_num_seqs=256)
     coarse = build_grid("analytical-model", num_devices=NUM_DEVICES, shrink=100).passes[0]
     begin = chosen[: sum(case in coarse for case in chosen)]
     assert set(begin) <= set(coarse)
@@ -231,12 +235,13 @@ def test_a_real_runtime_is_measured_in_prefill_and_decode_scaled_down_and_up(mea
 def test_a_run_says_where_it_comes_from(measured):
     with Database(measured) as database:
         [system] = database.systems
-        [run] = database.runs(system)
+        [stored] = database.runs(system)
     assert system.device == jax.devices()[0].device_kind
     assert system.model.hidden_size == 64
     assert system.model.dtype_bytes == 4
-    assert run.num_devices == NUM_DEVICES
-    assert run.model_name == "tiny, random weights"
-    assert run.page_size == 16
-    assert run.padding.row_buckets == (1, 2)
-    assert run.padding.token_buckets[0] == 64
+    assert stored.command.startswith("loongjax profile iteration --random-weights tiny --grid figure13 toy --db ")
+    assert stored.num_devices == NUM_DEVICES
+    assert stored.model_name == "tiny, random weights"
+    assert stored.page_size == 16
+    assert stored.padding.row_buckets == (1, 2)
+    assert stored.padding.token_buckets[0] == 64
