@@ -22,13 +22,23 @@ class DecodePlanner:
     for one that ends its step soon, or preempts its newest request.
     """
 
-    def __init__(self, draft: Draft, rules: DecodeRules, fairness: Fairness) -> None:
+    def __init__(
+        self, draft: Draft, rules: DecodeRules, fairness: Fairness, components: list[Component] | None = None
+    ) -> None:
+        """Plans for this draft.
+
+        Args:
+            draft: what is left of the cluster.
+            rules: when masters and migrations pay.
+            fairness: remembers who had to stand back.
+            components: the draft's, if they were found since its last prefill or preemption.
+        """
         self._draft = draft
         self._rules = rules
         self._fairness = fairness
         self._page_size = draft.shape.page_size
         self._max_num_seqs = draft.view.max_num_seqs
-        self._components = find_components(draft)
+        self._components = find_components(draft) if components is None else components
 
     def plan(self) -> None:
         """Puts the decodes into the draft, the group with the oldest request first."""

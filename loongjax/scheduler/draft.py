@@ -54,6 +54,11 @@ class Draft:
         """Whether this answer starts a prefill."""
         return any(isinstance(plan, Prefill) for plan in self._iterations)
 
+    @property
+    def has_preempted(self) -> bool:
+        """Whether this answer preempts anybody."""
+        return bool(self._preempted)
+
     def residents_of(self, instances: Iterable[InstanceId]) -> list[RunningView]:
         """Requests with keys on any of these instances, each once."""
         found = {request.request_id: request for instance in instances for request in self.residents[instance]}

@@ -111,20 +111,19 @@ class Allocator:
         gain = weight * (now_s - ready_s - duration_s)
         if not site.requests:
             return [_Offer("wait", gain, paused * max(0.0, ready_s - choice.ready_s), ready_s)]
-        offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)]
+        pausing = _Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)
+        if gain <= 0.0 or not self._can_migrate or len(site.instances) > 1:
+            return [pausing]
+        moved_s = self._times.migration_s(sum([request.num_tokens for request in site.requests]))
+        moving = _Offer("migrate", gain, (weight + site.pause_weight) * moved_s, ready_s + moved_s)
+        if moving.cost >= min(gain, pausing.cost):
+            return [pausing]
         target = self._target(choice, site)
-        if target is not None:
-            num_tokens = sum([request.num_tokens for request in site.requests])
-            moved_s = self._times.migration_s(num_tokens)
-            cost = (weight + site.pause_weight) * moved_s
-            offers.append(_Offer("migrate", gain, cost, ready_s + moved_s, target))
-        return offers
+        return [pausing] if target is None else [pausing, dataclasses.replace(moving, target=target)]
 
     def _target(self, choice: Choice, site: Site) -> InstanceId | None:
-        """The fullest instance that can take over all keys of a site of one instance; None if there is none."""
+        """The fullest instance that can take over all keys of a site; None if there is none."""
         draft = self._draft
-        if not self._can_migrate or len(site.instances) > 1:
-            return None
         if any(len(request.kv) > 1 or not self._may_move(request) for request in site.requests):
             return None
         num_pages = sum([draft.shape.num_pages_for(request.num_tokens) for request in site.requests])

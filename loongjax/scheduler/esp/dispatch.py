@@ -30,8 +30,8 @@ from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.fairness import Fairness
 
-MAX_SITES = 16
-"""Decode groups, the cheapest ones, that one answer considers pausing."""
+MAX_REFUSALS = 3
+"""Decode groups that may turn out not worth pausing before the rest, which cost more, is not considered."""
 
 
 @dataclasses.dataclass
@@ -91,54 +91,56 @@ class Dispatcher:
             choice.places = self.pick(self._outlook.vacant, [])
             if choice.places:
                 choice.instances = list(self._outlook.vacant)
-        for site in self._outlook.decodes[:MAX_SITES]:
+        num_refusals = 0
+        for site in self._outlook.decodes:
+            if num_refusals >= MAX_REFUSALS or len(choice.places) >= min(self._config.max_picked, len(self._window)):
+                break
             more = self.pick([*choice.instances, *site.instances], choice.places)
             if more and self._is_worth_pausing(choice, site, more):
                 choice.take(site)
                 choice.places += more
-            if len(choice.places) >= min(self._config.max_picked, len(self._window)):
-                break
+            else:
+                num_refusals += 1
         return choice
 
     def pick(self, instances: Sequence[InstanceId], taken: Sequence[int]) -> list[int]:
-        """Further requests, by their places, that fit on these instances beside those taken, in queue order."""
-        view, window = self._draft.view, self._window
-        num_tokens = len(instances) * view.max_num_batched_tokens - sum([window.lens[place] for place in taken])
-        num_pages = sum([self._draft.room(instance) for instance in instances])
-        num_pages -= sum([window.pages[place] for place in taken])
-        num_seats = sum([max(0, view.max_num_seqs - self._draft.num_newest[instance]) for instance in instances])
-        num_seats -= len(taken)
-        trial = self._memory.trial()
-        for place in taken:
-            trial.admit(place)
-        picked: list[int] = []
-        skipped: list[int] = []
-        already = set(taken)
-        for place in range(len(window)):
+        """Further requests, by their places, that fit on these instances beside those taken, in queue order.
+
+        The first that does not fit, and a few behind it, are passed over as far as fairness allows.
+        """
+        window, draft, memory = self._window, self._draft, self._memory
+        max_num_seqs = draft.view.max_num_seqs
+        num_tokens = len(instances) * draft.view.max_num_batched_tokens - sum([window.lens[place] for place in taken])
+        num_pages = sum([draft.room(i) for i in instances]) - sum([window.pages[place] for place in taken])
+        num_seats = sum([max(0, max_num_seqs - draft.num_newest[i]) for i in instances]) - len(taken)
+        num_seats = min(num_seats, self._config.max_picked - len(taken))
+        num_slots = memory.num_free - sum([memory.most[place] for place in taken])
+        already, company, num_skipped = set(taken), list(taken), 0
+        for place, request in enumerate(window.requests):
+            if num_seats <= 0:
+                break
             if place in already:
                 continue
-            if len(picked) + len(taken) >= self._config.max_picked:
-                break
-            is_alone = window[place].is_suspect
-            fits = (
+            if (
                 window.lens[place] <= num_tokens
                 and window.pages[place] <= num_pages
-                and num_seats > 0
-                and not (is_alone and (picked or taken))
-                and trial.admit(place)
-            )
-            if fits:
-                picked.append(place)
+                and not (request.is_suspect and company)
+                and (memory.most[place] <= num_slots or memory.fits([*company, place]))
+            ):
+                company.append(place)
                 num_tokens -= window.lens[place]
                 num_pages -= window.pages[place]
                 num_seats -= 1
-                if is_alone:
+                num_slots -= memory.most[place]
+                if request.is_suspect:
                     break
             else:
-                skipped.append(place)
-                if len(skipped) > self._config.max_lookahead or not self._fairness.may_overtake(window[skipped[0]]):
+                num_skipped += 1
+                if num_skipped == 1 and not self._fairness.may_overtake(request):
                     break
-        return picked
+                if num_skipped > self._config.max_lookahead:
+                    break
+        return company[len(taken) :]
 
     def _is_worth_pausing(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
         """Equations 1 and 2."""

@@ -49,23 +49,22 @@ class MemoryAdmission:
         self._held, self._left = self._demands(_running_table([request for request in view.running if request.kv]))
         self._most = int(self._held.sum() + self._left.sum())
         held, left = self._demands(_waiting_table(candidates))
-        self._candidates: list[tuple[int, int]] = list(zip(held.tolist(), left.tolist(), strict=True))
+        self._candidates_held, self._candidates_left = held, left
+        self.most: list[int] = (held + left).tolist()
+        """Slots that each candidate may take in the end."""
 
-    def trial(self) -> Trial:
-        """Nobody admitted yet."""
-        return Trial(self)
+    @property
+    def num_free(self) -> int:
+        """Slots that are left even if all that run reach their full length at once; may be negative."""
+        return self._capacity - self._most
 
-    def demand(self, candidate: int) -> tuple[int, int]:
-        """Slots that the prefill of a candidate takes, and tokens that it will add."""
-        return self._candidates[candidate]
-
-    def fits(self, demands: Sequence[tuple[int, int]], sum_of_demands: int) -> bool:
+    def fits(self, candidates: Sequence[int]) -> bool:
         """Whether these fit beside what runs."""
-        if self._most + sum_of_demands <= self._capacity:
+        if sum([self.most[place] for place in candidates]) <= self.num_free:
             return True
-        more = np.array(demands, np.int64).reshape(-1, 2)
-        held = np.concatenate((self._held, more[:, 0]))
-        left = np.concatenate((self._left, more[:, 1]))
+        places = np.array(candidates, np.int64)
+        held = np.concatenate((self._held, self._candidates_held[places]))
+        left = np.concatenate((self._left, self._candidates_left[places]))
         return peak_tokens(held, left) <= self._capacity
 
     def _demands(
@@ -81,43 +80,21 @@ class MemoryAdmission:
         return -(-num_tokens // self._page_size) * self._page_size, left
 
 
-class Trial:
-    """Candidates that are admitted together, one after the other."""
-
-    def __init__(self, memory: MemoryAdmission) -> None:
-        self._memory = memory
-        self._demands: list[tuple[int, int]] = []
-        self._sum = 0
-
-    def admit(self, candidate: int) -> bool:
-        """Takes the candidate in if it fits beside what runs and those before it."""
-        demand = self._memory.demand(candidate)
-        self._demands.append(demand)
-        self._sum += sum(demand)
-        if self._memory.fits(self._demands, self._sum):
-            return True
-        self._demands.pop()
-        self._sum -= sum(demand)
-        return False
-
-
 def _running_table(requests: Sequence[RunningView]) -> Int[np.ndarray, "requests 3"]:
     """Tokens with keys, most tokens ever, and generated tokens that have keys: at rest, all but the newest."""
-    return np.array(
-        [
-            (request.num_tokens, request.max_total_tokens, request.num_output_tokens - (not request.is_in_flight))
-            for request in requests
-        ],
-        np.int64,
-    ).reshape(-1, 3)
+    columns = (
+        [request.num_tokens for request in requests],
+        [request.max_total_tokens for request in requests],
+        [request.num_output_tokens - (not request.is_in_flight) for request in requests],
+    )
+    return np.array(columns, np.int64).T
 
 
 def _waiting_table(requests: Sequence[WaitingView]) -> Int[np.ndarray, "requests 3"]:
     """As for running ones, as if their prefill were over; of one that keeps no keys, nothing."""
-    return np.array(
-        [
-            (request.num_tokens, request.max_total_tokens, request.num_output_tokens) if request.keeps_kv else (0, 0, 0)
-            for request in requests
-        ],
-        np.int64,
-    ).reshape(-1, 3)
+    columns = (
+        [request.num_tokens * request.keeps_kv for request in requests],
+        [request.max_total_tokens * request.keeps_kv for request in requests],
+        [request.num_output_tokens * request.keeps_kv for request in requests],
+    )
+    return np.array(columns, np.int64).T

@@ -14,6 +14,9 @@ mended, so it presses most when it is missed.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
+from loongjax.core.request import NO_SLO
 from loongjax.scheduler.view import RunningView, WaitingView
 
 MAX_PRESSURE = 16.0
@@ -44,6 +47,18 @@ def decode_weight(request: RunningView, now_s: float) -> float:
         allowed_s = tpot_s * max(1, request.num_output_tokens)
         weight *= _pressure((now_s - request.first_token_s) / allowed_s)
     return weight
+
+
+def pause_weight(requests: Iterable[RunningView], now_s: float) -> float:
+    """What a second in which these stand still costs."""
+    return sum(
+        [
+            1.0 / max(1, request.num_output_tokens)
+            if request.slo is NO_SLO and not request.priority
+            else decode_weight(request, now_s)
+            for request in requests
+        ]
+    )
 
 
 def priority_factor(priority: int) -> float:

@@ -10,7 +10,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Prefill
 from loongjax.scheduler.components import Component, find_components
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.objective import decode_weight
+from loongjax.scheduler.esp.objective import pause_weight
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.view import RunningView
 
@@ -59,7 +59,7 @@ class Outlook:
         return Site(
             instances=tuple(sorted(component.instances)),
             ready_s=max([self.until_free_s[instance] for instance in component.instances]),
-            pause_weight=sum([decode_weight(request, now_s) for request in component.requests]),
+            pause_weight=pause_weight(component.requests, now_s),
             requests=tuple(component.requests),
         )
 

@@ -78,8 +78,9 @@ class EspPolicy:
         if not draft.idle:
             return ()
         times = Times(self._model, view.shape.tp)
+        components = None
         if view.waiting:
-            PrefillPlanner(
+            components = PrefillPlanner(
                 draft,
                 times,
                 config=self._config,
@@ -88,6 +89,8 @@ class EspPolicy:
                 can_migrate=self._can_migrate,
                 explain=self._explain,
             ).plan()
+        if draft.has_prefills or draft.has_preempted:
+            components = None
         if draft.idle:
             rules = CostModelRules(
                 times,
@@ -97,7 +100,7 @@ class EspPolicy:
                 now_s=view.now_s,
                 explain=self._explain,
             )
-            DecodePlanner(draft, rules, self._fairness).plan()
+            DecodePlanner(draft, rules, self._fairness, components).plan()
         self._fairness.prune(view.running, view.waiting)
         return draft.plans
 

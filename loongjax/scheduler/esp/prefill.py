@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.components import Component
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.allocation import Allocator, Move
 from loongjax.scheduler.esp.config import EspConfig
@@ -42,8 +43,12 @@ class PrefillPlanner:
         self._can_migrate = can_migrate
         self._explain = explain
 
-    def plan(self) -> None:
-        """Puts prefills and migrations into the draft, and holds instances for those that cannot start yet."""
+    def plan(self) -> list[Component]:
+        """Puts prefills and migrations into the draft, and holds instances for those that cannot start yet.
+
+        Returns:
+            The decode groups there could have been before.
+        """
         view, draft = self._view, self._draft
         senior = senior_of(view)
         num_tried = self._config.max_picked + self._config.max_lookahead
@@ -61,6 +66,7 @@ class PrefillPlanner:
         if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
             started = [*started, 0]
         self._note(window, started, idle_before - draft.idle)
+        return outlook.components
 
     def _optimise(self, window: Window, outlook: Outlook) -> tuple[Choice, list[int], bool]:
         """(the choice, what starts of it, whether the rest is on its way: instances are held, or keys moved for it)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
@@ -12,11 +13,25 @@ from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
 
 
 def senior_of(view: ClusterView) -> WaitingView | None:
-    """The oldest request of all, if it waits."""
-    oldest = min(view.waiting, key=lambda request: request.order, default=None)
-    if oldest is None or any(request.order < oldest.order for request in view.running):
+    """The oldest request of all, if it waits.
+
+    The queue is in order of arrival within each priority, so only the first of each has to be looked at.
+    """
+    waiting = view.waiting
+    oldest: WaitingView | None = None
+    index = 0
+    while index < len(waiting):
+        first = waiting[index]
+        if oldest is None or first.order < oldest.order:
+            oldest = first
+        index = bisect.bisect_right(waiting, first.priority, lo=index, key=_priority)
+    if oldest is None or min([request.order for request in view.running], default=oldest.order) < oldest.order:
         return None
     return oldest
+
+
+def _priority(request: WaitingView) -> int:
+    return request.priority
 
 
 class SeniorPlanner:

@@ -20,6 +20,7 @@ class Times:
     def __init__(self, model: CostModel, tp: int) -> None:
         self._model = model
         self._tp = tp
+        self._known_batches: dict[tuple[int, int, int], float] = {}
 
     def prefill_s(self, dop: int, totals: PrefillTotals) -> np.ndarray:
         """Of many batches on so many instances each: float64, of the totals' shape."""
@@ -30,12 +31,11 @@ class Times:
         if not requests:
             return 0.0
         lens = [request.num_tokens for request in requests]
-        totals = PrefillTotals.of_sums(sum(lens), sum([length * length for length in lens]))
-        return float(self.prefill_s(dop, totals)[0])
+        return self._batch_s(dop, sum(lens), sum([length * length for length in lens]))
 
     def least_prefill_s(self, dop: int) -> float:
         """Of a prefill that has next to nothing to do."""
-        return float(self.prefill_s(dop, PrefillTotals.of_sums(1.0, 1.0))[0])
+        return self._batch_s(dop, 1, 1)
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
@@ -74,6 +74,12 @@ class Times:
             for instance in group.instances:
                 left[instance] = end_s - view.now_s
         return left
+
+    def _batch_s(self, dop: int, num_tokens: int, squared_lens: int) -> float:
+        key = dop, num_tokens, squared_lens
+        if key not in self._known_batches:
+            self._known_batches[key] = float(self.prefill_s(dop, PrefillTotals.of_sums(num_tokens, squared_lens))[0])
+        return self._known_batches[key]
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
         durations = [math.inf] * len(flights)

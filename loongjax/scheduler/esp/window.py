@@ -27,8 +27,8 @@ class Window:
         """Pages that each prefill leaves filled."""
         self.weights = [prefill_weight(request, now_s) for request in requests]
         """What a second of waiting costs."""
-        self._lens_array = np.array(self.lens, np.int64)
-        self._weights_array = np.array(self.weights, np.float64)
+        self._len_array = np.array(self.lens, np.int64)
+        self._weight_array = np.array(self.weights, np.float64)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -45,4 +45,4 @@ class Window:
 
     def arrays(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Lengths, int64, and weights, float64, of these requests."""
-        return self._lens_array[places], self._weights_array[places]
+        return self._len_array[places], self._weight_array[places]
