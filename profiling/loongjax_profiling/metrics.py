@@ -68,7 +68,7 @@ class ServingMetrics:
         duration_s = max((record.complete_s for record in records), default=0.0) - begin_s
         num_good = sum(record.meets_slo for record in records)
 
-        def rate(count: float) -> float:
+        def rate(count: int) -> float:
             return count / duration_s if duration_s > 0.0 else 0.0
 
         return cls(

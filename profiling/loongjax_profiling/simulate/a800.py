@@ -19,8 +19,8 @@ How the coefficients of T = A + B sum(len) + C sum(len^2) follow:
   the ring costs the rest: s instances take 3.0e-5 / s x (1 + 0.12 (s - 1)).
 - A is 18 ms for one instance, and 5.3 ms for each one more.
 
-Decode steps: 9.8 ms of launches and weights; 1.75e-7 s a key on an instance of TP2, a quarter on TP8; 3.2e-5 and
-1.4e-5 s a row of a master; 6e-6 s a row of a group that exchanges, and 0.3 ms a master more. Keys move at 160 GB/s,
+Decode steps: 9.8 ms of launches and weights; 1.75e-7 s a key on an instance of TP2, a quarter on TP8; 3.6e-5 and
+1.4e-5 s a row of a master; 4e-6 s a row of a group that exchanges, and 0.2 ms a master more. Keys move at 160 GB/s,
 80 % of one direction of a GPU's NVLink.
 """
 
@@ -39,7 +39,7 @@ _TOKEN_S = {2: 3.0e-5, 8: 1.5e-5}
 _SQUARED_TOKEN_S = 1.93e-10
 """C on eight GPUs."""
 _KEY_S = {2: 1.75e-7, 8: 4.3e-8}
-_ROW_S = {2: 3.2e-5, 8: 1.4e-5}
+_ROW_S = {2: 3.6e-5, 8: 1.4e-5}
 _MAX_INSTANCES = {2: 4, 8: 1}
 """What was measured: eight GPUs."""
 
@@ -78,8 +78,8 @@ def _decode(sp: int, tp: int) -> DecodeTime:
         constant_s=0.0098,
         per_padded_row_s=_ROW_S[tp],
         per_key_s=_KEY_S[tp],
-        per_exchanged_row_s=6e-6 if exchanges else 0.0,
-        per_extra_master_s=3e-4 if exchanges else 0.0,
+        per_exchanged_row_s=4e-6 if exchanges else 0.0,
+        per_extra_master_s=2e-4 if exchanges else 0.0,
         sp=sp,
         row_buckets=(),
     )

@@ -36,7 +36,7 @@ class LengthDistribution(Protocol):
 class Quantiles:
     """A distribution through known percentiles: between two of them, the logarithm of the length is uniform."""
 
-    points: tuple[tuple[float, float], ...]
+    points: tuple[tuple[float, int], ...]
     """(probability, length), both ascending, from probability 0 to 1."""
 
     def __post_init__(self) -> None:
