@@ -97,10 +97,6 @@ class Meter:
         """Requests whose keys are left in the pool, oldest first: new ones take other pages as long as there are any,
         so prefills go round the pool, and decodes find keys that were computed."""
 
-    @property
-    def num_decode_steps(self) -> int:
-        return FIRST_STEPS + self._config.num_steps
-
     def measure(self, case: Case) -> Timing:
         """Runs a case that fits (`why_not`), several times.
 
@@ -163,7 +159,7 @@ class Meter:
         for request, intervals in zip(requests, spread(case, self._runtime.shape.page_size), strict=True):
             self._kv_cache.keep(request.request_id, intervals)
             self._resident.append(request.request_id)
-        num_steps = self.num_decode_steps
+        num_steps = FIRST_STEPS + self._config.num_steps
         ends: list[float] = []
         submitted: collections.deque[tuple[int, float]] = collections.deque()
         seconds: list[float] = []

@@ -7,12 +7,13 @@ import gc
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 
 import jax
 from tqdm import tqdm
 
 from loongjax.config import EngineConfig
+from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.engine.cost_model import cost_shape
@@ -22,13 +23,13 @@ from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.buckets import LEAST_NUM_TOKENS, Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.protocol import Runtime
+from loongjax.runtime.protocol import Runtime, RuntimeLimits
 from loongjax.runtime.sizing import resolve_dtype
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import MAX_NUM_BATCHED_TOKENS, IterationCommand
 from loongjax_profiling.iteration.database import Database, Point, Run, System
 from loongjax_profiling.iteration.grids import build_grid
-from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
+from loongjax_profiling.iteration.meter import FIRST_STEPS, IterationFailedError, Meter, MeterConfig
 from loongjax_profiling.iteration.placement import why_not
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
@@ -37,6 +38,8 @@ from loongjax_profiling.shapes import named_shape
 logger = logging.getLogger(__name__)
 
 CPU_SHRINK = 256
+UNKNOWN_NUM_SLOTS = 1 << 40
+"""A pool's, before its size is known: everything fits."""
 
 
 def profile_iteration(command: IterationCommand, command_line: str) -> int:
@@ -104,26 +107,56 @@ class _Profile:
         planned: set[Case] = set()
         passes: list[list[Case]] = []
         for index in range(max(len(grid.passes) for grid in grids)):
-            cases = (case for grid in grids for case in (grid.passes[index : index + 1] or [()])[0])
-            passes.append([])
-            for case in cases:
-                if case in planned:
-                    continue
-                planned.add(case)
-                if case in known:
-                    self._left_out["is in the database"] += 1
-                elif self._has_tp(case.strategy.tp):
-                    passes[-1].append(case)
+            cases = dict.fromkeys(case for grid in grids for case in (grid.passes[index : index + 1] or [()])[0])
+            new = [case for case in cases if case not in planned]
+            planned.update(new)
+            passes.append([case for case in new if not self._leaves_out(case, known)])
         return passes
 
-    def _has_tp(self, tp: int) -> bool:
-        if self._command.tp and tp not in self._command.tp:
-            self._left_out["has another tp than --tp"] += 1
-            return False
+    def _leaves_out(self, case: Case, known: Set[Case]) -> bool:
+        """Whether no runtime has to be built to know that this case is not to be measured; if so it is counted."""
+        if case in known:
+            reason = "is in the database"
+        elif self._command.tp and case.strategy.tp not in self._command.tp:
+            reason = "has another tp than --tp"
+        elif not self._divides(case.strategy.tp):
+            reason = "has a tp that does not divide the model"
+        else:
+            most = MAX_NUM_BATCHED_TOKENS.get(self._platform, MAX_NUM_BATCHED_TOKENS["gpu"])
+            limits = RuntimeLimits(
+                max_model_len=self._model.context_len,
+                max_num_batched_tokens=self._command.max_num_batched_tokens or most,
+                max_num_seqs=self._command.max_num_seqs,
+                vocab_size=self._model.vocab_size,
+            )
+            reason = self._why_not(case, self._largest_shape(case.strategy.tp), limits)
+        if reason is not None:
+            self._left_out[reason] += 1
+        return reason is not None
+
+    def _why_not(self, case: Case, shape: ClusterShape, limits: RuntimeLimits) -> str | None:
+        return why_not(
+            case,
+            shape=shape,
+            limits=limits,
+            num_steps=FIRST_STEPS + self._command.num_steps,
+            context_len=self._model.context_len,
+        )
+
+    def _largest_shape(self, tp: int) -> ClusterShape:
+        """Of instances of this size, with as large a pool as there may be."""
+        num_slots = self._command.num_slots or UNKNOWN_NUM_SLOTS
+        return ClusterShape(
+            num_instances=self._num_devices // tp,
+            num_pages=num_slots // self._command.page_size,
+            page_size=self._command.page_size,
+            tp=tp,
+        )
+
+    def _divides(self, tp: int) -> bool:
         try:
             self._model.check_tp(tp)
         except ConfigError:
-            self._left_out["has a tp that does not divide the model"] += 1
             return False
         return True
 
@@ -134,7 +167,7 @@ class _Profile:
         runtime = self._build(self._command.engine_config(tp=tp, max_num_batched_tokens=longest))
         try:
             meter = Meter(runtime, MeterConfig(rounds=self._command.rounds, num_steps=self._command.num_steps))
-            chosen = [case for cases in passes for case in self._in_order(cases, runtime, meter)]
+            chosen = [case for cases in passes for case in self._in_order(cases, runtime)]
             print(
                 f"tp{tp}: ready after {time.monotonic() - started_s:.1f} s, {runtime.shape.num_instances} instances of "
                 f"{runtime.shape.num_slots} tokens; {len(chosen)} points",
@@ -160,17 +193,11 @@ class _Profile:
             self.num_failed += 1
         self._database.add(run_id, point)
 
-    def _in_order(self, cases: Sequence[Case], runtime: Runtime, meter: Meter) -> list[Case]:
+    def _in_order(self, cases: Sequence[Case], runtime: Runtime) -> list[Case]:
         """Those of a pass that fit, shortest first; the others are counted."""
         fitting = []
         for case in cases:
-            reason = why_not(
-                case,
-                shape=runtime.shape,
-                limits=runtime.limits,
-                num_steps=meter.num_decode_steps,
-                context_len=self._model.context_len,
-            )
+            reason = self._why_not(case, runtime.shape, runtime.limits)
             if reason is None:
                 fitting.append(case)
             else:
@@ -190,9 +217,7 @@ class _Profile:
     def _max_num_batched_tokens(self, cases: Iterable[Case]) -> int:
         if self._command.max_num_batched_tokens is not None:
             return self._command.max_num_batched_tokens
-        most = MAX_NUM_BATCHED_TOKENS.get(self._platform, MAX_NUM_BATCHED_TOKENS["gpu"])
-        tokens = [-(-case.num_tokens // case.strategy.sp) for case in cases if case.kind == "prefill"]
-        needed = max((number for number in tokens if number <= most), default=1)
+        needed = max((-(-case.num_tokens // case.strategy.sp) for case in cases if case.kind == "prefill"), default=1)
         return LEAST_NUM_TOKENS << max(0, (-(-needed // LEAST_NUM_TOKENS) - 1).bit_length())
 
     def _build(self, config: EngineConfig) -> Runtime:

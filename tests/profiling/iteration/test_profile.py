@@ -146,6 +146,12 @@ def test_what_does_not_fit_is_counted_by_reason(builds, db, capsys):
     assert all(case.batch_size <= 8 and case.input_len <= 160 for case in points_in(db))
 
 
+def test_no_runtime_is_built_for_points_that_cannot_fit(builds, db, capsys):
+    assert run(db, grid=("figure13",), max_num_seqs=1, num_slots=16) == 0
+    assert builds.runtimes == []
+    assert "measured 0 points" in capsys.readouterr().out
+
+
 def test_the_largest_prefill_decides_how_many_tokens_are_batched(builds, db):
     run(db, tp=(2,))
     # 100,000 / 100 = 1000 tokens on one instance.
