@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import pathlib
 
 import jax
 
 from loongjax.config import EngineConfig
 from loongjax.core.cluster import ClusterShape
+from loongjax.costmodel.model_file import load
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
 from loongjax.engine.cost_model import cost_shape, resolve_cost_model
@@ -19,7 +21,7 @@ from loongjax.models.tokenizer import load_tokenizer
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.protocol import RuntimeLimits
-from loongjax.scheduler.build import build_policy, max_request_tokens, needs_cost_model
+from loongjax.scheduler.build import build_policy, keeps_to_one_instance, max_request_tokens, needs_cost_model
 from loongjax.scheduler.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -40,6 +42,8 @@ def build_core(config: EngineConfig) -> EngineCore:
     """The step loop alone, for a process that handles no text. Errors as `build_engine`."""
     checkpoint = resolve_checkpoint(config.checkpoint)
     generation = GenerationConfig.from_checkpoint(checkpoint)
+    if needs_cost_model(config) and config.cost_model is not None:
+        load(pathlib.Path(config.cost_model))  # so that a file which cannot be read is told before weights are loaded
     runtime = build_runtime(config)
     info = ModelInfo(
         checkpoint=config.checkpoint or SHIPPED_NAME,
@@ -84,10 +88,12 @@ def resolve_max_model_len(config: EngineConfig, shape: ClusterShape, limits: Run
         ConfigError: more are asked for.
     """
     most = max_request_tokens(config, shape, limits.max_num_batched_tokens)
-    if config.max_model_len is not None and config.max_model_len > most:
-        raise ConfigError(
-            f"max_model_len is {config.max_model_len}, but under the policy {config.policy} one request has at most "
-            f"{most} tokens: lower --max-model-len, raise --num-slots and --max-num-batched-tokens, or choose another "
-            "--policy"
-        )
-    return min(limits.max_model_len, most)
+    if limits.max_model_len <= most or not keeps_to_one_instance(config):
+        return limits.max_model_len  # what all instances together cannot hold is refused by the step loop
+    if config.max_model_len is None:
+        return most
+    raise ConfigError(
+        f"max_model_len is {config.max_model_len}, but the policy {config.policy} keeps a request on one instance, "
+        f"which holds and prefills at most {most} tokens: lower --max-model-len to {most}, raise --num-slots and "
+        "--max-num-batched-tokens, or choose another --policy"
+    )

@@ -78,6 +78,11 @@ def _build_esp(config: SchedulingConfig, cost_model: CostModel) -> EspPolicy:
     return policy
 
 
+def keeps_to_one_instance(config: SchedulingConfig) -> bool:
+    """Whether the policy computes a request, and keeps its keys, on one instance at a time."""
+    return config.policy in _POLICIES_OF_ONE_INSTANCE_A_REQUEST
+
+
 def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_batched_tokens: int) -> int:
     """Tokens of the longest request, prompt and output together, that the policy can always carry to its end.
 
@@ -88,5 +93,5 @@ def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_ba
         shape: the cluster.
         max_num_batched_tokens: tokens of one prefill on one instance.
     """
-    num_instances = 1 if config.policy in _POLICIES_OF_ONE_INSTANCE_A_REQUEST else shape.num_instances
+    num_instances = 1 if keeps_to_one_instance(config) else shape.num_instances
     return min(num_instances * shape.num_slots + 1, num_instances * max_num_batched_tokens)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 
 import pytest
@@ -75,7 +76,7 @@ def test_a_policy_of_one_instance_a_request_shortens_the_context() -> None:
 
 def test_a_context_that_was_asked_for_and_does_not_fit_one_instance_is_refused() -> None:
     config = EngineConfig(policy="disaggregated", max_model_len=162)
-    with pytest.raises(ConfigError, match="under the policy disaggregated one request has at most 161 tokens"):
+    with pytest.raises(ConfigError, match=r"keeps a request on one instance, .* at most 161 tokens"):
         resolve_max_model_len(config, FOUR, LIMITS)
 
 
@@ -90,3 +91,8 @@ def test_the_policy_is_told_and_a_cost_model_is_found_for_it(caplog: pytest.LogC
         assert isinstance(choose_policy(EngineConfig(policy="esp"), FOUR, LIMITS, SPEC), EspPolicy)
     assert "policy: esp" in caplog.text
     assert "cost model: a roofline estimate" in caplog.text
+
+
+def test_a_context_that_the_whole_cluster_cannot_hold_is_left_to_the_step_loop_to_refuse() -> None:
+    config = EngineConfig(policy="static", max_model_len=5000)
+    assert resolve_max_model_len(config, FOUR, dataclasses.replace(LIMITS, max_model_len=5000)) == 5000
