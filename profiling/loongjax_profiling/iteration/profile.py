@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import collections
 import gc
 import itertools
 import logging
 import time
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence
 
 import jax
 from tqdm import tqdm
 
 from loongjax.config import EngineConfig
-from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.engine.cost_model import cost_shape
-from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
-from loongjax.runtime.buckets import LEAST_NUM_TOKENS, Buckets
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.protocol import Runtime, RuntimeLimits
+from loongjax.runtime.protocol import Runtime
 from loongjax.runtime.sizing import resolve_dtype
+from loongjax_profiling.iteration.agenda import Agenda
 from loongjax_profiling.iteration.case import Case
-from loongjax_profiling.iteration.command import MAX_NUM_BATCHED_TOKENS, IterationCommand
+from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database, Point, Run, System
-from loongjax_profiling.iteration.grids import build_grid
-from loongjax_profiling.iteration.meter import FIRST_STEPS, IterationFailedError, Meter, MeterConfig
-from loongjax_profiling.iteration.placement import why_not
+from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import named_shape
 
 logger = logging.getLogger(__name__)
-
-CPU_SHRINK = 256
-UNKNOWN_NUM_SLOTS = 1 << 40
-"""A pool's, before its size is known: everything fits."""
 
 
 def profile_iteration(command: IterationCommand, command_line: str) -> int:
@@ -68,14 +60,14 @@ class _Profile:
         spec = ModelSpec(self._model, resolve_dtype(config, self._model.dtype, self._platform))
         self._system = System(device=devices[0].device_kind, model=cost_shape(spec))
         self._estimate = RooflineModel(rates=DeviceRates.of_device(self._system.device), model=self._system.model)
-        self._left_out: collections.Counter[str] = collections.Counter()
+        self._agenda = Agenda(command, self._model, num_devices=self._num_devices, platform=self._platform)
         self._num_measured = 0
         self._num_not_reached = 0
         self.num_failed = 0
 
     def run(self) -> None:
         started_s = time.monotonic()
-        passes = self._passes()
+        passes = self._agenda.passes(self._known())
         num_cases = sum(map(len, passes))
         print(
             f"{', '.join(self._command.grid)} of {self._model_name} on {self._num_devices} x {self._system.device}: "
@@ -94,80 +86,20 @@ class _Profile:
             jax.clear_caches()
         self._report(time.monotonic() - started_s)
 
-    def _passes(self) -> list[list[Case]]:
-        """What is still to be measured, the passes of all grids side by side."""
-        command = self._command
-        shrink = command.shrink or (1 if self._platform == "gpu" else CPU_SHRINK)
-        grids = [build_grid(name, num_devices=self._num_devices, shrink=shrink) for name in command.grid]
-        known = {
-            point.case
-            for point in self._database.points(self._system)
-            if point.error is None or not command.retry_failed
-        }
-        planned: set[Case] = set()
-        passes: list[list[Case]] = []
-        for index in range(max(len(grid.passes) for grid in grids)):
-            cases = dict.fromkeys(case for grid in grids for case in (grid.passes[index : index + 1] or [()])[0])
-            new = [case for case in cases if case not in planned]
-            planned.update(new)
-            passes.append([case for case in new if not self._leaves_out(case, known)])
-        return passes
-
-    def _leaves_out(self, case: Case, known: Set[Case]) -> bool:
-        """Whether no runtime has to be built to know that this case is not to be measured; if so it is counted."""
-        if case in known:
-            reason = "is in the database"
-        elif self._command.tp and case.strategy.tp not in self._command.tp:
-            reason = "has another tp than --tp"
-        elif not self._divides(case.strategy.tp):
-            reason = "has a tp that does not divide the model"
-        else:
-            most = MAX_NUM_BATCHED_TOKENS.get(self._platform, MAX_NUM_BATCHED_TOKENS["gpu"])
-            limits = RuntimeLimits(
-                max_model_len=self._model.context_len,
-                max_num_batched_tokens=self._command.max_num_batched_tokens or most,
-                max_num_seqs=self._command.max_num_seqs,
-                vocab_size=self._model.vocab_size,
-            )
-            reason = self._why_not(case, self._largest_shape(case.strategy.tp), limits)
-        if reason is not None:
-            self._left_out[reason] += 1
-        return reason is not None
-
-    def _why_not(self, case: Case, shape: ClusterShape, limits: RuntimeLimits) -> str | None:
-        return why_not(
-            case,
-            shape=shape,
-            limits=limits,
-            num_steps=FIRST_STEPS + self._command.num_steps,
-            context_len=self._model.context_len,
-        )
-
-    def _largest_shape(self, tp: int) -> ClusterShape:
-        """Of instances of this size, with as large a pool as there may be."""
-        num_slots = self._command.num_slots or UNKNOWN_NUM_SLOTS
-        return ClusterShape(
-            num_instances=self._num_devices // tp,
-            num_pages=num_slots // self._command.page_size,
-            page_size=self._command.page_size,
-            tp=tp,
-        )
-
-    def _divides(self, tp: int) -> bool:
-        try:
-            self._model.check_tp(tp)
-        except ConfigError:
-            return False
-        return True
+    def _known(self) -> set[Case]:
+        """What is not to be measured again."""
+        points = self._database.points(self._system)
+        return {point.case for point in points if point.error is None or not self._command.retry_failed}
 
     def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float | None) -> None:
         """Measures with instances of `tp` devices, until the deadline on the monotonic clock."""
         started_s = time.monotonic()
-        longest = self._max_num_batched_tokens(itertools.chain.from_iterable(passes))
+        longest = self._agenda.max_num_batched_tokens(list(itertools.chain.from_iterable(passes)))
         runtime = self._build(self._command.engine_config(tp=tp, max_num_batched_tokens=longest))
         try:
             meter = Meter(runtime, MeterConfig(rounds=self._command.rounds, num_steps=self._command.num_steps))
-            chosen = [case for cases in passes for case in self._in_order(cases, runtime)]
+            fitting = (self._agenda.fitting(cases, runtime.shape, runtime.limits) for cases in passes)
+            chosen = [case for cases in fitting for case in sorted(cases, key=self._expected_s)]
             print(
                 f"tp{tp}: ready after {time.monotonic() - started_s:.1f} s, {runtime.shape.num_instances} instances of "
                 f"{runtime.shape.num_slots} tokens; {len(chosen)} points",
@@ -193,17 +125,6 @@ class _Profile:
             self.num_failed += 1
         self._database.add(run_id, point)
 
-    def _in_order(self, cases: Sequence[Case], runtime: Runtime) -> list[Case]:
-        """Those of a pass that fit, shortest first; the others are counted."""
-        fitting = []
-        for case in cases:
-            reason = self._why_not(case, runtime.shape, runtime.limits)
-            if reason is None:
-                fitting.append(case)
-            else:
-                self._left_out[reason] += 1
-        return sorted(fitting, key=self._expected_s)
-
     def _expected_s(self, case: Case) -> float:
         """Of one round, by roofline: only to order and to stop in time."""
         match case.kind:
@@ -213,12 +134,6 @@ class _Profile:
                 return self._command.num_steps * self._estimate.decode_s(case.strategy, case.decode_totals).item()
             case "migration":
                 return self._estimate.migration_s(case.input_len, case.strategy.tp).item()
-
-    def _max_num_batched_tokens(self, cases: Iterable[Case]) -> int:
-        if self._command.max_num_batched_tokens is not None:
-            return self._command.max_num_batched_tokens
-        needed = max((-(-case.num_tokens // case.strategy.sp) for case in cases if case.kind == "prefill"), default=1)
-        return LEAST_NUM_TOKENS << max(0, (-(-needed // LEAST_NUM_TOKENS) - 1).bit_length())
 
     def _build(self, config: EngineConfig) -> Runtime:
         return (
@@ -245,7 +160,7 @@ class _Profile:
         print(f"measured {self._num_measured} points in {elapsed_s:.0f} s; {self.num_failed} failed")
         if self._num_not_reached:
             print(f"  {self._num_not_reached} were not reached within --limit-s: run it again to go on")
-        for reason, number in self._left_out.most_common():
+        for reason, number in self._agenda.left_out.most_common():
             print(f"  {number} left out: each {reason}")
 
 
