@@ -38,7 +38,7 @@ def build_runtime(config: EngineConfig) -> LocalRuntime:
     checkpoint = resolve_checkpoint(config.checkpoint)
     model_config = ModelConfig.from_checkpoint(checkpoint)
     model_config.check_tp(config.tp)
-    _use_compilation_cache(config)
+    use_compilation_cache(config)
     grid = DeviceGrid(jax.devices(), tp=config.tp, num_instances=config.num_instances)
     dtype = resolve_dtype(config, model_config.dtype, grid.platform)
     spec = ModelSpec(model_config, dtype, config.tp)
@@ -79,7 +79,8 @@ def _prepare_devices(config: EngineConfig) -> None:
         logger.debug("JAX has started already, with the devices it has")
 
 
-def _use_compilation_cache(config: EngineConfig) -> None:
+def use_compilation_cache(config: EngineConfig) -> None:
+    """Every program is kept in the persistent cache: warming up compiles into it, and then loads from it."""
     folder = config.compilation_cache_dir or str(pathlib.Path.home() / ".cache" / "loongjax" / "xla")
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

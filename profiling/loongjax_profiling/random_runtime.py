@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pathlib
-
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +9,7 @@ from loongjax.config import EngineConfig
 from loongjax.models.checkpoint import random_weights
 from loongjax.models.config import ModelConfig
 from loongjax.parallel.mesh import DeviceGrid
-from loongjax.runtime.build import assemble_runtime
+from loongjax.runtime.build import assemble_runtime, use_compilation_cache
 from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.sizing import resolve_dtype
@@ -26,18 +24,10 @@ def build_random_runtime(config: EngineConfig, model: ModelConfig) -> LocalRunti
         ConfigError: a configuration that the model or the devices cannot follow.
     """
     model.check_tp(config.tp)
-    _use_compilation_cache(config)
+    use_compilation_cache(config)
     grid = DeviceGrid(jax.devices(), tp=config.tp, num_instances=config.num_instances)
     dtype = resolve_dtype(config, model.dtype, grid.platform)
     spec = ModelSpec(model, dtype, config.tp)
     shards = random_weights(model, dtype=jnp.dtype(dtype), devices=grid.instances, seed=0)
     jax.block_until_ready([jax.tree.leaves(rank) for instance in shards for rank in instance])
     return assemble_runtime(config, spec, grid, shards)
-
-
-def _use_compilation_cache(config: EngineConfig) -> None:
-    """Warming up compiles into the cache, many programs at a time, and then loads from it."""
-    folder = config.compilation_cache_dir or str(pathlib.Path.home() / ".cache" / "loongjax" / "xla")
-    jax.config.update("jax_compilation_cache_dir", folder)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
