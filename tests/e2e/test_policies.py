@@ -1,0 +1,34 @@
+"""The real engine under every policy: whoever decides, the tokens are those of transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loongjax import LLM, SamplingParams
+from loongjax.config import POLICIES
+from tests.e2e.golden_answers import GoldenAnswer
+
+# Another worker may be writing the entry; then it is compiled.
+pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
+
+MAX_TOKENS = 12
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_tokens_do_not_depend_on_the_policy(
+    name: str, checkpoint: Path, engine_settings: dict[str, Any], golden: list[GoldenAnswer]
+):
+    num_instances = 1 if name == "prefill-first" else engine_settings["num_instances"]
+    # Twice, so that more of them wait than run; short enough for one instance.
+    answers = 2 * [answer for answer in golden if len(answer.prompt) <= 48]
+    assert len(answers) > 4
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
+    with LLM(str(checkpoint), policy=name, **engine_settings | {"num_instances": num_instances}) as llm:
+        outputs = llm.generate([answer.prompt for answer in answers], sampling, use_tqdm=False)
+        assert set(llm.stats().kv_slots_used) == {0}
+    for answer, output in zip(answers, outputs, strict=True):
+        assert output.logprobs is not None
+        answer.check_greedy(output.token_ids, [item.logprob for item in output.logprobs])
