@@ -10,11 +10,9 @@ import tyro
 
 from loongjax_profiling.simulate.config import SimulateConfig
 
-USAGE = "loongjax simulate paper-zipf [OPTIONS] compares the policies as in the paper's evaluation."
-
 
 def main(argv: Sequence[str]) -> int:
-    """Simulates, and writes records, metrics and a picture.
+    """Simulates, and writes records, metrics and a picture; `paper-zipf` and `paper-datasets` compare policies.
 
     Returns:
         The exit status.
@@ -22,8 +20,13 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         ConfigError: what cannot be simulated, and what would work.
     """
-    config = tyro.cli(SimulateConfig, prog="loongjax simulate", args=list(argv))
-    return run(config)
+    match list(argv):
+        case ["paper-zipf" | "paper-datasets" as figure, *rest]:
+            from loongjax_profiling.simulate.paper import PaperConfig, run_paper  # here: `--help` needs none of this
+
+            return run_paper(figure, tyro.cli(PaperConfig, prog=f"loongjax simulate {figure}", args=rest))
+        case arguments:
+            return run(tyro.cli(SimulateConfig, prog="loongjax simulate", args=arguments))
 
 
 def run(config: SimulateConfig) -> int:

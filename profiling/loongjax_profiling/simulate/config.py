@@ -20,6 +20,8 @@ A800 = "a800"
 class SimulateConfig(SchedulingConfig):
     """A workload on a simulated cluster: the engine and its scheduler as they are, on a virtual clock.
 
+    `loongjax simulate paper-zipf` and `loongjax simulate paper-datasets` compare policies as in the paper's evaluation.
+
     Raises:
         ConfigError: settings that cannot work.
     """

@@ -1,0 +1,52 @@
+"""The highest rate that a system sustains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from loongjax.errors import ConfigError
+
+MAX_DOUBLINGS = 24
+
+
+def highest_rate(is_sustained: Callable[[float], bool], *, start: float, precision: float = 0.02) -> float:
+    """The highest rate at which something still holds, by doubling and then bisecting its logarithm.
+
+    Args:
+        is_sustained: whether it holds at a rate; once it does not, it is taken not to hold at any higher one.
+        start: the rate to begin with, requests a second.
+        precision: the answer is at most this much too low, relatively.
+
+    Returns:
+        A rate at which it holds, or 0 if it does not even at a tiny one.
+
+    Raises:
+        ConfigError: a start that is no rate, or no precision above 0.
+    """
+    if not 0.0 < start < math.inf or not precision > 0.0:
+        raise ConfigError(f"a search needs a rate to start with and a precision, got {start} and {precision}")
+    low = high = start
+    if is_sustained(start):
+        for _ in range(MAX_DOUBLINGS):
+            high = 2.0 * low
+            if not is_sustained(high):
+                break
+            low = high
+        else:
+            return low
+    else:
+        for _ in range(MAX_DOUBLINGS):
+            low = high / 2.0
+            if is_sustained(low):
+                break
+            high = low
+        else:
+            return 0.0
+    while high > low * (1.0 + precision):
+        middle = math.sqrt(low * high)
+        if is_sustained(middle):
+            low = middle
+        else:
+            high = middle
+    return low

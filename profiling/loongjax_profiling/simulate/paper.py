@@ -1,0 +1,236 @@
+"""`loongjax simulate paper-zipf` and `paper-datasets`: the policies in the setting of the paper's evaluation.
+
+Eight A800 GPUs with Llama-2-7B, by the coefficients of `a800`. What the paper measured on machines is compared in
+shape: how far elastic sequence parallelism is ahead, and in which order the others follow.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+from loongjax.config import SchedulingConfig
+from loongjax.core.request import NO_SLO, ServiceLevel
+from loongjax.costmodel.work import PrefillTotals, Strategy
+from loongjax.errors import ConfigError
+from loongjax.scheduler.build import build_policy
+from loongjax_profiling.metrics import Distribution, ServingMetrics
+from loongjax_profiling.provenance import checked_out_commit
+from loongjax_profiling.simulate.a800 import a800_model
+from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec
+from loongjax_profiling.simulate.goodput import highest_rate
+from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
+from loongjax_profiling.simulate.workload.lengths import LengthDistribution
+from loongjax_profiling.simulate.workload.leval import LEvalLengths
+from loongjax_profiling.simulate.workload.lveval import LvEvalLengths
+from loongjax_profiling.simulate.workload.mixed import MixedLengths
+from loongjax_profiling.simulate.workload.request import WorkloadRequest
+from loongjax_profiling.simulate.workload.sharegpt import ShareGptLengths
+from loongjax_profiling.simulate.workload.synthetic import synthesize
+from loongjax_profiling.simulate.workload.zipf import ZipfLengths
+
+SystemName = Literal[
+    "esp", "simple", "static-sp4tp2", "static-tp8", "replicated-tp2x4", "prefill-first-tp8", "disaggregated"
+]
+TARGET_ATTAINMENT = 0.9
+_TPOT_SLO_S = 0.05
+_LEAST_TTFT_SLO_S = 15.0
+_TTFT_FACTOR = 25.0
+
+ZIPF_GOODPUT = {
+    1.0: {"esp": 1.122, "static-tp8": 0.405, "static-sp4tp2": 0.481, "replicated-tp2x4": 0.360},
+    1.2: {"esp": 2.925, "static-tp8": 1.355, "static-sp4tp2": 1.478, "replicated-tp2x4": 1.289},
+    1.4: {"esp": 8.757, "static-tp8": 5.723, "static-sp4tp2": 5.447, "replicated-tp2x4": 5.000},
+}
+"""What the paper's machines did: requests a second of which 90 % met their wishes, by Zipf's exponent."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dataset:
+    """One row of the paper's figure 10."""
+
+    lengths: LengthDistribution
+    per_token_s: float
+    """Mean latency over all tokens that a sustained rate may have."""
+    input_s: float
+    """Mean time to first token over prompt tokens."""
+    output_s: float
+    """Mean time per output token."""
+    capacity: dict[str, float]
+    """What the paper's machines did: requests a second."""
+
+
+DATASETS = {
+    "sharegpt": Dataset(
+        lengths=ShareGptLengths(),
+        per_token_s=0.092,
+        input_s=0.020,
+        output_s=0.320,
+        capacity={"esp": 24.866, "prefill-first-tp8": 6.224, "disaggregated": 10.060},
+    ),
+    "leval": Dataset(
+        lengths=LEvalLengths(),
+        per_token_s=0.0035,
+        input_s=0.0018,
+        output_s=0.320,
+        capacity={"esp": 2.249, "prefill-first-tp8": 1.144, "disaggregated": 0.415},
+    ),
+    "lv-eval": Dataset(
+        lengths=LvEvalLengths(),
+        per_token_s=0.0025,
+        input_s=0.0025,
+        output_s=0.365,
+        capacity={"esp": 0.201, "prefill-first-tp8": 0.090},
+    ),
+    "mixed": Dataset(
+        lengths=MixedLengths(),
+        per_token_s=0.070,
+        input_s=0.090,
+        output_s=0.360,
+        capacity={"esp": 0.516, "prefill-first-tp8": 0.208},
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """Finds the highest rate that each system sustains.
+
+    Raises:
+        ConfigError: a value that cannot work.
+    """
+
+    systems: tuple[SystemName, ...] = ("esp", "static-sp4tp2", "static-tp8", "replicated-tp2x4")
+    """Who is compared."""
+    alphas: tuple[float, ...] = (1.0, 1.2, 1.4)
+    """Zipf's exponents (paper-zipf)."""
+    datasets: tuple[Literal["sharegpt", "leval", "lv-eval", "mixed"], ...] = ("sharegpt", "leval", "lv-eval", "mixed")
+    """Datasets (paper-datasets)."""
+    duration_s: float = 300.0
+    """How long requests come, in seconds, at every rate."""
+    precision: float = 0.03
+    """Rates are at most this much too low, relatively."""
+    seed: int = 0
+    """Of lengths and arrivals."""
+    out: pathlib.Path | None = None
+    """JSON file for the results; None: they are only printed."""
+
+    def __post_init__(self) -> None:
+        if not self.duration_s > 0.0 or not self.precision > 0.0:
+            raise ConfigError(
+                f"--duration-s and --precision must be above 0, got {self.duration_s} and {self.precision}"
+            )
+
+
+def paper_system(name: SystemName) -> SimulatedSystem:
+    """A system of eight A800 GPUs."""
+    cluster_name, policy = {
+        "esp": ("a800-4xtp2", "esp"),
+        "simple": ("a800-4xtp2", "simple"),
+        "static-sp4tp2": ("a800-4xtp2", "static"),
+        "static-tp8": ("a800-1xtp8", "static"),
+        "replicated-tp2x4": ("a800-4xtp2", "replicated"),
+        "prefill-first-tp8": ("a800-1xtp8", "prefill-first"),
+        "disaggregated": ("a800-4xtp2", "disaggregated"),
+    }[name]
+    cost_model = a800_model()
+    config = SchedulingConfig(policy=policy)  # pyright: ignore[reportArgumentType]
+
+    def policy_of(pod: ClusterSpec) -> Any:
+        return build_policy(config, shape=pod.shape, max_num_seqs=pod.max_num_seqs, cost_model=cost_model)
+
+    return SimulatedSystem(cluster=PRESETS[cluster_name], build_policy=policy_of, cost_model=cost_model)
+
+
+def zipf_wish(request: WorkloadRequest) -> ServiceLevel:
+    """The paper's: the first token within 25 times what the prompt takes on all GPUs, at least 15 s; 50 ms a token."""
+    totals = PrefillTotals.of_sums(request.prompt_len, request.prompt_len**2)
+    alone_s = a800_model().prefill_s(Strategy(4, 2), totals).item()
+    return ServiceLevel(ttft_s=max(_TTFT_FACTOR * alone_s, _LEAST_TTFT_SLO_S), tpot_s=_TPOT_SLO_S)
+
+
+def sustained_rate(
+    name: SystemName,
+    lengths: LengthDistribution,
+    is_good: Callable[[ServingMetrics], bool],
+    config: PaperConfig,
+    *,
+    slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
+    start: float,
+) -> float:
+    """The highest rate at which a system's metrics are good enough."""
+
+    def is_sustained(rate: float) -> bool:
+        num_requests = max(20, round(rate * config.duration_s))
+        workload = synthesize(lengths, rate=rate, num_requests=num_requests, seed=config.seed)
+        return is_good(ServingMetrics.of(simulate(paper_system(name), workload, slo=slo)))
+
+    return highest_rate(is_sustained, start=start, precision=config.precision)
+
+
+def compare_zipf(config: PaperConfig) -> list[dict[str, Any]]:
+    """P90 goodput by exponent and system (the paper's ablation of elastic sequence parallelism)."""
+    rows = []
+    for alpha in config.alphas:
+        published = ZIPF_GOODPUT.get(alpha, {})
+        for name in config.systems:
+            rate = sustained_rate(
+                name,
+                ZipfLengths(alpha),
+                lambda metrics: metrics.slo_attainment >= TARGET_ATTAINMENT,
+                config,
+                slo=zipf_wish,
+                start=published.get(name, 1.0),
+            )
+            rows.append(_row(f"zipf {alpha}", name, rate, published.get(name)))
+    return rows
+
+
+def compare_datasets(config: PaperConfig) -> list[dict[str, Any]]:
+    """The rate at which mean latencies cross the paper's limits, by dataset and system (figure 10)."""
+    rows = []
+    for dataset_name in config.datasets:
+        dataset = DATASETS[dataset_name]
+        limits = (dataset.per_token_s, dataset.input_s, dataset.output_s)
+
+        def is_good(metrics: ServingMetrics, limits: tuple[float, float, float] = limits) -> bool:
+            latencies = (metrics.per_token_latency_s, metrics.input_token_latency_s, metrics.output_token_latency_s)
+            return not metrics.num_failed and all(map(_is_within, latencies, limits))
+
+        for name in config.systems:
+            published = dataset.capacity.get(name)
+            rate = sustained_rate(name, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
+            rows.append(_row(dataset_name, name, rate, published))
+    return rows
+
+
+def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConfig) -> int:
+    """Prints, and writes if told to, what each system sustains."""
+    rows = compare_zipf(config) if figure == "paper-zipf" else compare_datasets(config)
+    print(f"{'workload':<12}{'system':<20}{'requests/s':>12}{'paper':>10}{'esp ahead':>12}{'paper':>10}")
+    for row in rows:
+        esp = next((r for r in rows if r["workload"] == row["workload"] and r["system"] == "esp"), row)
+        ahead = esp["rate"] / row["rate"] if row["rate"] else float("inf")
+        has_both = bool(row["paper_rate"] and esp["paper_rate"])
+        published = f"{row['paper_rate']:.3f}" if row["paper_rate"] else "-"
+        published_ahead = f"{esp['paper_rate'] / row['paper_rate']:.2f}x" if has_both else "-"
+        print(
+            f"{row['workload']:<12}{row['system']:<20}{row['rate']:>12.3f}{published:>10}"
+            f"{f'{ahead:.2f}x':>12}{published_ahead:>10}"
+        )
+    if config.out is not None:
+        about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seed": config.seed}
+        content = {"about": about | {"commit": checked_out_commit()}, "rows": rows}
+        config.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _is_within(latency: Distribution | None, limit_s: float) -> bool:
+    return latency is not None and latency.mean <= limit_s
+
+
+def _row(workload: str, system: str, rate: float, paper_rate: float | None) -> dict[str, Any]:
+    return {"workload": workload, "system": system, "rate": rate, "paper_rate": paper_rate}
