@@ -31,7 +31,7 @@ class DisaggregatedPolicy:
     Args:
         shape: the cluster's.
         num_prefill_instances: how many prefill; None: half of them.
-        config: when a decode instance has room.
+        config: what stays free on an instance that holds requests already.
 
     Raises:
         ConfigError: no instance is left for one of the two.

@@ -46,3 +46,17 @@ def test_static_lets_in_only_whom_it_will_not_have_to_preempt():
     does_not = waiting("b", 1, 40, max_total_tokens=900)
     assert isinstance(ask("static", cluster(runs=runs, waits=[fits]))[0], Prefill)
     assert isinstance(ask("static", cluster(runs=runs, waits=[does_not]))[0], Decode)
+
+
+def test_steps_of_other_groups_are_not_counted():
+    view = cluster(waits=[waiting("b", 1, 4)], runs=[running("a", 0, (0, 9))])
+    policy = policy_for("static", view)
+    tell(policy, Prefill(Group((0, 1)), ()))
+    assert isinstance(ask("static", view, policy)[0], Prefill)
+
+
+def test_a_copy_counts_for_itself():
+    view = cluster(waits=[waiting("b", 1, 4)], runs=[running("a", 0, (0, 9))])
+    policy = policy_for("static", view)
+    tell(policy.copy(), Prefill(Group((0, 1, 2, 3)), ()))
+    assert isinstance(ask("static", view, policy)[0], Prefill)
