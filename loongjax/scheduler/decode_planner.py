@@ -191,8 +191,6 @@ class DecodePlanner:
             is_stalled = any(not component.instances.issuperset(dict(request.kv)) for request in straddling)
             if not straddling or is_stalled:
                 continue
-            if not self._rules.is_worth_moving(draft, component, source, num_tokens):
-                continue
             request = straddling[0]
             held = dict(request.kv)
             num_moved = held.pop(source)
@@ -200,10 +198,12 @@ class DecodePlanner:
             num_new_pages = draft.shape.num_pages_for(held[target] + num_moved)
             num_new_pages -= draft.shape.num_pages_for(held[target])
             has_room = draft.room(target) >= num_new_pages + draft.shape.num_pages // 8
-            has_seat = draft.num_newest[target] < min(self._rules.rows_per_master(component), self._max_num_seqs)
+            num_others = draft.num_newest[target] - (request.kv[-1][0] == target)
+            has_seat = num_others < min(self._rules.rows_per_master(component), self._max_num_seqs)
             may_move = self._fairness.may_migrate(request, self._rules.min_tokens_between_migrations)
             is_smaller = num_moved < held[target]
-            if has_room and has_seat and may_move and is_smaller and not self._fairness.is_overdue(request):
+            is_possible = has_room and has_seat and may_move and is_smaller and not self._fairness.is_overdue(request)
+            if is_possible and self._rules.is_worth_moving(component, source, num_tokens):
                 self._fairness.note_migrated(request)
                 draft.reserve(component.instances)
                 draft.migrate(request.request_id, source, target, num_moved)

@@ -6,7 +6,6 @@ from typing import Protocol, runtime_checkable
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.draft import Draft
 
 
 @runtime_checkable
@@ -26,7 +25,7 @@ class DecodeRules(Protocol):
         """Whether a group that lacks pages may take in another instance."""
         ...
 
-    def is_worth_moving(self, draft: Draft, component: Component, source: InstanceId, num_tokens: int) -> bool:
+    def is_worth_moving(self, component: Component, source: InstanceId, num_tokens: int) -> bool:
         """Whether moving this many tokens' keys, all that requests of several instances have on the source, to another
         instance of the group is worth its time, because the group can then do without the source."""
         ...

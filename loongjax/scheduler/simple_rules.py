@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 
 
@@ -24,7 +23,7 @@ class ThresholdRules:
     def allows_memory_scale_up(self) -> bool:
         return True
 
-    def is_worth_moving(self, draft: Draft, component: Component, source: InstanceId, num_tokens: int) -> bool:
+    def is_worth_moving(self, component: Component, source: InstanceId, num_tokens: int) -> bool:
         return num_tokens <= self._config.max_migrated_tokens
 
     @property

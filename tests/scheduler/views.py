@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from loongjax.core.cluster import ClusterShape
-from loongjax.scheduler.view import ClusterView, InstanceView, RunningView, WaitingView
+from loongjax.core.request import NO_SLO, ServiceLevel
+from loongjax.scheduler.view import ClusterView, FlightView, InstanceView, RunningView, WaitingView
 
 
 def waiting(
@@ -16,6 +17,9 @@ def waiting(
     max_total_tokens: int | None = None,
     keeps_kv: bool = True,
     is_suspect: bool = False,
+    arrival_s: float = 0.0,
+    priority: int = 0,
+    slo: ServiceLevel = NO_SLO,
 ) -> WaitingView:
     if max_total_tokens is None:
         max_total_tokens = num_tokens + 100
@@ -26,18 +30,35 @@ def waiting(
         max_total_tokens=max_total_tokens,
         keeps_kv=keeps_kv,
         is_suspect=is_suspect,
+        arrival_s=arrival_s,
+        priority=priority,
+        slo=slo,
     )
 
 
-def running(request_id: str, order: int, *kv: tuple[int, int], is_in_flight: bool = False) -> RunningView:
+def running(
+    request_id: str,
+    order: int,
+    *kv: tuple[int, int],
+    is_in_flight: bool = False,
+    num_output_tokens: int = 0,
+    max_new_tokens: int = 1000,
+    first_token_s: float | None = None,
+    priority: int = 0,
+    slo: ServiceLevel = NO_SLO,
+) -> RunningView:
     num_tokens = sum(held for _, held in kv)
     return RunningView(
         request_id=request_id,
         order=order,
         num_tokens=num_tokens,
-        max_total_tokens=num_tokens + 1000,
+        max_total_tokens=num_tokens + max_new_tokens,
         kv=kv,
         is_in_flight=is_in_flight,
+        num_output_tokens=num_output_tokens,
+        first_token_s=first_token_s,
+        priority=priority,
+        slo=slo,
     )
 
 
@@ -53,6 +74,8 @@ def cluster(
     taken: Mapping[int, int] | None = None,
     max_num_batched_tokens: int = 10_000,
     max_num_seqs: int = 64,
+    now_s: float = 0.0,
+    flights: Sequence[FlightView] = (),
 ) -> ClusterView:
     """A cluster whose free pages are those that neither the running requests hold nor `taken` takes away."""
     shape = ClusterShape(num_instances=num_instances, num_pages=num_pages, page_size=page_size)
@@ -75,4 +98,6 @@ def cluster(
         running=tuple(runs),
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
+        now_s=now_s,
+        flights=tuple(flights),
     )

@@ -48,5 +48,3 @@ class EspConfig:
             value = getattr(self, name)
             if value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {value}")
-        if self.admission not in ("quantile", "worst-case"):
-            raise ConfigError(f"admission must be quantile or worst-case, got {self.admission!r}")

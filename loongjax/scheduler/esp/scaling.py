@@ -12,7 +12,6 @@ import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.output_lengths import OutputLengths
@@ -80,7 +79,7 @@ class CostModelRules:
     def allows_memory_scale_up(self) -> bool:
         return self._config.scale_up
 
-    def is_worth_moving(self, draft: Draft, component: Component, source: InstanceId, num_tokens: int) -> bool:
+    def is_worth_moving(self, component: Component, source: InstanceId, num_tokens: int) -> bool:
         """gain = steps still expected x (step of k instances - step of k - 1), cost = moving the keys now."""
         if not self._can_migrate:
             return False

@@ -1,0 +1,150 @@
+"""Step 1: equations 1 and 2 and the tipping point by hand, and in which order requests get in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from loongjax.core.cluster import Group
+from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
+from loongjax.core.request import FinishReason, ServiceLevel
+from loongjax.costmodel.work import PrefillWork
+from loongjax.scheduler.esp.dispatch import num_worth_batching
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.observation import RequestEnded
+from loongjax.scheduler.view import ClusterView, FlightView
+from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
+from tests.scheduler.views import cluster, running, waiting
+
+
+def prefilled(plans: tuple[Plan, ...]) -> list[str]:
+    return [request.request_id for plan in plans if isinstance(plan, Prefill) for request in plan.requests]
+
+
+def one_busy_instance(slo: ServiceLevel | None = None, now_s: float = 0.0) -> ClusterView:
+    """Two decodes, with 4 and 5 tokens out, and a waiting prompt of 100 tokens that takes a second."""
+    decodes = [running("a", 0, (0, 50), num_output_tokens=4), running("b", 1, (0, 50), num_output_tokens=5)]
+    waits = [waiting("w", 2, 100, slo=slo or ServiceLevel())]
+    return cluster(1, num_pages=1000, runs=decodes, waits=waits, now_s=now_s)
+
+
+def test_gain_and_cost_are_those_of_equations_1_and_2() -> None:
+    # Nothing is known of output lengths: b, half way, has 5 steps of 2 s left, after which its group is over.
+    _, decisions = ask(one_busy_instance())
+    decision = only(decisions, "dispatch")
+    assert decision.gain == pytest.approx(10.0 / 100)
+    assert decision.cost == pytest.approx(1.0 / 4 + 1.0 / 5)
+    assert (decision.instances, decision.request_ids) == ((0,), ("w",))
+
+
+def test_decodes_are_paused_only_where_the_gain_exceeds_the_cost() -> None:
+    plans, _ = ask(one_busy_instance(), HandModel(step_s=8.9))
+    assert [type(plan) for plan in plans] == [Decode]
+    plans, _ = ask(one_busy_instance(), HandModel(step_s=9.1))
+    assert prefilled(plans) == ["w"]
+
+
+def test_a_deadline_that_comes_near_weighs_in() -> None:
+    model = HandModel(step_s=4.0)
+    slo = ServiceLevel(ttft_s=10.0)
+    plans, _ = ask(one_busy_instance(slo, now_s=0.0), model)
+    assert prefilled(plans) == []
+    # 7 of 10 seconds are used: the gain of 0.2 counts 10 / 3 times, which exceeds 0.45.
+    plans, decisions = ask(one_busy_instance(slo, now_s=7.0), model)
+    assert prefilled(plans) == ["w"]
+    assert only(decisions, "dispatch").gain == pytest.approx(0.2 * 10 / 3)
+
+
+def test_who_would_not_have_to_wait_long_gains_little() -> None:
+    """A prefill of another group ends in half a second and leaves an instance without keys."""
+    decodes = [running("a", 0, (0, 50), num_output_tokens=4)]
+    plan = Prefill(Group.of([1]), (PrefillRequest("echo", ()),))
+    flight = FlightView(plan=plan, group=plan.group, work=PrefillWork(new_lens=(50,)), started_s=0.0)
+    view = cluster(2, num_pages=1000, runs=decodes, waits=[waiting("w", 2, 100)], prefilling=[1], flights=[flight])
+    plans, decisions = ask(view, HandModel(step_s=100.0))
+    assert only(decisions, "dispatch").gain == pytest.approx(0.5 / 100)
+    assert [type(plan) for plan in plans] == [Decode]
+
+
+def test_the_expected_end_of_decodes_follows_what_outputs_were_like() -> None:
+    policy = policy_of(HandModel(step_s=1.0), decisions := [])
+    policy.observe(
+        [
+            RequestEnded(num_prompt_tokens=9, num_output_tokens=length, finish_reason=FinishReason.STOP)
+            for length in (2, 100, 300)
+        ]
+    )
+    policy.plan(one_busy_instance())
+    # Of outputs longer than 4 or 5 the mean is 200: a has 196 left, b 195.
+    assert only(decisions, "dispatch").gain == pytest.approx(196 / 100)
+
+
+@pytest.mark.parametrize(("num_requests", "expected"), [(1, 1), (2, 2), (3, 2), (10, 6), (100, 51)])
+def test_beyond_the_tipping_point_a_batch_grows_with_the_queue(num_requests: int, expected: int) -> None:
+    """Each request takes as long as the constant: the k-th delays k - 1, which is worth it for all those behind."""
+    times = Times(HandModel(constant_s=1.0), 1)
+    lens = np.full(num_requests, 100)
+    worth = num_worth_batching(times, 1, lens, 1.0 / lens)
+    # By hand: r joins while 1 s x (r - 1) <= 1.01 s x (n - r + 1).
+    by_hand = max(r for r in range(1, num_requests + 1) if (r - 1) <= 1.01 * (num_requests - r + 1))
+    assert worth == expected == by_hand
+
+
+def test_a_prefill_that_is_bound_by_memory_takes_everybody() -> None:
+    times = Times(HandModel(floor_s=10.0), 1)
+    lens = np.full(50, 10)
+    assert num_worth_batching(times, 1, lens, 1.0 / lens) == 50
+
+
+def test_a_long_prompt_is_not_batched_with_a_short_one_that_it_would_delay() -> None:
+    times = Times(HandModel(constant_s=1.0), 1)
+    lens = np.array([10, 10_000])
+    assert num_worth_batching(times, 1, lens, 1.0 / lens) == 1
+
+
+def test_vacant_instances_cost_nothing() -> None:
+    view = cluster(
+        2, num_pages=1000, runs=[running("a", 0, (0, 50), num_output_tokens=1)], waits=[waiting("w", 1, 100)]
+    )
+    plans, decisions = ask(view)
+    assert {type(plan): plan.group for plan in plans if isinstance(plan, Prefill | Decode)} == {
+        Prefill: Group.of([1]),
+        Decode: Group.of([0]),
+    }
+    assert not [decision for decision in decisions if decision.step == "dispatch"]
+
+
+def test_requests_are_taken_in_queue_order_and_overtaken_a_bounded_number_of_times() -> None:
+    runs = [running("a", 0, (0, 4), num_output_tokens=4)]
+    policy = policy_of(HandModel(), max_overtakes=2)
+    for attempt in range(3):
+        # The first needs more tokens than two instances take in one prefill; a holds the third.
+        waits = [waiting("large", 1, 230), waiting(f"small{attempt}", 2 + attempt, 10)]
+        plans = policy.plan(cluster(3, num_pages=1000, runs=runs, waits=waits, max_num_batched_tokens=100))
+        expected = [f"small{attempt}"] if attempt < 2 else []
+        assert [name for name in prefilled(plans) if name != "large"] == expected
+
+
+def test_a_suspect_is_prefilled_alone() -> None:
+    waits = [waiting("s", 0, 8, is_suspect=True), waiting("w", 1, 8)]
+    plans, _ = ask(cluster(1, waits=waits))
+    assert prefilled(plans) == ["s"]
+    plans, _ = ask(cluster(1, waits=waits[::-1]))
+    assert "s" not in prefilled(plans)[1:]
+
+
+def test_the_oldest_request_is_prefilled_whatever_it_costs() -> None:
+    runs = [running("young", 1, (0, 380), num_output_tokens=1), running("younger", 2, (1, 300), num_output_tokens=1)]
+    plans, decisions = ask(cluster(2, runs=runs, waits=[waiting("old", 0, 390)]))
+    assert prefilled(plans) == ["old"]
+    assert only(decisions, "senior").is_taken
+
+
+def test_decodes_that_let_enough_prefills_pass_come_first() -> None:
+    policy = policy_of(HandModel(step_s=1e6), max_prefills_before_decode=2)
+    answers = []
+    for attempt in range(4):
+        runs = [running("a", 0, (0, 50), num_output_tokens=4)]
+        waits = [waiting(f"w{attempt}", 1 + attempt, 10)]
+        answers.append(prefilled(policy.plan(cluster(1, num_pages=1000, runs=runs, waits=waits))))
+    assert answers == [["w0"], ["w1"], [], ["w3"]]

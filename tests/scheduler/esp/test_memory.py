@@ -1,0 +1,76 @@
+"""Memory admission: the peak over all ends against a step by step count, and what is let in."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loongjax.core.plan import Prefill
+from loongjax.core.request import FinishReason
+from loongjax.scheduler.esp.memory import MemoryAdmission, peak_tokens
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.observation import RequestEnded
+from loongjax.scheduler.view import ClusterView
+from tests.scheduler.esp.hand_model import HandModel, ask, policy_of
+from tests.scheduler.views import cluster, running, waiting
+
+
+def counted_peak(held: list[int], left: list[int]) -> int:
+    """Every request adds a token a step; one whose last token is added gives all back before the next step."""
+    peak = 0
+    for step in range(max(left, default=0) + 1):
+        peak = max(peak, sum(h + step for h, n in zip(held, left, strict=True) if n >= step))
+    return peak
+
+
+@given(requests=st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), max_size=12))
+def test_the_peak_is_what_counting_step_by_step_finds(requests: list[tuple[int, int]]):
+    held, left = [h for h, _ in requests], [n for _, n in requests]
+    assert peak_tokens(np.array(held, np.int64), np.array(left, np.int64)) == counted_peak(held, left)
+
+
+def two_vacant() -> ClusterView:
+    """800 slots, of which a request may come to need 699; w and v may need as much."""
+    return cluster(
+        3,
+        num_pages=67,
+        runs=[running("a", 0, (0, 100), num_output_tokens=1, max_new_tokens=600)],
+        waits=[waiting("w", 1, 200, max_total_tokens=800), waiting("v", 2, 8, max_total_tokens=700)],
+    )
+
+
+def test_what_running_requests_may_still_need_counts_for_every_request_that_is_tried() -> None:
+    """The reference forgets all reservations at the first request that it is undecided about, and lets v in."""
+    plans, _ = ask(two_vacant(), HandModel(step_s=1e6), admission="worst-case")
+    assert not [plan for plan in plans if isinstance(plan, Prefill)]
+
+
+def test_a_short_output_is_let_in_where_a_long_one_is_not() -> None:
+    view = two_vacant()
+    short = [waiting("w", 1, 200, max_total_tokens=800), waiting("v", 2, 8, max_total_tokens=18)]
+    plans, _ = ask(cluster(3, num_pages=67, runs=view.running, waits=short), admission="worst-case")
+    assert [request.request_id for plan in plans if isinstance(plan, Prefill) for request in plan.requests] == ["v"]
+
+
+def test_outputs_that_ended_early_let_more_requests_in() -> None:
+    for admission, expected in (("quantile", {"w", "v"}), ("worst-case", set())):
+        policy = policy_of(HandModel(step_s=1e6), admission=admission)
+        end = RequestEnded(num_prompt_tokens=9, num_output_tokens=12, finish_reason=FinishReason.STOP)
+        policy.observe([end] * 20)
+        plans = policy.plan(two_vacant())
+        found = {request.request_id for plan in plans if isinstance(plan, Prefill) for request in plan.requests}
+        assert found == expected
+
+
+def test_an_aborted_request_teaches_nothing() -> None:
+    policy = policy_of(HandModel(step_s=1e6))
+    end = RequestEnded(num_prompt_tokens=9, num_output_tokens=1, finish_reason=FinishReason.ABORT)
+    policy.observe([end] * 50)
+    assert not [plan for plan in policy.plan(two_vacant()) if isinstance(plan, Prefill)]
+
+
+def test_a_request_that_keeps_no_keys_takes_no_memory() -> None:
+    view = cluster(1, waits=[waiting("echo", 0, 80, keeps_kv=False), waiting("w", 1, 80, max_total_tokens=90)])
+    memory = MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case")
+    assert memory.most == [0, 80 + 9]

@@ -1,0 +1,74 @@
+"""How long outputs are taken to become: quantiles and means, each against its definition."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loongjax.scheduler.esp.output_lengths import WINDOW, OutputLengths, least_sample
+
+LENGTHS = st.lists(st.integers(0, 50), max_size=40)
+
+
+def learned(lengths: list[int]) -> OutputLengths:
+    result = OutputLengths()
+    for length in lengths:
+        result.add(length)
+    return result
+
+
+def bound(lengths: OutputLengths, num_output_tokens: int, max_tokens: int) -> int:
+    return int(lengths.bounds(np.array([num_output_tokens]), np.array([max_tokens]))[0])
+
+
+@given(lengths=LENGTHS, num_output_tokens=st.integers(0, 60), max_tokens=st.integers(0, 80))
+def test_a_bound_is_the_quantile_of_longer_outputs_within_the_limit(
+    lengths: list[int], num_output_tokens: int, max_tokens: int
+):
+    longer = sorted(length for length in lengths if length > num_output_tokens)
+    rank = math.ceil(0.9 * (len(longer) + 1))
+    expected = min(longer[rank - 1], max_tokens) if rank <= len(longer) else max_tokens
+    assert bound(learned(lengths), num_output_tokens, max_tokens) == expected
+
+
+@given(lengths=LENGTHS, num_output_tokens=st.integers(0, 60), num_more=st.integers(0, 80))
+def test_what_is_left_is_the_mean_of_longer_outputs_within_the_limit(
+    lengths: list[int], num_output_tokens: int, num_more: int
+):
+    longer = [length for length in lengths if length > num_output_tokens]
+    guess = sum(longer) / len(longer) - num_output_tokens if longer else max(1, num_output_tokens)
+    left = learned(lengths).expected_left(np.array([num_output_tokens]), np.array([num_output_tokens + num_more]))
+    assert np.allclose(left, min(guess, num_more))
+
+
+def test_without_enough_outputs_a_request_is_taken_to_reach_its_limit():
+    few = least_sample() - 1
+    assert bound(learned([5] * few), 0, 1000) == 1000
+    assert bound(learned([5] * (few + 1)), 0, 1000) == 5
+
+
+def test_old_outputs_are_forgotten():
+    lengths = learned([1000] * WINDOW + [10] * WINDOW)
+    assert len(lengths) == WINDOW
+    assert bound(lengths, 0, 5000) == 10
+
+
+def test_a_copy_learns_by_itself():
+    lengths = learned([10] * 20)
+    other = lengths.copy()
+    for _ in range(100):
+        other.add(500)
+    assert (bound(lengths, 0, 1000), bound(other, 0, 1000)) == (10, 500)
+
+
+def test_nine_of_ten_outputs_stay_within_their_bound():
+    random = np.random.default_rng(0)
+    lengths = OutputLengths()
+    within = []
+    for length in random.lognormal(5.0, 1.0, 3000).astype(int).tolist():
+        within.append(length <= bound(lengths, 0, 10**6))
+        lengths.add(length)
+    assert 0.88 < np.mean(within[500:]) < 0.92
