@@ -172,7 +172,7 @@ class Spy(SimplePolicy):
 def test_priorities_and_wishes_reach_the_policy_one_for_all_or_one_each() -> None:
     spy, slo = Spy(), ServiceLevel(ttft_s=1.0, tpot_s=0.1)
     llm(CLUSTER.core(policy=spy)).generate(["A", "B"], GREEDY, use_tqdm=False, priority=[3, -1], slo=slo)
-    assert list(spy.seen.values()) == [(3, slo), (-1, slo)]
+    assert spy.seen == {"prompt-0/0": (3, slo), "prompt-1/0": (-1, slo)}
 
 
 def test_without_them_there_is_no_wish() -> None:
