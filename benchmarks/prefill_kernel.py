@@ -12,10 +12,12 @@ is not installed is left out.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import json
 import pathlib
+import random
 import statistics
 import sys
 import time
@@ -28,8 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
+from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
 from loongjax_profiling.kernels.dense import Ranges, causal, full, num_pairs, ring_step, zipf_lengths
 from loongjax_profiling.kernels.rivals import RIVALS, Rival, installed_rivals
 from loongjax_profiling.provenance import checked_out_commit
@@ -56,7 +60,7 @@ MIXES: dict[str, Callable[[], Ranges]] = {
 """Packed prompts, and a rank's step over another's keys in the striped layout; their lengths are their own."""
 TUNINGS = {
     "default": PrefillTuning(),
-    "dealt_out": PrefillTuning(num_programs=132),
+    "not_dealt_out": PrefillTuning(num_programs=2**30),
     "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=3),
     "kv64": PrefillTuning(block_kv=64, num_stages=4),
 }
@@ -120,6 +124,19 @@ def random_inputs(work: Work) -> tuple[jax.Array, jax.Array, jax.Array]:
         return jax.random.normal(jax.random.key(seed), (work.num_tokens, num_heads, HEAD_DIM), jnp.bfloat16)
 
     return draw(0, work.num_q_heads), draw(1, work.num_kv_heads), draw(2, work.num_kv_heads)
+
+
+def num_visited_pairs(work: Work, tuning: PrefillTuning) -> int:
+    """Pairs that our kernel computes for one head: every visited key block, for every row of the query block."""
+    bounds = np.pad(np.stack(work.ranges), ((0, 0), (0, -work.num_tokens % tuning.block_q)), mode="edge")
+    visits = plan_visits(
+        *jnp.asarray(bounds),
+        num_keys=work.num_tokens,
+        block_q=tuning.block_q,
+        block_kv=tuning.block_kv,
+        alignment=TMA_ROWS,
+    )
+    return int(np.asarray(visits.num_blocks, np.int64).sum()) * tuning.block_q * tuning.block_kv
 
 
 def reference_rows(work: Work, rows: np.ndarray) -> list[np.ndarray]:
@@ -207,6 +224,7 @@ class Table:
         self.rows: list[dict[str, Any]] = []
         self._rivals = rivals
         self._samples = samples
+        self._rng = random.Random(0)
         self._causal_rates: dict[tuple[str, str, int], float] = {}
 
     def add(self, mask: str, num_tokens: int, heads: str, tunings: list[str]) -> None:
@@ -222,16 +240,18 @@ class Table:
         variants |= {name: ours(work, TUNINGS[name]) for name in tunings}
         rows = {name: {"mask": mask, "length": work.num_tokens, "heads": heads, "variant": name} for name in variants}
         timers: dict[str, Timer] = {}
-        for name, attend in variants.items():
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            futures = {name: pool.submit(Timer, attend, work, checked, truth) for name, attend in variants.items()}
+        for name, future in futures.items():
             try:
-                timers[name] = Timer(attend, work, checked, truth)
+                timers[name] = future.result()
             except Exception as error:
-                traceback.print_exc()
+                traceback.print_exception(error)
                 rows[name]["error"] = repr(error)[:500]
-        # In turn, since a GPU's clock falls under load: what runs first would be the fastest.
-        longest = max((timer.call_s for timer in timers.values()), default=0.0)
-        for _ in range(max(2, min(self._samples, round(SAMPLING_S / (4 * longest))))):
-            for timer in timers.values():
+        # In turn and in any order: a GPU's clock falls under load, and rises behind what takes less power.
+        longest = max((timer.call_s for timer in timers.values()), default=SAMPLING_S)
+        for _ in range(max(3, min(self._samples, round(SAMPLING_S / (4 * longest))))):
+            for timer in self._rng.sample(list(timers.values()), len(timers)):
                 timer.sample()
         for name, row in rows.items():
             if name in timers:
@@ -239,6 +259,7 @@ class Table:
                 if name not in TUNINGS:
                     rival_rates.append(row["tflops"])
                 else:
+                    row["visible_of_visited"] = num_pairs(work.ranges) / num_visited_pairs(work, TUNINGS[name])
                     row |= self._compare(row, rival_rates)
             self.rows.append({key: round(x, 5) if isinstance(x, float) else x for key, x in row.items()})
             print(json.dumps(self.rows[-1]), flush=True)

@@ -68,7 +68,6 @@ def mosaic_gpu_extend_attention(
         body=functools.partial(extend_kernel, num_pages=num_pages, page_size=page_size),
         name="extend_attention",
         num_keys=page_indices.shape[0] * page_size,
-        num_kv_heads=K,
         key_alignment=math.gcd(page_size, tuning.block_kv),
         copies_per_block=tuning.block_kv // math.gcd(page_size, tuning.block_kv),
         sm_scale=sm_scale,

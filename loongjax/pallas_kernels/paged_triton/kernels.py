@@ -8,7 +8,7 @@ tile that lies in one share is finished there. Of a tile that is cut, every shar
 tile i is number s + i, which no other is, since both only grow along the line.
 
 Legend: M queries of a tile times query heads of one KV head, padded to what a matrix product takes; S keys of a block,
-W shares, G query heads and R query tokens at a time, H head dim.
+W shares at a time, R query tokens at a time, H head dim.
 """
 
 from typing import no_type_check
@@ -143,27 +143,25 @@ def merge_kernel(
     head_dim: tl.constexpr,
     block: tl.constexpr,
     shares_per_step: tl.constexpr,
-    heads_per_program: tl.constexpr,
     rows_per_program: tl.constexpr,
 ):
-    """Grid: query heads / `heads_per_program`; `num_shares` times `tile_queries`, and then T / `rows_per_program`.
+    """Grid: query heads; `num_shares` times `tile_queries`, and then T / `rows_per_program`.
 
     Of the first, each merges a query of the tile whose first cut is at the end of its share, if there is one; the
     others fill in query tokens without keys.
     """
-    # Places beyond the last head do its work again.
-    q_head_G = tl.minimum(tl.program_id(0) * heads_per_program + tl.arange(0, heads_per_program), num_q_heads - 1)
+    q_head = tl.program_id(0)
     share = tl.program_id(1) // tile_queries
     query = tl.program_id(1) % tile_queries
     dim_H = tl.arange(0, head_dim)
     if share >= num_shares:
         row_R = (tl.program_id(1) - num_shares * tile_queries) * rows_per_program + tl.arange(0, rows_per_program)
         kv_len_R = tl.load(row_kv_lens_ptr + row_R, mask=row_R < num_rows, other=1)
-        is_empty = (kv_len_R <= 0)[:, None]
-        head_RG = row_R[:, None] * num_q_heads + q_head_G[None, :]
-        nothing = tl.zeros([rows_per_program, heads_per_program, head_dim], o_ptr.dtype.element_ty)
-        tl.store(o_ptr + head_RG[:, :, None] * head_dim + dim_H[None, None, :], nothing, mask=is_empty[:, :, None])
-        tl.store(lse_ptr + head_RG, tl.full([rows_per_program, heads_per_program], float("-inf"), tl.float32), is_empty)
+        is_empty = kv_len_R <= 0
+        head_R = row_R * num_q_heads + q_head
+        nothing = tl.zeros([rows_per_program, head_dim], o_ptr.dtype.element_ty)
+        tl.store(o_ptr + head_R[:, None] * head_dim + dim_H[None, :], nothing, mask=is_empty[:, None])
+        tl.store(lse_ptr + head_R, tl.full([rows_per_program], float("-inf"), tl.float32), mask=is_empty)
     else:
         all_tiles = tl.arange(0, padded_tiles)
         all_lens = tl.load(kv_lens_ptr + all_tiles, mask=all_tiles < num_tiles, other=0)
@@ -186,24 +184,22 @@ def merge_kernel(
                 q_len = tl.load(q_lens_ptr + tile)
             num_partials = tl.where(query < q_len, (tile_end - 1) // quota - share + 1, 0)
             step_W = tl.arange(0, shares_per_step)
-            maximum_G = tl.full([heads_per_program], float("-inf"), tl.float32)
-            denominator_G = tl.zeros([heads_per_program], tl.float32)
-            weighted_GH = tl.zeros([heads_per_program, head_dim], tl.float32)
+            maximum = float("-inf")
+            denominator = 0.0
+            weighted = tl.zeros([head_dim], tl.float32)
             for start in range(0, num_partials, shares_per_step):
-                is_partial = (start + step_W < num_partials)[:, None]
-                partial_W = (tile + share + start + step_W) * tile_queries + query
-                partial_WG = partial_W[:, None] * num_q_heads + q_head_G[None, :]
-                lse_WG = tl.load(partial_lse_ptr + partial_WG, mask=is_partial, other=float("-inf"))
-                offset = partial_WG[:, :, None] * head_dim + dim_H[None, None, :]
-                o_WGH = tl.load(partial_o_ptr + offset, mask=is_partial[:, :, None], other=0.0)
-                new_maximum_G = tl.maximum(maximum_G, tl.max(lse_WG, 0))
-                rescale_G = tl.exp2(maximum_G - new_maximum_G)
-                weight_WG = tl.exp2(lse_WG - new_maximum_G[None, :])
-                denominator_G = denominator_G * rescale_G + tl.sum(weight_WG, 0)
-                weighted_GH = weighted_GH * rescale_G[:, None] + tl.sum(weight_WG[:, :, None] * o_WGH, 0)
-                maximum_G = new_maximum_G
+                is_partial = start + step_W < num_partials
+                partial_W = ((tile + share + start + step_W) * tile_queries + query) * num_q_heads + q_head
+                lse_W = tl.load(partial_lse_ptr + partial_W, mask=is_partial, other=float("-inf"))
+                offset = partial_W[:, None] * head_dim + dim_H[None, :]
+                o_WH = tl.load(partial_o_ptr + offset, mask=is_partial[:, None], other=0.0)
+                new_maximum = tl.maximum(maximum, tl.max(lse_W, 0))
+                rescale = tl.exp2(maximum - new_maximum)
+                weight_W = tl.exp2(lse_W - new_maximum)
+                denominator = denominator * rescale + tl.sum(weight_W, 0)
+                weighted = weighted * rescale + tl.sum(weight_W[:, None] * o_WH, 0)
+                maximum = new_maximum
             if query < q_len:
-                head_G = row * num_q_heads + q_head_G
-                o_GH = (weighted_GH / denominator_G[:, None]).to(o_ptr.dtype.element_ty)
-                tl.store(o_ptr + head_G[:, None] * head_dim + dim_H[None, :], o_GH)
-                tl.store(lse_ptr + head_G, (maximum_G + tl.log2(denominator_G)) * LN_2)
+                row_head = row * num_q_heads + q_head
+                tl.store(o_ptr + row_head * head_dim + dim_H, (weighted / denominator).to(o_ptr.dtype.element_ty))
+                tl.store(lse_ptr + row_head, (maximum + tl.log2(denominator)) * LN_2)

@@ -20,10 +20,8 @@ DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (32, 64, 128, 256)
 LEAST_MEMBERS = 16
 """Rows that a matrix product of tensor cores takes at least."""
-MERGED_PARTIALS = 32
-"""Partial results that the merge takes at a time: of one query head, or of several where few shares meet."""
-MANY_TILES = 32
-"""From so many tiles on, a tile is cut in few shares."""
+MERGED_SHARES = 32
+"""Partial results that the merge takes at a time."""
 MERGED_ROWS = 16
 """Query tokens that one of its programs looks at for keys."""
 
@@ -139,7 +137,6 @@ def attend_tiles(
         stages=tuning.stages,
         **shape,
     )
-    merged_heads = min(4 if num_tiles >= MANY_TILES else 1, 1 << (N - 1).bit_length())
     merged_o, merged_lse = triton_call(
         tiles.q_starts,
         tiles.q_lens,
@@ -155,11 +152,10 @@ def attend_tiles(
         name="paged_merge",
         out_shape=results,
         aliases={6: 0, 7: 1},
-        grid=(-(-N // merged_heads), num_shares * tile_queries + -(-T // MERGED_ROWS)),
+        grid=(N, num_shares * tile_queries + -(-T // MERGED_ROWS)),
         num_warps=4,
         num_q_heads=N,
-        shares_per_step=MERGED_PARTIALS // merged_heads,
-        heads_per_program=merged_heads,
+        shares_per_step=MERGED_SHARES,
         rows_per_program=MERGED_ROWS,
         **shape,
     )

@@ -66,7 +66,6 @@ def _attend_forward(
         body=prefill_kernel,
         name="prefill_attention",
         num_keys=k.shape[0],
-        num_kv_heads=k.shape[1],
         key_alignment=TMA_ROWS,
         copies_per_block=1,
         sm_scale=sm_scale,

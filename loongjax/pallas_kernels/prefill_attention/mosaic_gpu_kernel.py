@@ -80,42 +80,29 @@ def make_scratch(
     )
 
 
-class Item(NamedTuple):
-    """A block of query rows of one head."""
-
-    q_head: jax.Array
-    kv_head: jax.Array
-    q_block: jax.Array
-
-
 class Schedule(NamedTuple):
-    """Which items a thread block takes, in turn.
+    """Which items a thread block takes, in turn; an item is a query block of one head.
 
-    All items are a line: all heads of a query block side by side, and the last query blocks, which see most under a
-    causal mask, first. Thread blocks take their items from it in rounds, every other round in reverse, so that whoever
-    had the longest item of one has the shortest of the next.
+    All items are a line: the query blocks that visit most key blocks first, of each all heads side by side. Thread
+    blocks take their items from it in rounds, every other round in reverse, so that whoever had the longest item of one
+    has the shortest of the next.
     """
 
     num_q_heads: int
-    group_size: int
     num_q_blocks: int
     num_programs: int
 
     @property
-    def num_items(self) -> int:
-        return self.num_q_heads * self.num_q_blocks
-
-    @property
     def num_rounds(self) -> jax.Array:
         """Items of this thread block."""
-        full = jnp.int32(self.num_items // self.num_programs)
-        return full + (self._place(full) < self.num_items).astype(jnp.int32)
+        num_items = self.num_q_heads * self.num_q_blocks
+        full = jnp.int32(num_items // self.num_programs)
+        return full + (self._place(full) < num_items).astype(jnp.int32)
 
-    def item(self, number: jax.Array) -> Item:
-        """This thread block's item of a round."""
+    def item(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """This thread block's item of a round: its row of the visits, and its query head."""
         place = self._place(number)
-        q_head = lax.rem(place, jnp.int32(self.num_q_heads))
-        return Item(q_head, q_head // self.group_size, self.num_q_blocks - 1 - place // self.num_q_heads)
+        return place // self.num_q_heads, lax.rem(place, jnp.int32(self.num_q_heads))
 
     def _place(self, number: jax.Array) -> jax.Array:
         program = lax.axis_index("program")
@@ -142,8 +129,9 @@ class Work(NamedTuple):
         return self.first_key + block_kv * jnp.where(step < self.num_masked, masked, bare)
 
 
-def find_work(visits_gmem: Any, item: Item, num_before: jax.Array) -> Work:
-    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[item.q_block, column] for column in range(4))
+def find_work(visits_gmem: Any, row: jax.Array, num_before: jax.Array) -> Work:
+    """What a row of the visits says."""
+    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[row, column] for column in range(1, 5))
     num_masked = num_blocks - (bare_end - bare_begin)
     return Work(first_key, num_blocks, num_masked, bare_begin, num_before)
 
@@ -153,7 +141,7 @@ def prefill_kernel(
     k_gmem: Any,  # [padded_S, K, H]
     v_gmem: Any,  # [padded_S, K, H]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 4]
+    visits_gmem: Any,  # [q_blocks, 5]: the query block, and its `Visits`
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -174,7 +162,7 @@ def extend_kernel(
     page_indices_gmem: Any,  # [I]
     layer_gmem: Any,  # [1]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 4]
+    visits_gmem: Any,  # [q_blocks, 5]: the query block, and its `Visits`
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -217,68 +205,73 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
     warpgroup = lax.axis_index("warpgroup")
     tuning, schedule = setting.tuning, setting.schedule
     compute_registers, copy_registers = tuning.registers
-    no_blocks = jnp.int32(0)
 
     @pl.when(warpgroup < tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(compute_registers, action="increase")
-        copy_rows(memory, setting, schedule.item(jnp.int32(0)))
+
+        def tile_of(number: jax.Array) -> RowTile:
+            row, q_head = schedule.item(number)
+            first = visits_gmem[row, 0] * tuning.block_q + warpgroup * WARPGROUP_ROWS
+            return RowTile(memory, setting.scratch, warpgroup, pl.ds(first, WARPGROUP_ROWS), q_head)
 
         def attend_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
-            item = schedule.item(number)
-            work = find_work(visits_gmem, item, num_before)
+            row, _ = schedule.item(number)
+            work = find_work(visits_gmem, row, num_before)
 
-            def copy_next_rows() -> None:
+            def copy_next() -> None:
                 @pl.when(number + 1 < schedule.num_rounds)
                 def _():
-                    # All warps have read the queries and bounds before others overwrite them.
+                    # No warp reads the queries and bounds any more.
                     plgpu.commit_smem()
-                    copy_rows(memory, setting, schedule.item(number + 1))
+                    tile_of(number + 1).copy_in()
 
-            o, lse = attend_rows(setting, work, copy_next_rows)
-            store_rows(memory, setting, item, o, lse)
+            tile_of(number).store(*attend_rows(setting, work, copy_next))
             return num_before + work.num_blocks
 
-        lax.fori_loop(0, schedule.num_rounds, attend_item, no_blocks)
+        tile_of(jnp.int32(0)).copy_in()
+        lax.fori_loop(0, schedule.num_rounds, attend_item, jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(copy_registers, action="decrease")
+        group_size = memory.q.shape[1] // keys.num_kv_heads
 
         def copy_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
-            item = schedule.item(number)
-            work = find_work(visits_gmem, item, num_before)
-            copy_key_blocks(keys, setting, work, item.kv_head)
+            row, q_head = schedule.item(number)
+            work = find_work(visits_gmem, row, num_before)
+            copy_key_blocks(keys, setting, work, q_head // group_size)
             return num_before + work.num_blocks
 
-        lax.fori_loop(0, schedule.num_rounds, copy_item, no_blocks)
+        lax.fori_loop(0, schedule.num_rounds, copy_item, jnp.int32(0))
 
 
-def rows_of(setting: Setting, item: Item) -> Any:
-    """This warpgroup's rows of an item."""
-    first = item.q_block * setting.tuning.block_q + lax.axis_index("warpgroup") * WARPGROUP_ROWS
-    return pl.ds(first, WARPGROUP_ROWS)
+class RowTile(NamedTuple):
+    """A warpgroup's rows of an item, on their way between global and shared memory."""
 
+    memory: RowMemory
+    scratch: Scratch
+    warpgroup: jax.Array
+    rows: Any
+    q_head: jax.Array
 
-def copy_rows(memory: RowMemory, setting: Setting, item: Item) -> None:
-    """Begins to bring this warpgroup's queries and bounds to shared memory."""
-    scratch, warpgroup, rows = setting.scratch, lax.axis_index("warpgroup"), rows_of(setting, item)
-    ready = scratch.rows_ready.at[warpgroup]
-    plgpu.copy_gmem_to_smem(memory.q.at[rows, item.q_head], scratch.q.at[warpgroup], ready)
-    plgpu.copy_gmem_to_smem(memory.bounds.at[:, rows], scratch.bounds.at[warpgroup], ready)
+    def copy_in(self) -> None:
+        """Begins to bring the queries and bounds to shared memory."""
+        ready = self.scratch.rows_ready.at[self.warpgroup]
+        queries, bounds = self.memory.q.at[self.rows, self.q_head], self.memory.bounds.at[:, self.rows]
+        plgpu.copy_gmem_to_smem(queries, self.scratch.q.at[self.warpgroup], ready)
+        plgpu.copy_gmem_to_smem(bounds, self.scratch.bounds.at[self.warpgroup], ready)
 
-
-def store_rows(memory: RowMemory, setting: Setting, item: Item, o: jax.Array, lse: jax.Array) -> None:
-    """Begins to store this warpgroup's results, once those of the item before are out of shared memory."""
-    scratch, warpgroup, rows = setting.scratch, lax.axis_index("warpgroup"), rows_of(setting, item)
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    o_tile = scratch.o.at[warpgroup]
-    o_tile[...] = o.astype(o_tile.dtype)
-    scratch.lse[warpgroup] = lse
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(o_tile, memory.o.at[rows, item.q_head])
-    plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], memory.lse.at[item.q_head, rows])
+    def store(self, o: jax.Array, lse: jax.Array) -> None:
+        """Begins to store the results, once those of the item before are out of shared memory."""
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_tile = self.scratch.o.at[self.warpgroup]
+        o_tile[...] = o.astype(o_tile.dtype)
+        self.scratch.lse[self.warpgroup] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_tile, self.memory.o.at[self.rows, self.q_head])
+        plgpu.copy_smem_to_gmem(self.scratch.lse.at[self.warpgroup], self.memory.lse.at[self.q_head, self.rows])
 
 
 def copy_key_blocks(keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array) -> None:

@@ -20,6 +20,10 @@ class DenseKeys(NamedTuple):
     k_gmem: Any  # [padded_S, K, H]
     v_gmem: Any  # [padded_S, K, H]
 
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k_gmem.shape[1]
+
     def locate(self, begin: jax.Array, block_kv: int) -> jax.Array:
         """Where the block of keys is that begins there."""
         return pl.multiple_of(begin, TMA_ROWS)
@@ -40,6 +44,10 @@ class PagedKeys(NamedTuple):
     layer_gmem: Any  # [1]
     num_pages: int
     page_size: int
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.pool_gmem.shape[1]
 
     def locate(self, begin: jax.Array, block_kv: int) -> list[jax.Array]:
         """The slots, of the first layer's keys, at which the block's pieces begin: all entries are loaded at once."""

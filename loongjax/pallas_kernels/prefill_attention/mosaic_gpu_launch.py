@@ -47,7 +47,6 @@ class Launch:
     """What profiles show."""
     num_keys: int
     """Rows' ranges are cut to [0, num_keys)."""
-    num_kv_heads: int
     key_alignment: int
     """Key blocks begin at multiples of it."""
     copies_per_block: int
@@ -90,7 +89,9 @@ def attend_rows_over(
         block_kv=tuning.block_kv,
         alignment=launch.key_alignment,
     )
-    o, lse = _call(launch, sm_scale, q, keys, bounds, jnp.stack(visits, axis=1))
+    longest_first = jnp.argsort(visits.num_blocks, descending=True)
+    rows = jnp.stack([longest_first, *(column[longest_first] for column in visits)], axis=1)
+    o, lse = _call(launch, sm_scale, q, keys, bounds, rows)
     return o[:T].astype(launch.out_dtype), lse[:, :T].T
 
 
@@ -107,14 +108,14 @@ def _call(
     q: Float[Array, "padded_T N H"],
     keys: tuple[jax.Array, ...],
     bounds: Int32[Array, "2 rows"],
-    visits: Int32[Array, "q_blocks 4"],
+    visits: Int32[Array, "q_blocks 5"],
 ) -> Any:
     N, H = q.shape[1:]
-    K, tuning = launch.num_kv_heads, launch.tuning
+    tuning = launch.tuning
     kernel_dtype = q.dtype if launch.out_dtype == q.dtype else jnp.dtype("float32")
     axes = jax.typeof(q).manual_axis_type
     num_programs = min(tuning.num_programs or num_multiprocessors(), N * visits.shape[0])
-    schedule = Schedule(N, N // K, visits.shape[0], num_programs)
+    schedule = Schedule(N, visits.shape[0], num_programs)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(
         functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning, schedule=schedule),

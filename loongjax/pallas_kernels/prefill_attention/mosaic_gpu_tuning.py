@@ -19,8 +19,8 @@ class PrefillTuning:
     num_stages: int = 2
     """Key blocks, and value blocks, that shared memory holds."""
     num_programs: int | None = None
-    """Thread blocks among which all query blocks are dealt out; None: one for each query block of each head, which the
-    GPU starts as others end.
+    """Thread blocks among which the query blocks of all heads are dealt out; None: one a multiprocessor. If there are
+    as many as query blocks, the GPU starts one as another ends.
     """
 
     def __post_init__(self) -> None:

@@ -19,13 +19,7 @@ BLOCK = 16
 
 
 def attend(
-    q: np.ndarray,
-    case: PagedCase,
-    tiles: Tiles,
-    row_kv_lens: np.ndarray,
-    tile_queries: int,
-    num_shares: int,
-    merged_heads: int = 2,
+    q: np.ndarray, case: PagedCase, tiles: Tiles, row_kv_lens: np.ndarray, tile_queries: int, num_shares: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `attend_tiles` does. Everything that no program writes is NaN."""
     (num_rows, num_q_heads, head_dim), (num_pages, page_size, num_kv_heads, _) = q.shape, case.kv_pool.shape[2:]
@@ -58,20 +52,19 @@ def attend(
     lens = (tiles.q_starts, tiles.q_lens, tiles.kv_lens, row_kv_lens)
     interpret(
         merge_kernel,
-        (-(-num_q_heads // merged_heads), num_shares * tile_queries + -(-num_rows // 4)),
+        (num_q_heads, num_shares * tile_queries + -(-num_rows // 4)),
         *(*lens, partial_o, partial_lse, o, lse, num_tiles, num_rows, o, lse),
         num_q_heads=num_q_heads,
         shares_per_step=4,
-        heads_per_program=merged_heads,
         rows_per_program=4,
         **shape,
     )
     return o, lse
 
 
-def decode(q: np.ndarray, case: PagedCase, num_shares: int, **options: int) -> tuple[np.ndarray, np.ndarray]:
+def decode(q: np.ndarray, case: PagedCase, num_shares: int) -> tuple[np.ndarray, np.ndarray]:
     tiles = Tiles(case.page_starts, case.kv_lens, case.page_starts, case.kv_lens)
-    return attend(q, case, tiles, case.kv_lens, 1, num_shares, **options)
+    return attend(q, case, tiles, case.kv_lens, 1, num_shares)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -92,16 +85,6 @@ def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, nu
     rows = [attend_row(*row) for row in zip(q, case.keys, case.values, strict=True)]
     expected = np.array([o for o, _ in rows]), np.array([lse for _, lse in rows])
     assert_matches(decode(q, case, num_shares), expected)
-
-
-@pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("merged_heads", [1, 4])
-def test_a_program_may_merge_any_number_of_heads(merged_heads):
-    case = make_case(0, [150, 0, 300], page_size=4, heads=(3, 16))
-    q = np.asarray(random_queries(1, 3, 6, 16))
-    rows = [attend_row(*row) for row in zip(q, case.keys, case.values, strict=True)]
-    expected = np.array([o for o, _ in rows]), np.array([lse for _, lse in rows])
-    assert_matches(decode(q, case, 7, merged_heads=merged_heads), expected)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
