@@ -24,7 +24,7 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.memory import MemoryAdmission
-from loongjax.scheduler.esp.outlook import Outlook, Site
+from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
@@ -197,10 +197,7 @@ class Dispatcher:
         prompts = [request.num_tokens - request.num_output_tokens for request in site.requests]
         limits = np.array([request.max_total_tokens for request in site.requests], np.int64) - np.array(prompts)
         num_steps = float(np.max(self._lengths.expected_left(generated, limits)))
-        num_keys = sum([request.num_tokens for request in site.requests])
-        dop = len(site.instances)
-        step_s = float(self._times.step_s(dop, len(site.requests), -(-num_keys // dop), [1])[0])
-        return site.ready_s + max(0.0, num_steps) * step_s
+        return site.ready_s + max(0.0, num_steps) * step_s(site, self._times)
 
 
 def num_worth_batching(times: Times, dop: int, lens: np.ndarray, weights: np.ndarray) -> int:

@@ -12,10 +12,14 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.batching import split
 from loongjax.scheduler.esp.dispatch import Choice, num_worth_batching
 from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.outlook import Outlook, step_s
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.placement import Shelf, place_keys
 from loongjax.scheduler.view import WaitingView
+
+MIN_STEPS = 3
+"""Steps of a decode that must fit into a wait for it to go on: one may be in flight, and one submitted behind it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,11 +29,18 @@ class Launch:
     places: list[int]
     """Requests whose prefill starts now, by their places in the window."""
     has_held: bool
-    """Whether idle instances were kept for requests that start when others are idle too."""
+    """Whether some of its requests start when more of its instances are idle, and those that are were kept for them."""
 
 
 def launch(
-    draft: Draft, choice: Choice, window: Window, times: Times, *, growth_tokens: int, explain: Sink | None
+    draft: Draft,
+    outlook: Outlook,
+    choice: Choice,
+    window: Window,
+    times: Times,
+    *,
+    growth_tokens: int,
+    explain: Sink | None,
 ) -> Launch:
     """Splits the choice into batches, starts those whose instances are idle, and holds the idle instances of others.
 
@@ -40,10 +51,9 @@ def launch(
     started: list[int] = []
     has_held = False
     for places, group in _batches(draft, by_length, instances, window, times):
-        idle = [instance for instance in group if instance in draft.idle]
-        if len(idle) < len(group):
-            draft.reserve(idle)
-            has_held = has_held or bool(idle)
+        if not draft.idle.issuperset(group):
+            _hold(draft, outlook, choice, group, times)
+            has_held = True
             continue
         in_order = sorted(places)
         lens, weights = window.arrays(in_order)
@@ -84,6 +94,20 @@ def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingV
     ]
     kept = place_keys(requests, shelves, page_size=page_size, num_spare_pages=num_spare)
     draft.prefill(Group.of(group), kept)
+
+
+def _hold(draft: Draft, outlook: Outlook, choice: Choice, group: Sequence[InstanceId], times: Times) -> None:
+    """Keeps what is idle of a group for it. Decodes that it has to pause go on while the wait for a prefill is long.
+
+    For decodes it never waits longer than they need for a step or two, and then nobody goes on, or they might take
+    turns for ever.
+    """
+    wait_s = max([outlook.until_free_s[instance] for instance in group if instance in draft.prefilling], default=0.0)
+    going_on: set[InstanceId] = set()
+    for site in choice.sites:
+        if site.requests and draft.idle.issuperset(site.instances) and MIN_STEPS * step_s(site, times) <= wait_s:
+            going_on.update(site.instances)
+    draft.reserve([instance for instance in group if instance not in going_on])
 
 
 def _batches(

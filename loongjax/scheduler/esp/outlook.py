@@ -29,6 +29,13 @@ class Site:
     """Those decodes."""
 
 
+def step_s(site: Site, times: Times) -> float:
+    """The time of a step of the site's decodes, if one of its instances were the master of all."""
+    num_keys = sum([request.num_tokens for request in site.requests])
+    dop = len(site.instances)
+    return float(times.step_s(dop, len(site.requests), -(-num_keys // dop), [1])[0])
+
+
 class Outlook:
     """All sites, and when each instance should be free.
 

@@ -58,7 +58,7 @@ class EspPolicy:
         )
 
     def copy(self) -> EspPolicy:
-        """See `Policy.copy`. Corrections of the cost model are shared: they are facts to all copies."""
+        """See `Policy.copy`. It costs next to nothing: what is learned is replaced and never changed."""
         other = copy.copy(self)
         other._fairness = self._fairness.copy()
         other._lengths = self._lengths.copy()
@@ -66,6 +66,8 @@ class EspPolicy:
 
     def observe(self, observations: Sequence[Observation]) -> None:
         """Corrects the cost model, and learns how long outputs are. See `Policy.observe`."""
+        self._corrector = Corrector(factors=self._corrector.factors)
+        self._model = CorrectedModel(base=self._base_model, corrector=self._corrector)
         for observation in observations:
             if isinstance(observation, IterationEnded):
                 self._correct(observation)

@@ -100,7 +100,13 @@ class PrefillPlanner:
             self._make_way(choice, move)
             return choice, [], True
         launched = launch(
-            draft, choice, window, self._times, growth_tokens=self._config.growth_tokens, explain=self._explain
+            draft,
+            outlook,
+            choice,
+            window,
+            self._times,
+            growth_tokens=self._config.growth_tokens,
+            explain=self._explain,
         )
         return choice, launched.places, launched.has_held
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from loongjax.core.cluster import ClusterShape, Group
-from loongjax.core.plan import Decode, Prefill, SubBatch
+from loongjax.core.plan import Decode, Prefill, PrefillRequest, SubBatch
 from loongjax.costmodel.work import DecodeWork, Numbers, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from loongjax.scheduler.esp.config import EspConfig
@@ -119,6 +119,35 @@ def test_a_copy_that_is_asked_for_nothing_leaves_no_trace() -> None:
         assert isinstance(policy.copy().plan(view())[0], Prefill)
     assert isinstance(policy.plan(view())[0], Prefill)
     assert isinstance(policy.plan(view())[0], Decode)
+
+
+def test_a_copy_does_not_learn_what_the_other_is_told() -> None:
+    runs = [running("a", 0, (0, 50), num_output_tokens=4)]
+    view = cluster(1, num_pages=1000, runs=runs, waits=[waiting("w", 1, 100)])
+    policy = policy_of(HandModel(step_s=20.0))
+    other = policy.copy()
+    assert isinstance(other.plan(view)[0], Prefill)
+    ended = IterationEnded(
+        plan=Prefill(Group.of([0]), ()), strategy=Strategy(1, 1), work=PrefillWork(new_lens=(100,)), elapsed_s=8.0
+    )
+    policy.observe([ended] * 200)
+    assert isinstance(policy.plan(view)[0], Decode)
+    assert isinstance(other.copy().plan(view)[0], Prefill)
+
+
+def test_decodes_go_on_while_a_prompt_waits_for_a_long_prefill_to_end() -> None:
+    """It wants their instance too, but not before the other one is free."""
+    plan = Prefill(Group.of([1]), (PrefillRequest("echo", ()),))
+    runs = [running("a", 1, (0, 50), num_output_tokens=10**6)]
+    waits = [waiting("w", 0, 1000)]
+    answers = []
+    for num_tokens in (400, 40):
+        flight = FlightView(plan=plan, group=plan.group, work=PrefillWork(new_lens=(num_tokens,)), started_s=0.0)
+        view = cluster(2, num_pages=1000, runs=runs, waits=waits, prefilling=[1], flights=[flight])
+        plans, decisions = ask(view, HandModel(step_s=0.3, moved_s=1e9))
+        assert only(decisions, "wait").is_taken
+        answers.append([type(plan) for plan in plans])
+    assert answers == [[Decode], []]
 
 
 def test_without_migration_times_no_keys_are_moved() -> None:
