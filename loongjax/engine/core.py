@@ -268,7 +268,7 @@ class EngineCore:
                 self._continue(flight)
         if self._jumps is not None:
             self._jump(self._jumps)
-        if self._live and not self._flights:
+        if self._live and not (self._flights or self._must_plan):
             raise EngineError(
                 f"the policy plans nothing, though nothing is in flight and {len(self._live)} requests live"
             )
