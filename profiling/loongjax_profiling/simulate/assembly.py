@@ -9,8 +9,6 @@ from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_file import load
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
-from loongjax.scheduler.build import build_policy
-from loongjax.scheduler.policy import Policy
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.cluster import MODELS, PRESETS, ClusterSpec
 from loongjax_profiling.simulate.config import A800, SimulateConfig, WorkloadName
@@ -35,15 +33,10 @@ def assemble_system(config: SimulateConfig) -> SimulatedSystem:
         ConfigError: a cluster or a cost model that cannot be.
     """
     cluster = choose_cluster(config)
-    cost_model = choose_cost_model(config, cluster)
-
-    def policy(pod: ClusterSpec) -> Policy:
-        return build_policy(config, shape=pod.shape, max_num_seqs=pod.max_num_seqs, cost_model=cost_model)
-
     return SimulatedSystem(
         cluster=cluster,
-        build_policy=policy,
-        cost_model=cost_model,
+        scheduling=config,
+        cost_model=choose_cost_model(config, cluster),
         pod_size=config.pod_size,
         step_by_step=config.step_by_step,
     )

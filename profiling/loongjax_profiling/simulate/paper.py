@@ -16,11 +16,10 @@ from loongjax.config import SchedulingConfig
 from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.work import PrefillTotals, Strategy
 from loongjax.errors import ConfigError
-from loongjax.scheduler.build import build_policy
 from loongjax_profiling.metrics import Distribution, ServingMetrics
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.simulate.a800 import a800_model
-from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec
+from loongjax_profiling.simulate.cluster import PRESETS
 from loongjax_profiling.simulate.goodput import highest_rate
 from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from loongjax_profiling.simulate.workload.lengths import LengthDistribution
@@ -136,13 +135,8 @@ def paper_system(name: SystemName) -> SimulatedSystem:
         "prefill-first-tp8": ("a800-1xtp8", "prefill-first"),
         "disaggregated": ("a800-4xtp2", "disaggregated"),
     }[name]
-    cost_model = a800_model()
-    config = SchedulingConfig(policy=policy)  # pyright: ignore[reportArgumentType]
-
-    def policy_of(pod: ClusterSpec) -> Any:
-        return build_policy(config, shape=pod.shape, max_num_seqs=pod.max_num_seqs, cost_model=cost_model)
-
-    return SimulatedSystem(cluster=PRESETS[cluster_name], build_policy=policy_of, cost_model=cost_model)
+    scheduling = SchedulingConfig(policy=policy)  # pyright: ignore[reportArgumentType]
+    return SimulatedSystem(cluster=PRESETS[cluster_name], scheduling=scheduling, cost_model=a800_model())
 
 
 def zipf_wish(request: WorkloadRequest) -> ServiceLevel:

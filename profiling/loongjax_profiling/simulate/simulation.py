@@ -9,12 +9,13 @@ from collections.abc import Callable, Sequence
 
 import tqdm
 
+from loongjax.config import SchedulingConfig
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import Span
-from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.build import build_policy, max_request_tokens
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.load import LoadPredictor
@@ -35,9 +36,10 @@ class SimulatedSystem:
     """
 
     cluster: ClusterSpec
-    build_policy: Callable[[ClusterSpec], Policy]
-    """Makes the policy of a pod of this size."""
+    scheduling: SchedulingConfig
+    """Names the policy, and says what it is told."""
     cost_model: CostModel
+    """How long iterations take, and what the policy believes of that."""
     pod_size: int = POD_SIZE
     """Instances of a pod; a smaller cluster is a single one."""
     step_by_step: bool = False
@@ -63,15 +65,24 @@ class SimulatedSystem:
             names = Group.of(instances[index] for index in span.group.instances)
             on_span(dataclasses.replace(span, group=names))
 
-        cluster = self.cluster.of_size(len(instances))
+        cluster = self._pod_cluster(len(instances))
+        policy = build_policy(
+            self.scheduling, shape=cluster.shape, max_num_seqs=cluster.max_num_seqs, cost_model=self.cost_model
+        )
         return Pod(
             cluster,
-            self.build_policy(cluster),
+            policy,
             self.cost_model,
             step_by_step=self.step_by_step,
             on_span=rename,
             checks=self.checks,
         )
+
+    def _pod_cluster(self, num_instances: int) -> ClusterSpec:
+        """So many instances, and no longer requests than the policy can carry to their ends on them."""
+        cluster = self.cluster.of_size(num_instances)
+        most = max_request_tokens(self.scheduling, cluster.shape, cluster.max_num_batched_tokens)
+        return dataclasses.replace(cluster, max_model_len=min(cluster.limits.max_model_len, most))
 
 
 def simulate(

@@ -1,0 +1,71 @@
+"""The search for the highest rate, and the comparison with the paper."""
+
+import json
+import pathlib
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loongjax.errors import ConfigError
+from loongjax_profiling.simulate.command import main
+from loongjax_profiling.simulate.goodput import highest_rate
+from loongjax_profiling.simulate.paper import DATASETS, ZIPF_GOODPUT, PaperConfig, paper_system, zipf_wish
+from loongjax_profiling.simulate.workload.request import WorkloadRequest
+
+
+@given(limit=st.floats(1e-3, 1e4), start=st.floats(1e-2, 1e3))
+def test_it_finds_the_limit_wherever_it_begins(limit: float, start: float):
+    found = highest_rate(lambda rate: rate <= limit, start=start, precision=0.01)
+    assert found <= limit <= found * 1.01 * (1 + 1e-9)
+
+
+def test_what_never_holds_has_rate_zero_and_what_always_holds_comes_to_an_end():
+    assert highest_rate(lambda rate: False, start=1.0) == 0.0
+    assert highest_rate(lambda rate: True, start=1.0) > 1e6
+
+
+@pytest.mark.parametrize(("start", "precision"), [(0.0, 0.1), (1.0, 0.0), (float("inf"), 0.1)])
+def test_a_search_that_cannot_end_is_refused(start: float, precision: float):
+    with pytest.raises(ConfigError):
+        highest_rate(lambda rate: True, start=start, precision=precision)
+
+
+def test_wishes_are_the_papers():
+    short = zipf_wish(WorkloadRequest(arrival_s=0.0, prompt_len=100, output_len=1))
+    assert (short.ttft_s, short.tpot_s) == (15.0, 0.05)
+    long = zipf_wish(WorkloadRequest(arrival_s=0.0, prompt_len=199_999, output_len=1))
+    # 25 times the published form's 0.034 s + 1.02e-5 s a token + 1.93e-10 s a token squared.
+    assert long.ttft_s == pytest.approx(25 * (0.034 + 1.02e-5 * 2e5 + 1.93e-10 * 4e10), rel=0.01)
+
+
+def test_every_system_of_the_paper_can_be_built():
+    names = {name for rates in ZIPF_GOODPUT.values() for name in rates}
+    names |= {name for dataset in DATASETS.values() for name in dataset.capacity}
+    for name in names:
+        assert paper_system(name).cluster.num_instances in (1, 4)  # pyright: ignore[reportArgumentType]
+
+
+def test_the_command_prints_the_rates_beside_the_papers_and_writes_them(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    out = tmp_path / "zipf.json"
+    flags = ["--alphas", "1.0", "--systems", "simple", "replicated-tp2x4", "--duration-s", "10", "--precision", "0.9"]
+    assert main(["paper-zipf", *flags, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "replicated-tp2x4" in printed
+    assert "0.360" in printed
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["system"] for row in rows] == ["simple", "replicated-tp2x4"]
+    assert all(row["rate"] > 0.1 for row in rows)
+
+
+def test_datasets_are_compared_too(capsys: pytest.CaptureFixture[str]):
+    flags = ["--datasets", "lv-eval", "--systems", "replicated-tp2x4", "--duration-s", "10", "--precision", "0.9"]
+    assert main(["paper-datasets", *flags]) == 0
+    assert "lv-eval" in capsys.readouterr().out
+
+
+def test_a_comparison_without_time_is_refused():
+    with pytest.raises(ConfigError):
+        PaperConfig(duration_s=0.0)

@@ -1,0 +1,117 @@
+"""`loongjax simulate` from its flags to its files."""
+
+import json
+import logging
+import pathlib
+
+import pytest
+
+from loongjax.core.cluster import Group
+from loongjax.costmodel.model_file import save
+from loongjax.errors import ConfigError
+from loongjax.runtime.simulated import Span
+from loongjax_profiling.metrics import ServingMetrics
+from loongjax_profiling.records import read_records
+from loongjax_profiling.simulate.a800 import a800_model
+from loongjax_profiling.simulate.assembly import choose_cluster, choose_cost_model, make_workload
+from loongjax_profiling.simulate.command import main
+from loongjax_profiling.simulate.config import SimulateConfig
+from loongjax_profiling.simulate.timeline import Timeline
+
+FLAGS = ["--cost-model", "a800", "--workload", "sharegpt", "--rate", "4", "--num-requests", "12", "--policy", "simple"]
+PNG = b"\x89PNG"
+
+
+def run(tmp_path: pathlib.Path, *flags: str) -> pathlib.Path:
+    out = tmp_path / "out"
+    assert main([*FLAGS, *flags, "--out", str(out)]) == 0
+    return out
+
+
+def test_it_writes_records_metrics_and_a_picture(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    out = run(tmp_path)
+    records = read_records(out / "records.jsonl")
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(records) == metrics["num_requests"] == 12
+    assert metrics["ttft_s"]["p90"] == ServingMetrics.of(records).as_json()["ttft_s"]["p90"]
+    assert metrics["about"]["policy"] == "simple"
+    assert metrics["about"]["cost_model_source"] == "fitted"
+    assert (out / "timeline.png").read_bytes().startswith(PNG)
+    assert "12 requests" in capsys.readouterr().out
+
+
+def test_the_same_seed_writes_the_same_files_step_by_step_or_not(tmp_path: pathlib.Path):
+    few = ("--timeline-s", "0", "--num-requests", "3")
+    first = run(tmp_path / "a", *few)
+    second = run(tmp_path / "b", *few, "--step-by-step")
+    other = run(tmp_path / "c", *few, "--seed", "1")
+    assert (first / "records.jsonl").read_bytes() == (second / "records.jsonl").read_bytes()
+    assert (first / "records.jsonl").read_bytes() != (other / "records.jsonl").read_bytes()
+    assert not (first / "timeline.png").exists()
+
+
+def test_a_trace_is_played_instead_of_a_distribution(tmp_path: pathlib.Path):
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text('{"timestamp": 500, "input_length": 300, "output_length": 7, "hash_ids": [1]}\n')
+    (record,) = read_records(run(tmp_path, "--trace", str(trace)) / "records.jsonl")
+    assert (record.issue_s, record.prompt_len, record.output_len) == (0.5, 300, 7)
+
+
+def test_a_fitted_file_gives_the_times(tmp_path: pathlib.Path):
+    save(a800_model(), tmp_path / "model.json")
+    built_in = run(tmp_path / "a", "--timeline-s", "0")
+    from_file = run(tmp_path / "b", "--timeline-s", "0", "--cost-model", str(tmp_path / "model.json"))
+    assert (built_in / "records.jsonl").read_bytes() == (from_file / "records.jsonl").read_bytes()
+
+
+def test_without_a_cost_model_it_says_that_times_are_estimates(caplog: pytest.LogCaptureFixture):
+    config = SimulateConfig(device="H200", model="llama3-8b")
+    with caplog.at_level(logging.WARNING):
+        assert choose_cost_model(config, choose_cluster(config)).source == "roofline"
+    assert "roofline of H200 for llama3-8b" in caplog.text
+
+
+def test_flags_change_the_preset_one_by_one():
+    cluster = choose_cluster(SimulateConfig(cluster="a800-4xtp2", num_instances=64, num_slots=160_000))
+    assert (cluster.num_instances, cluster.tp, cluster.num_slots, cluster.page_size) == (64, 2, 160_000, 16)
+
+
+@pytest.mark.parametrize("workload", ["sharegpt", "leval", "lv-eval", "mixed", "zipf", "mooncake"])
+def test_every_workload_has_a_name(workload: str):
+    requests = make_workload(SimulateConfig(workload=workload, num_requests=30, rate=3.0))  # pyright: ignore[reportArgumentType]
+    assert len(requests) == 30
+    assert requests[-1].arrival_s == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"num_requests": 0}, {"timeline_s": -1.0}, {"timeline_s": float("nan")}, {"policy": "best"}]
+)
+def test_settings_that_cannot_work_are_refused(fields: dict[str, object]):
+    with pytest.raises(ConfigError):
+        SimulateConfig(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as exit_info:
+        main(["--help"])
+    assert exit_info.value.code == 0
+    assert "--step-by-step" in capsys.readouterr().out
+
+
+def span(kind: str, begin_s: float, end_s: float, *instances: int) -> Span:
+    return Span(kind=kind, group=Group(instances), begin_s=begin_s, end_s=end_s, num_requests=1, num_steps=1)
+
+
+def test_a_timeline_keeps_what_touches_its_window(tmp_path: pathlib.Path):
+    timeline = Timeline(begin_s=1.0, length_s=1.0)
+    inside = [span("prefill", 0.5, 1.5, 0, 1), span("decode", 1.5, 5.0, 0), span("migrate", 1.1, 1.2, 2)]
+    for each in [span("decode", 0.0, 1.0, 0), *inside, span("decode", 2.0, 3.0, 1)]:
+        timeline.note(each)
+    assert timeline.spans == inside
+    timeline.draw(tmp_path / "picture.png", title="three things")
+    assert (tmp_path / "picture.png").read_bytes().startswith(PNG)
+
+
+def test_an_empty_timeline_is_drawn_too(tmp_path: pathlib.Path):
+    Timeline().draw(tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").exists()
