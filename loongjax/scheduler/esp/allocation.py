@@ -8,11 +8,11 @@ is no less than what it takes to free e, the cheapest of
 
     pausing its decodes:          their weight x the seconds they stand still
     moving their keys (eq. 4):    (weight of R + weight of the decodes) x the time of the migration, after which they
-                                  decode elsewhere
+                                  decode elsewhere, in longer steps (`moving`)
     waiting for prefills to end:  the weight of the decodes paused already x the wait, which the gain has in it
 
 The paper looks at used slots only, fewest first, and moves keys at a fixed rate; the seconds here all come from the
-cost model. Keys are moved to one instance that has room for all of them.
+cost model. Keys are moved to one instance that has room for all of them, and free one instance at a time.
 """
 
 from __future__ import annotations
@@ -20,27 +20,16 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.moving import Move, Mover
 from loongjax.scheduler.esp.outlook import Outlook, Site
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
-from loongjax.scheduler.fairness import Fairness
-from loongjax.scheduler.view import RunningView
 
 MAX_REFUSALS = 4
 """Sites that may be refused before the rest, which hold more keys, is not asked."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """Keys to move before the prefill can begin: all of these requests', from their one instance to another."""
-
-    requests: tuple[RunningView, ...]
-    source: InstanceId
-    target: InstanceId
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +40,7 @@ class _Offer:
     gain: float
     cost: float
     ready_s: float
-    target: InstanceId | None = None
+    move: Move | None = None
 
 
 class Allocator:
@@ -64,18 +53,14 @@ class Allocator:
         window: Window,
         times: Times,
         *,
-        fairness: Fairness,
-        can_migrate: bool,
-        min_tokens_between_migrations: int,
+        mover: Mover | None,
         explain: Sink | None,
     ) -> None:
         self._draft = draft
         self._outlook = outlook
         self._window = window
         self._times = times
-        self._fairness = fairness
-        self._can_migrate = can_migrate
-        self._min_tokens_between_migrations = min_tokens_between_migrations
+        self._mover = mover
         self._explain = explain
 
     def allocate(self, choice: Choice) -> Move | None:
@@ -89,8 +74,8 @@ class Allocator:
                 num_refusals += 1
                 if num_refusals >= MAX_REFUSALS:
                     break
-            elif offer.target is not None:
-                return Move(site.requests, site.instances[0], offer.target)
+            elif offer.move is not None:
+                return offer.move
             else:
                 choice.take(site)
         return None
@@ -111,34 +96,15 @@ class Allocator:
         gain = weight * (now_s - ready_s - duration_s)
         if not site.requests:
             return [_Offer("wait", gain, paused * max(0.0, ready_s - choice.ready_s), ready_s)]
-        pausing = _Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)
-        if gain <= 0.0 or not self._can_migrate or len(site.instances) > 1:
-            return [pausing]
-        moved_s = self._times.migration_s(sum([request.num_tokens for request in site.requests]))
-        moving = _Offer("migrate", gain, (weight + site.pause_weight) * moved_s, ready_s + moved_s)
-        if moving.cost >= min(gain, pausing.cost):
-            return [pausing]
-        target = self._target(choice, site)
-        return [pausing] if target is None else [pausing, dataclasses.replace(moving, target=target)]
-
-    def _target(self, choice: Choice, site: Site) -> InstanceId | None:
-        """The fullest instance that can take over all keys of a site; None if there is none."""
-        draft = self._draft
-        if any(len(request.kv) > 1 or not self._may_move(request) for request in site.requests):
-            return None
-        num_pages = sum([draft.shape.num_pages_for(request.num_tokens) for request in site.requests])
-        targets = [
-            instance
-            for other in self._outlook.decodes
-            if other is not site and other not in choice.sites
-            for instance in other.instances
-            if draft.room(instance) >= num_pages
-            and draft.num_newest[instance] + len(site.requests) <= draft.view.max_num_seqs
-        ]
-        return min(targets, key=lambda instance: (draft.room(instance), instance), default=None)
-
-    def _may_move(self, request: RunningView) -> bool:
-        return self._fairness.may_migrate(request, self._min_tokens_between_migrations)
+        offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)]
+        mover = self._mover
+        if gain > 0.0 and mover is not None and (move := mover.move_from(site, choice.sites)) is not None:
+            gain = weight * (now_s - ready_s - self._times.batch_s(choice.dop + 1, requests))
+            cost = (weight + site.pause_weight) * move.seconds
+            if gain > cost:
+                cost += mover.slowdown(site, move)
+            offers.append(_Offer("migrate", gain, cost, ready_s + move.seconds, move))
+        return offers
 
     def _tell(self, choice: Choice, site: Site, offer: _Offer, is_taken: bool) -> None:
         if self._explain is not None:

@@ -8,7 +8,9 @@ decodes cost nothing. A decode group B with instances G is paused for further re
 
 where w is 1 / length times priority and pressure (`objective`), T the prefill's predicted time, R and E what was taken
 before. The paper's wait is until B ends; here it is the least of that, of the end of what R occupies, and of the end of
-prefills in flight that leave instances without keys.
+prefills in flight that leave instances without keys. Where pausing does not pay and nothing else can start, one
+instance of G may be freed instead by moving the keys it holds, for (weight of R' + weight of B) x the migration's time,
+and for the longer steps that follow (`moving`).
 """
 
 from __future__ import annotations
@@ -22,8 +24,9 @@ from loongjax.core.cluster import InstanceId
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
-from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.explain import Decision, Sink, Step
 from loongjax.scheduler.esp.memory import MemoryAdmission
+from loongjax.scheduler.esp.moving import Move, Mover
 from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
@@ -43,6 +46,8 @@ class Choice:
     instances: list[InstanceId]
     sites: list[Site]
     """Decode groups that are paused for it, and others' instances that it waits for."""
+    move: Move | None = None
+    """Keys to be moved before any of it can start."""
 
     @property
     def dop(self) -> int:
@@ -72,6 +77,7 @@ class Dispatcher:
         config: EspConfig,
         fairness: Fairness,
         lengths: OutputLengths,
+        mover: Mover | None,
         explain: Sink | None,
     ) -> None:
         self._draft = draft
@@ -82,6 +88,7 @@ class Dispatcher:
         self._config = config
         self._fairness = fairness
         self._lengths = lengths
+        self._mover = mover
         self._explain = explain
 
     def dispatch(self) -> Choice:
@@ -99,6 +106,8 @@ class Dispatcher:
             if more and self._is_worth_pausing(choice, site, more):
                 choice.take(site)
                 choice.places += more
+            elif not choice.places and self._moves_away(choice, site):
+                break
             else:
                 num_refusals += 1
         return choice
@@ -151,22 +160,56 @@ class Dispatcher:
         otherwise_s = self._wait_otherwise_s(choice, site, more)
         gain = window.weight(more) * max(0.0, otherwise_s - wait_s)
         cost = site.pause_weight * (wait_s - site.ready_s + duration_s)
+        terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", duration_s))
+        return self._judge("dispatch", site, more, gain, cost, terms)
+
+    def _moves_away(self, choice: Choice, site: Site) -> bool:
+        """Chooses requests for one instance of the group, and the move that frees it, if that pays."""
+        if self._mover is None or (move := self._mover.move_from(site, ())) is None:
+            return False
+        more = self.pick([move.source], [])
+        if not more:
+            return False
+        wait_s = site.ready_s + move.seconds
+        otherwise_s = self._wait_otherwise_s(choice, site, more)
+        gain = self._window.weight(more) * max(0.0, otherwise_s - wait_s)
+        cost = (self._window.weight(more) + site.pause_weight) * move.seconds
+        slowdown = self._mover.slowdown(site, move) if gain > cost else 0.0
+        terms = (
+            ("wait_s", wait_s),
+            ("wait_otherwise_s", otherwise_s),
+            ("migration_s", move.seconds),
+            ("slowdown_weight_s", slowdown),
+        )
+        if not self._judge("migrate", site, more, gain, cost + slowdown, terms):
+            return False
+        choice.places, choice.move = more, move
+        return True
+
+    def _judge(
+        self,
+        step: Step,
+        site: Site,
+        more: Sequence[int],
+        gain: float,
+        cost: float,
+        terms: tuple[tuple[str, float], ...],
+    ) -> bool:
+        """Whether the gain exceeds the cost."""
         if self._explain is not None:
             self._explain(
                 Decision(
                     now_s=self._draft.view.now_s,
-                    step="dispatch",
+                    step=step,
                     is_taken=gain > cost,
                     gain=gain,
                     cost=cost,
                     instances=site.instances,
-                    request_ids=tuple([request.request_id for request in window.views(more)]),
+                    request_ids=tuple([request.request_id for request in self._window.views(more)]),
                     terms=(
-                        ("wait_s", wait_s),
-                        ("wait_otherwise_s", otherwise_s),
-                        ("prefill_s", duration_s),
+                        *terms,
                         ("pause_weight", site.pause_weight),
-                        ("gain_weight", window.weight(more)),
+                        ("gain_weight", self._window.weight(more)),
                     ),
                 )
             )

@@ -33,7 +33,7 @@ def step_s(site: Site, times: Times) -> float:
     """The time of a step of the site's decodes, if one of its instances were the master of all."""
     num_keys = sum([request.num_tokens for request in site.requests])
     dop = len(site.instances)
-    return float(times.step_s(dop, len(site.requests), -(-num_keys // dop), [1])[0])
+    return times.step_of_one_master_s(dop, len(site.requests), -(-num_keys // dop))
 
 
 class Outlook:

@@ -99,6 +99,7 @@ class EspPolicy:
                 self._config,
                 self._lengths,
                 can_migrate=self._can_migrate,
+                has_waiting=bool(view.waiting),
                 now_s=view.now_s,
                 explain=self._explain,
             )

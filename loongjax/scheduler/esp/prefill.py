@@ -5,12 +5,13 @@ from __future__ import annotations
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.allocation import Allocator, Move
+from loongjax.scheduler.esp.allocation import Allocator
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.dispatch import Choice, Dispatcher
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.launch import launch
 from loongjax.scheduler.esp.memory import MemoryAdmission
+from loongjax.scheduler.esp.moving import Mover
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.senior import SeniorPlanner, senior_of
@@ -72,6 +73,12 @@ class PrefillPlanner:
         """(the choice, what starts of it, whether the rest is on its way: instances are held, or keys moved for it)."""
         draft = self._draft
         memory = MemoryAdmission(self._view, window.requests, self._lengths, self._config.admission)
+        mover = None
+        if self._can_migrate:
+            least = self._config.min_tokens_between_migrations
+            mover = Mover(
+                draft, outlook, self._times, self._fairness, self._lengths, min_tokens_between_migrations=least
+            )
         dispatcher = Dispatcher(
             draft,
             outlook,
@@ -81,23 +88,18 @@ class PrefillPlanner:
             config=self._config,
             fairness=self._fairness,
             lengths=self._lengths,
+            mover=mover,
             explain=self._explain,
         )
         choice = dispatcher.dispatch()
         if not choice.places:
             return choice, [], False
-        move = Allocator(
-            draft,
-            outlook,
-            window,
-            self._times,
-            fairness=self._fairness,
-            can_migrate=self._can_migrate,
-            min_tokens_between_migrations=self._config.min_tokens_between_migrations,
-            explain=self._explain,
-        ).allocate(choice)
-        if move is not None:
-            self._make_way(choice, move)
+        if choice.move is None:
+            allocator = Allocator(draft, outlook, window, self._times, mover=mover, explain=self._explain)
+            choice.move = allocator.allocate(choice)
+        if mover is not None and choice.move is not None:
+            mover.start(choice.move)
+            draft.reserve(choice.instances)
             return choice, [], True
         launched = launch(
             draft,
@@ -109,16 +111,6 @@ class PrefillPlanner:
             explain=self._explain,
         )
         return choice, launched.places, launched.has_held
-
-    def _make_way(self, choice: Choice, move: Move) -> None:
-        """Moves the keys of one more request, once both instances are idle, and holds what the choice has."""
-        draft = self._draft
-        if {move.source, move.target} <= draft.idle:
-            request = min(move.requests, key=lambda request: request.order)
-            self._fairness.note_migrated(request)
-            draft.migrate(request.request_id, move.source, move.target, request.num_tokens)
-        draft.reserve([move.source, move.target])
-        draft.reserve(choice.instances)
 
     def _force(self, request: WaitingView, outlook: Outlook, *, may_preempt: bool) -> bool:
         is_started = SeniorPlanner(self._draft, outlook, self._config.growth_tokens).plan(

@@ -33,13 +33,15 @@ class CostModelRules:
         lengths: OutputLengths,
         *,
         can_migrate: bool,
-        now_s: float = 0.0,
-        explain: Sink | None = None,
+        has_waiting: bool,
+        now_s: float,
+        explain: Sink | None,
     ) -> None:
         self._times = times
         self._config = config
         self._lengths = lengths
         self._can_migrate = can_migrate
+        self._has_waiting = has_waiting
         self._now_s = now_s
         self._explain = explain
 
@@ -57,11 +59,11 @@ class CostModelRules:
         return -(-num_rows // int(num_masters[np.argmin(steps_s)]))
 
     def wants_instance(self, component: Component) -> bool:
-        """Where computing bounds the step, one more master shortens it.
+        """Where computing bounds the step, one more master shortens it. While requests wait, idle instances are theirs.
 
         gain = steps still expected x (step of k instances - step of k + 1), cost = moving the new master's keys back.
         """
-        if not self._config.scale_up or len(component.requests) <= len(component.instances):
+        if not self._config.scale_up or self._has_waiting or len(component.requests) <= len(component.instances):
             return False
         num_rows, dop = len(component.requests), len(component.instances)
         busiest_keys = _busiest_keys(component.requests)

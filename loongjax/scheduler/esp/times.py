@@ -21,6 +21,7 @@ class Times:
         self._model = model
         self._tp = tp
         self._known_batches: dict[tuple[int, int, int], float] = {}
+        self._known_steps: dict[tuple[int, int, int], float] = {}
 
     def prefill_s(self, dop: int, totals: PrefillTotals) -> np.ndarray:
         """Of many batches on so many instances each: float64, of the totals' shape."""
@@ -36,6 +37,13 @@ class Times:
     def least_prefill_s(self, dop: int) -> float:
         """Of a prefill that has next to nothing to do."""
         return self._batch_s(dop, 1, 1)
+
+    def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
+        """As `step_s`, for one master."""
+        key = dop, num_rows, busiest_keys
+        if key not in self._known_steps:
+            self._known_steps[key] = float(self.step_s(dop, num_rows, busiest_keys, [1])[0])
+        return self._known_steps[key]
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].

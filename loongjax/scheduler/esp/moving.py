@@ -1,0 +1,143 @@
+"""Taking an instance out of decoding by moving the keys that it holds: the consolidation behind equation 4.
+
+What moves decodes more slowly from then on, with more company, and so does that company. The paper's cost is the
+transfer alone; here the longer steps count too, for every request by the share of its output that is still to come,
+for that is what they add to its latency / length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+import numpy as np
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.view import RunningView
+
+
+@dataclasses.dataclass(frozen=True)
+class Move:
+    """All keys that `source` holds, to one other instance."""
+
+    source: InstanceId
+    target: InstanceId
+    requests: tuple[RunningView, ...]
+    """Those with keys on the source, oldest first."""
+    seconds: float
+    """What moving them takes, one request after the other."""
+
+
+class Mover:
+    """Finds out what it would take to free an instance."""
+
+    def __init__(
+        self,
+        draft: Draft,
+        outlook: Outlook,
+        times: Times,
+        fairness: Fairness,
+        lengths: OutputLengths,
+        *,
+        min_tokens_between_migrations: int,
+    ) -> None:
+        self._draft = draft
+        self._outlook = outlook
+        self._times = times
+        self._fairness = fairness
+        self._lengths = lengths
+        self._min_tokens_between_migrations = min_tokens_between_migrations
+
+    def move_from(self, site: Site, excluded: Collection[Site]) -> Move | None:
+        """The move that frees one instance of a decode group, the one with fewest keys; None if there is none.
+
+        The target has room for everything. It is of the same group, or else the fullest of any other.
+
+        Args:
+            site: the decode group.
+            excluded: groups that nothing is moved to.
+        """
+        num_keys = dict.fromkeys(site.instances, 0)
+        for request in site.requests:
+            for instance, num_tokens in request.kv:
+                num_keys[instance] = num_keys.get(instance, 0) + num_tokens
+        source = min(site.instances, key=lambda instance: (num_keys[instance], instance))
+        requests = tuple(sorted(self._draft.residents[source], key=lambda request: request.order))
+        if not requests or any(not self._may_move(request) for request in requests):
+            return None
+        target = self._target(site, source, requests, excluded)
+        if target is None:
+            return None
+        return Move(source, target, requests, self._times.migration_s(num_keys[source]))
+
+    def start(self, move: Move) -> None:
+        """Moves the keys of the oldest request if both instances are idle; they are held in any case."""
+        draft = self._draft
+        if {move.source, move.target} <= draft.idle:
+            request = move.requests[0]
+            self._fairness.note_migrated(request)
+            draft.migrate(request.request_id, move.source, move.target, dict(request.kv)[move.source])
+        draft.reserve([move.source, move.target])
+
+    def slowdown(self, site: Site, move: Move) -> float:
+        """What it costs, in seconds x weight, that steps are longer after this move from the site."""
+        source, target = move.source, move.target
+        if target in site.instances:
+            together = dataclasses.replace(site, instances=tuple([i for i in site.instances if i != source]))
+            return self._weight_of_steps(site.requests) * max(0.0, self._step_s(together) - self._step_s(site))
+        other = next(other for other in self._outlook.decodes if target in other.instances)
+        together = Site(
+            instances=tuple(sorted({*site.instances, *other.instances} - {source})),
+            requests=(*site.requests, *other.requests),
+        )
+        together_s = self._step_s(together)
+        return sum(
+            [
+                self._weight_of_steps(group.requests) * max(0.0, together_s - self._step_s(group))
+                for group in (site, other)
+            ]
+        )
+
+    def _step_s(self, site: Site) -> float:
+        return step_s(site, self._times)
+
+    def _weight_of_steps(self, requests: Sequence[RunningView]) -> float:
+        """The shares of their outputs that these requests are still expected to generate, summed up."""
+        generated = np.array([request.num_output_tokens for request in requests], np.int64)
+        room = np.array([request.max_total_tokens - request.num_tokens for request in requests], np.int64)
+        left = np.maximum(self._lengths.expected_left(generated, generated + room), 0.0)
+        return float(np.sum(left / np.maximum(generated + left, 1.0)))
+
+    def _may_move(self, request: RunningView) -> bool:
+        may_now = self._fairness.may_migrate(request, self._min_tokens_between_migrations)
+        return may_now and all(instance not in self._draft.prefilling for instance, _ in request.kv)
+
+    def _target(
+        self, site: Site, source: InstanceId, requests: tuple[RunningView, ...], excluded: Collection[Site]
+    ) -> InstanceId | None:
+        draft = self._draft
+        shape = draft.shape
+        num_newest = draft.num_newest[source]
+        num_pages = sum([shape.num_pages_for(dict(request.kv)[source]) for request in requests])
+        partners = [instance for instance in site.instances if instance != source]
+        others = [
+            instance
+            for other in self._outlook.decodes
+            if other is not site and other not in excluded
+            for instance in other.instances
+        ]
+        for instances in (partners, others):
+            fitting = [
+                instance
+                for instance in instances
+                if draft.room(instance) >= num_pages
+                and draft.num_newest[instance] + num_newest <= draft.view.max_num_seqs
+            ]
+            if fitting:
+                return min(fitting, key=lambda instance: (draft.room(instance), instance))
+        return None
