@@ -29,10 +29,8 @@ def test_a_single_token_is_complete_when_it_is_there():
 
 
 def test_on_one_instance_the_second_request_waits_for_the_first():
-    spec = cluster(1, max_num_batched_tokens=500)
-    first, second = simulate(
-        system(spec, "prefill-first", cost_model=RoundModel()), arriving((0.0, 500, 2), (0.0, 500, 2))
-    )
+    alone = system(cluster(1, max_num_batched_tokens=600), "prefill-first", cost_model=RoundModel())
+    first, second = simulate(alone, arriving((0.0, 500, 2), (0.0, 500, 2)))
     assert first.first_token_s == pytest.approx(0.5)
     assert second.first_token_s is not None
     assert second.first_token_s >= 1.0
