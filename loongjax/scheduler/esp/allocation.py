@@ -28,7 +28,7 @@ from loongjax.scheduler.esp.outlook import Outlook, Site
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
-MAX_REFUSALS = 4
+MAX_REFUSALS = 2
 """Sites that may be refused before the rest, which hold more keys, is not asked."""
 
 
@@ -98,7 +98,11 @@ class Allocator:
             return [_Offer("wait", gain, paused * max(0.0, ready_s - choice.ready_s), ready_s)]
         offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)]
         mover = self._mover
-        if gain > 0.0 and mover is not None and (move := mover.move_from(site, choice.sites)) is not None:
+        if gain <= 0.0 or mover is None:
+            return offers
+        # Longer than this, and the cost of moving exceeds the gain.
+        longest_s = gain / (weight + site.pause_weight)
+        if (move := mover.move_from(site, choice.sites, longest_s)) is not None:
             gain = weight * (now_s - ready_s - self._times.batch_s(choice.dop + 1, requests))
             cost = (weight + site.pause_weight) * move.seconds
             if gain > cost:

@@ -33,7 +33,7 @@ from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.fairness import Fairness
 
-MAX_REFUSALS = 3
+MAX_REFUSALS = 2
 """Decode groups that may turn out not worth pausing before the rest, which cost more, is not considered."""
 
 
@@ -106,7 +106,7 @@ class Dispatcher:
             if more and self._is_worth_pausing(choice, site, more):
                 choice.take(site)
                 choice.places += more
-            elif not choice.places and self._moves_away(choice, site):
+            elif not choice.places and self._moves_away(choice, site, more):
                 break
             else:
                 num_refusals += 1
@@ -163,15 +163,21 @@ class Dispatcher:
         terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", duration_s))
         return self._judge("dispatch", site, more, gain, cost, terms)
 
-    def _moves_away(self, choice: Choice, site: Site) -> bool:
-        """Chooses requests for one instance of the group, and the move that frees it, if that pays."""
-        if self._mover is None or (move := self._mover.move_from(site, ())) is None:
+    def _moves_away(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
+        """Chooses those of the requests that fit on one instance of the group, and the move that frees it, if that
+        pays.
+        """
+        if self._mover is None or not more:
             return False
-        more = self.pick([move.source], [])
-        if not more:
+        otherwise_s = self._wait_otherwise_s(choice, site, more)
+        # Longer than this, and the cost exceeds the gain.
+        weight = self._window.weight(more)
+        longest_s = weight * max(0.0, otherwise_s - site.ready_s) / (weight + site.pause_weight)
+        move = self._mover.move_from(site, (), longest_s)
+        more = [] if move is None else self.pick([move.source], [])
+        if move is None or not more:
             return False
         wait_s = site.ready_s + move.seconds
-        otherwise_s = self._wait_otherwise_s(choice, site, more)
         gain = self._window.weight(more) * max(0.0, otherwise_s - wait_s)
         cost = (self._window.weight(more) + site.pause_weight) * move.seconds
         slowdown = self._mover.slowdown(site, move) if gain > cost else 0.0

@@ -53,7 +53,7 @@ class Mover:
         self._lengths = lengths
         self._min_tokens_between_migrations = min_tokens_between_migrations
 
-    def move_from(self, site: Site, excluded: Collection[Site]) -> Move | None:
+    def move_from(self, site: Site, excluded: Collection[Site], within_s: float) -> Move | None:
         """The move that frees one instance of a decode group, the one with fewest keys; None if there is none.
 
         The target has room for everything. It is of the same group, or else the fullest of any other.
@@ -61,19 +61,23 @@ class Mover:
         Args:
             site: the decode group.
             excluded: groups that nothing is moved to.
+            within_s: the longest that it may take.
         """
         num_keys = dict.fromkeys(site.instances, 0)
         for request in site.requests:
             for instance, num_tokens in request.kv:
                 num_keys[instance] = num_keys.get(instance, 0) + num_tokens
         source = min(site.instances, key=lambda instance: (num_keys[instance], instance))
+        seconds = self._times.migration_s(num_keys[source])
+        if seconds > within_s:
+            return None
         requests = tuple(sorted(self._draft.residents[source], key=lambda request: request.order))
         if not requests or any(not self._may_move(request) for request in requests):
             return None
         target = self._target(site, source, requests, excluded)
         if target is None:
             return None
-        return Move(source, target, requests, self._times.migration_s(num_keys[source]))
+        return Move(source, target, requests, seconds)
 
     def start(self, move: Move) -> None:
         """Moves the keys of the oldest request if both instances are idle; they are held in any case."""
