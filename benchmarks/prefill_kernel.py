@@ -290,20 +290,22 @@ def main() -> None:
 
     rivals = {name: attention for name, attention in installed_rivals().items() if name in args.rivals}
     table = Table(rivals, args.samples)
-    dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
-    for mask, length in [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]:
-        for heads in args.heads:
-            table.add(mask, length, heads, args.tunings)
     result = {
         "command": "python -m benchmarks.prefill_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"1 x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "commit": args.commit,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n  ".join(map(json.dumps, table.rows))
-        args.out.write_text(json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+    dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
+    for mask, length in [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]:
+        for heads in args.heads:
+            table.add(mask, length, heads, args.tunings)
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                lines = ",\n  ".join(map(json.dumps, table.rows))
+                args.out.write_text(
+                    json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
+                )
 
 
 if __name__ == "__main__":

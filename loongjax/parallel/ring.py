@@ -15,10 +15,9 @@ from loongjax.parallel.striped import visible_ranges
 
 VARIANTS = {"all_gather": attend_to_gathered, "loop": attend_in_loop, "ring": attend_step_by_step}
 
-MAX_GATHERED_BLOCK_BYTES = 16 << 20
-"""Keys and values of one rank, up to which GPUs gather them. A step of the ring costs c = 60 to 100 us more than its
-attention (a permute's latency, a launch, a merge) and the all-gather of its block b / w, with w about 200 GB/s: they
-are even at b = c w, for any number of ranks.
+MAX_GATHERED_BLOCK_BYTES = 1 << 20
+"""Keys and values of one rank, up to which GPUs gather them. On two H200s gathering won by 8 % at 256 KiB, was even at
+1 MiB, and lost by a sixth at 2 MiB (benchmarks/results/ring_attention_lengths_2xH200.json); longer rings: unmeasured.
 """
 
 

@@ -7,7 +7,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+from jax.sharding import PartitionSpec, SingleDeviceSharding
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.parallel.mesh import SP_AXIS, TP_AXIS, DeviceGrid
@@ -36,6 +36,12 @@ class DeviceKVPool:
         self._views: dict[Group, jax.Array] = {}
         self._owner: dict[InstanceId, Group] = {}
         self._lock = threading.Lock()
+        # Compiled once: a recovery builds nothing.
+        self._make_shard = {
+            device: jax.jit(self._zeros, out_shardings=SingleDeviceSharding(device)).lower().compile()
+            for devices in grid.instances
+            for device in devices
+        }
         for instance in range(grid.num_instances):
             self._shards[instance] = self._new_shards(instance)
 
@@ -86,4 +92,7 @@ class DeviceKVPool:
                 self._shards[instance] = self._grid.shards_of(group, view)[rank * tp : (rank + 1) * tp]
 
     def _new_shards(self, instance: InstanceId) -> list[jax.Array]:
-        return [jnp.zeros(self._shape, self._dtype, device=device) for device in self._grid.instances[instance]]
+        return [self._make_shard[device]() for device in self._grid.instances[instance]]
+
+    def _zeros(self) -> jax.Array:
+        return jnp.zeros(self._shape, self._dtype)

@@ -19,7 +19,6 @@ from collections.abc import Callable
 from typing import Any, assert_never
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from loongjax.core.cluster import ClusterShape, Group, InstanceId
@@ -327,11 +326,11 @@ class LocalRuntime:
         return readback
 
     def _check_devices(self, group: Group) -> None:
-        """Makes each device compute by itself, so that one that fails is named."""
+        """Makes each device take something by itself, so that one that fails is named."""
         for instance in group.instances:
             for device in self._grid.instances[instance]:
                 try:
-                    jax.block_until_ready(jnp.zeros(1, device=device))
+                    touch(device)
                 except jax.errors.JaxRuntimeError as error:
                     raise jax.errors.JaxRuntimeError(f"{device} of instance {instance} fails: {error}") from error
 
@@ -374,6 +373,11 @@ class LocalRuntime:
         for other in list(self._decodes):
             if not other.isdisjoint(group):
                 self._decodes.pop(other, None)
+
+
+def touch(device: jax.Device) -> None:
+    """Has a device take something, and waits for it. Nothing is compiled."""
+    jax.block_until_ready(jax.device_put(np.zeros(1, np.int32), device))
 
 
 def _one_thread_each(name: str, num_lanes: int) -> list[concurrent.futures.ThreadPoolExecutor]:

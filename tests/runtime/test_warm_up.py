@@ -1,5 +1,7 @@
 """After a warm-up nothing is built or loaded any more, whatever the requests ask for and whoever runs them."""
 
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import RecoverIteration
 from loongjax.core.sampling import SamplingParams
 from loongjax.runtime import warm_up
 from loongjax.runtime.sampling import counts
@@ -31,6 +33,8 @@ def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
         driver.migrate(name, 0, 1, 16)
         driver.decode((1,), {1: [name]}, steps=2)
     driver.decode((0, 1), {0: ["greedy"], 1: ["penalised"]}, steps=2)
+    runtime.submit(RecoverIteration(1000, Group((0, 1))))
+    assert [completion.error for completion in runtime.completions(60.0)] == [None]
     assert runtime.num_recompiles == 0
     runtime.close()
 

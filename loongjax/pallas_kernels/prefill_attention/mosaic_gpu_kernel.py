@@ -83,9 +83,9 @@ def make_scratch(
 class Schedule(NamedTuple):
     """Which items a thread block takes, in turn; an item is a query block of one head.
 
-    All items are a line: the query blocks that visit most key blocks first, of each all heads side by side. Thread
-    blocks take their items from it in rounds, every other round in reverse, so that whoever had the longest item of one
-    has the shortest of the next.
+    All items are a line: the last query blocks, which see most under a causal mask, first; of each all heads side by
+    side. Thread blocks take their items from it in rounds, every other round in reverse, so that whoever had the
+    longest item of one has the shortest of the next.
     """
 
     num_q_heads: int
@@ -100,9 +100,10 @@ class Schedule(NamedTuple):
         return full + (self._place(full) < num_items).astype(jnp.int32)
 
     def item(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """This thread block's item of a round: its row of the visits, and its query head."""
+        """This thread block's item of a round: query block and query head."""
         place = self._place(number)
-        return place // self.num_q_heads, lax.rem(place, jnp.int32(self.num_q_heads))
+        q_block = self.num_q_blocks - 1 - place // self.num_q_heads
+        return q_block, lax.rem(place, jnp.int32(self.num_q_heads))
 
     def _place(self, number: jax.Array) -> jax.Array:
         program = lax.axis_index("program")
@@ -129,9 +130,8 @@ class Work(NamedTuple):
         return self.first_key + block_kv * jnp.where(step < self.num_masked, masked, bare)
 
 
-def find_work(visits_gmem: Any, row: jax.Array, num_before: jax.Array) -> Work:
-    """What a row of the visits says."""
-    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[row, column] for column in range(1, 5))
+def find_work(visits_gmem: Any, q_block: jax.Array, num_before: jax.Array) -> Work:
+    first_key, num_blocks, bare_begin, bare_end = (visits_gmem[q_block, column] for column in range(4))
     num_masked = num_blocks - (bare_end - bare_begin)
     return Work(first_key, num_blocks, num_masked, bare_begin, num_before)
 
@@ -141,7 +141,7 @@ def prefill_kernel(
     k_gmem: Any,  # [padded_S, K, H]
     v_gmem: Any,  # [padded_S, K, H]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 5]: the query block, and its `Visits`
+    visits_gmem: Any,  # [q_blocks, 4]: `Visits`
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -162,7 +162,7 @@ def extend_kernel(
     page_indices_gmem: Any,  # [I]
     layer_gmem: Any,  # [1]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 5]: the query block, and its `Visits`
+    visits_gmem: Any,  # [q_blocks, 4]: `Visits`
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -211,13 +211,13 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
         plgpu.set_max_registers(compute_registers, action="increase")
 
         def tile_of(number: jax.Array) -> RowTile:
-            row, q_head = schedule.item(number)
-            first = visits_gmem[row, 0] * tuning.block_q + warpgroup * WARPGROUP_ROWS
+            q_block, q_head = schedule.item(number)
+            first = q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS
             return RowTile(memory, setting.scratch, warpgroup, pl.ds(first, WARPGROUP_ROWS), q_head)
 
         def attend_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
-            row, _ = schedule.item(number)
-            work = find_work(visits_gmem, row, num_before)
+            q_block, _ = schedule.item(number)
+            work = find_work(visits_gmem, q_block, num_before)
 
             def copy_next() -> None:
                 @pl.when(number + 1 < schedule.num_rounds)
@@ -239,8 +239,8 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
         group_size = memory.q.shape[1] // keys.num_kv_heads
 
         def copy_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
-            row, q_head = schedule.item(number)
-            work = find_work(visits_gmem, row, num_before)
+            q_block, q_head = schedule.item(number)
+            work = find_work(visits_gmem, q_block, num_before)
             copy_key_blocks(keys, setting, work, q_head // group_size)
             return num_before + work.num_blocks
 

@@ -89,9 +89,7 @@ def attend_rows_over(
         block_kv=tuning.block_kv,
         alignment=launch.key_alignment,
     )
-    longest_first = jnp.argsort(visits.num_blocks, descending=True)
-    rows = jnp.stack([longest_first, *(column[longest_first] for column in visits)], axis=1)
-    o, lse = _call(launch, sm_scale, q, keys, bounds, rows)
+    o, lse = _call(launch, sm_scale, q, keys, bounds, jnp.stack(visits, axis=1))
     return o[:T].astype(launch.out_dtype), lse[:, :T].T
 
 
@@ -108,7 +106,7 @@ def _call(
     q: Float[Array, "padded_T N H"],
     keys: tuple[jax.Array, ...],
     bounds: Int32[Array, "2 rows"],
-    visits: Int32[Array, "q_blocks 5"],
+    visits: Int32[Array, "q_blocks 4"],
 ) -> Any:
     N, H = q.shape[1:]
     tuning = launch.tuning
