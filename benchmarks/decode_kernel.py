@@ -2,9 +2,9 @@
 
     python -m benchmarks.decode_kernel --out benchmarks/results/decode_kernel.json
 
-Times are slopes between n and 2n repetitions. Requests so short that a repetition is over before the next is launched
-are traced too: the span from the start of an op's first kernel to the end of its last, and each kernel's own time, with
-the launches queued ahead.
+Times are slopes between n and 2n repetitions, and on a GPU they are traced, too: the span from the start of an op's
+first kernel to the end of its last, and each kernel's own time, with the launches queued ahead. Slopes hold what a
+launch costs; of requests so short that a repetition is over before the next is launched, little else.
 """
 
 from __future__ import annotations
@@ -100,16 +100,18 @@ def build(case: Case, tuning: PagedTuning, *, pool_bytes: float) -> Callable[[in
 
 
 def measure(case: Case, tuning: PagedTuning) -> dict[str, Any]:
-    """Microseconds of one call by slope, and of short ones also by trace, with their keys in memory or in L2."""
+    """Microseconds of one call by slope and by trace, of short ones with their keys in memory and in L2."""
     repeat = build(case, tuning, pool_bytes=POOL_BYTES)
     seconds = device_seconds(repeat, SHORT_REPETITIONS if case.is_short else REPETITIONS)
     row: dict[str, Any] = {"us": round(seconds * 1e6, 2), "bytes_per_second": round(case.num_bytes / seconds)}
-    if not case.is_short:
+    if jax.default_backend() != "gpu":
         return row
-    for keys_in, pool_bytes in (("memory", POOL_BYTES), ("l2", 0.0)):
+    pools = {"memory": POOL_BYTES} | ({"l2": 0.0} if case.is_short else {})
+    for keys_in, pool_bytes in pools.items():
         name = f"trace_keys_in_{keys_in}"
         try:
-            times = device_times(build(case, tuning, pool_bytes=pool_bytes), TRACED_REPETITIONS)
+            num_traced = TRACED_REPETITIONS if case.is_short else REPETITIONS
+            times = device_times(build(case, tuning, pool_bytes=pool_bytes), num_traced)
         except Exception as error:  # the slope stands without it
             traceback.print_exc()
             row[name] = repr(error)[:300]
@@ -117,6 +119,7 @@ def measure(case: Case, tuning: PagedTuning) -> dict[str, Any]:
         row[name] = {
             "span_us": round(times.span_s * 1e6, 2),
             "period_us": round(times.period_s * 1e6, 2),
+            "bytes_per_second": round(case.num_bytes / times.period_s),
             "kernels_us": {name: round(seconds * 1e6, 2) for name, seconds in times.kernel_s.items()},
         }
     return row
