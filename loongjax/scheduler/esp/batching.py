@@ -40,10 +40,10 @@ def split(
     of normalised input latencies. Nothing is pruned: the bounds of equation 6 lose the optimum where memory is short,
     and with them the reference never forms a second batch.
 
-    Only neighbours are put together, which is the paper's restriction. Against all partitions into sets, for 5 requests
-    of 50 to 50,000 tokens on 2 or 3 instances, that lost nothing where memory was ample, under 1 % where weights were off
-    1 / length by up to 4 times, and with 1.2 times the memory needed 3 to 5 %, at worst 2.4 times. Where memory is
-    shorter still, there may be a partition into sets and none into neighbours.
+    Only neighbours are put together, which is the paper's restriction. Against all partitions into sets, for 5
+    requests of 50 to 50,000 tokens on 2 or 3 instances, that lost nothing where memory was ample, under 1 % where
+    weights were off 1 / length by up to 4 times, and with 1.2 times the memory needed 3 to 5 %, at worst 2.4 times.
+    Where memory is shorter still, there may be a partition into sets and none into neighbours.
 
     Args:
         lengths: tokens to compute of each request, descending.
