@@ -32,14 +32,14 @@ def test_where_memory_is_short(policy: str, workload: list[WorkloadRequest]):
 
 
 @pytest.mark.parametrize("policy", [*ELASTIC, *RIGID])
-@given(workload=workloads(max_total_len=120))
+@given(workload=workloads(max_total_len=120, max_requests=6))
 @settings(max_examples=2, deadline=None)
 def test_where_there_is_room(policy: str, workload: list[WorkloadRequest]):
     expected = records_of(workload, ROOMY, policy, step_by_step=True)
     assert records_of(workload, ROOMY, policy, step_by_step=False) == expected
 
 
-@given(workload=workloads(max_total_len=120), size=st.integers(1, 6))
+@given(workload=workloads(max_total_len=120, max_requests=6), size=st.integers(1, 6))
 @settings(max_examples=3, deadline=None)
 def test_on_one_instance_as_in_vllm(workload: list[WorkloadRequest], size: int):
     spec = cluster(1, num_slots=size * 128, max_num_batched_tokens=size * 128)
@@ -52,7 +52,7 @@ def test_on_one_instance_as_in_vllm(workload: list[WorkloadRequest], size: int):
 def test_on_workloads_like_real_ones(policy: str):
     spec = cluster(4, num_slots=210_000, page_size=16, max_num_batched_tokens=210_000, max_num_seqs=256)
     for lengths, rate in ((ShareGptLengths(), 4.0), (LEvalLengths(), 1.0)):
-        workload = synthesize(lengths, rate=rate, num_requests=4)
+        workload = synthesize(lengths, rate=rate, num_requests=3)
         expected = records_of(workload, spec, policy, step_by_step=True)
         assert records_of(workload, spec, policy, step_by_step=False) == expected
 

@@ -84,7 +84,7 @@ def test_what_the_whole_cluster_cannot_hold_is_refused_at_once():
 
 
 @given(workload=workloads(max_total_len=290), num_pods=st.integers(1, 4))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 def test_nobody_is_lost_whatever_comes(workload: list[WorkloadRequest], num_pods: int):
     records = simulate(pods_of_two(num_pods, num_tokens=96), workload)
     for record, request in zip(records, workload, strict=True):
