@@ -44,7 +44,17 @@ class _Offer:
 
 
 class Allocator:
-    """Adds instances to a choice."""
+    """Adds instances to a choice.
+
+    Args:
+        draft: the cluster.
+        outlook: what could be added.
+        window: where the requests are.
+        times: predictions.
+        may_wait: whether the choice may wait for prefills to end.
+        mover: finds migrations; None: no keys are moved.
+        explain: is given each offer.
+    """
 
     def __init__(
         self,
@@ -53,9 +63,11 @@ class Allocator:
         window: Window,
         times: Times,
         *,
+        may_wait: bool,
         mover: Mover | None,
         explain: Sink | None,
     ) -> None:
+        self._may_wait = may_wait
         self._draft = draft
         self._outlook = outlook
         self._window = window
@@ -84,7 +96,7 @@ class Allocator:
         """Sites that are not taken: decode groups, those with fewest keys first, then prefills, the soonest first."""
         decodes = [site for site in self._outlook.decodes if site not in choice.sites]
         decodes.sort(key=lambda site: (sum([request.num_tokens for request in site.requests]), site.instances))
-        return [*decodes, *self._outlook.emptied]
+        return [*decodes, *self._outlook.emptied] if self._may_wait else decodes
 
     def _offers(self, choice: Choice, site: Site) -> list[_Offer]:
         requests = self._window.views(choice.places)

@@ -28,8 +28,8 @@ class Launch:
 
     places: list[int]
     """Requests whose prefill starts now, by their places in the window."""
-    has_held: bool
-    """Whether some of its requests start when more of its instances are idle, and those that are were kept for them."""
+    coming: set[int]
+    """Those that start when more of its instances are idle, which were kept for them, or right after what starts."""
 
 
 def launch(
@@ -39,27 +39,42 @@ def launch(
     window: Window,
     times: Times,
     *,
+    first: int | None,
     growth_tokens: int,
     explain: Sink | None,
 ) -> Launch:
     """Splits the choice into batches, starts those whose instances are idle, and holds the idle instances of others.
 
-    Requests beyond a batch's tipping point are left waiting.
+    Of a batch, the requests that weigh most start, which are the shortest, up to its tipping point; the others come
+    next. The paper runs a batch as a whole, so a short prompt that meets a long one where one instance is free would
+    take as long. Shortest first is what its own objective asks for then: it is least if requests follow each other in
+    descending order of weight over time.
+
+    Args:
+        draft: takes what starts.
+        outlook: when instances should be free.
+        choice: requests and instances.
+        window: where the requests are.
+        times: predictions.
+        first: the place of a request that is not put off, if there is one.
+        growth_tokens: room to leave for each request.
+        explain: is given each batch that starts.
     """
     instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
     by_length = sorted(choice.places, key=lambda place: (-window.lens[place], place))
     started: list[int] = []
-    has_held = False
+    coming: set[int] = set()
     for places, group in _batches(draft, by_length, instances, window, times):
         if not draft.idle.issuperset(group):
             _hold(draft, outlook, choice, group, times)
-            has_held = True
+            coming.update(places)
             continue
-        in_order = sorted(places)
+        in_order = sorted(places, key=lambda place: (place != first, -window.weights[place], place))
         lens, weights = window.arrays(in_order)
         kept = in_order[: num_worth_batching(times, len(group), lens, weights)]
         start(draft, group, window.views(kept), growth_tokens)
         started += kept
+        coming.update(in_order[len(kept) :])
         if explain is not None:
             requests = window.views(kept)
             duration_s = times.batch_s(len(group), requests)
@@ -75,7 +90,7 @@ def launch(
                     terms=(("prefill_s", duration_s), ("num_put_off", float(len(places) - len(kept)))),
                 )
             )
-    return Launch(started, has_held)
+    return Launch(started, coming)
 
 
 def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:

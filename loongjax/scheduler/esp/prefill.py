@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.allocation import Allocator
 from loongjax.scheduler.esp.config import EspConfig
-from loongjax.scheduler.esp.dispatch import Choice, Dispatcher
+from loongjax.scheduler.esp.dispatch import Dispatcher
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.launch import launch
 from loongjax.scheduler.esp.memory import MemoryAdmission
@@ -60,17 +62,21 @@ class PrefillPlanner:
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
         outlook = Outlook(draft, self._times, barred)
-        choice, started, is_under_way = self._optimise(window, outlook)
         first = window[0]
-        must_start = senior is not None or not self._fairness.may_overtake(first)
-        is_left = 0 not in started and not (is_under_way and 0 in choice.places)
+        is_patient = self._fairness.may_overtake(first)
+        started, coming = self._optimise(window, outlook, is_patient=is_patient)
+        must_start = senior is not None or not is_patient
+        is_left = 0 not in started and 0 not in coming
         if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
             started = [*started, 0]
         self._note(window, started, idle_before - draft.idle)
         return outlook.components
 
-    def _optimise(self, window: Window, outlook: Outlook) -> tuple[Choice, list[int], bool]:
-        """(the choice, what starts of it, whether the rest is on its way: instances are held, or keys moved for it)."""
+    def _optimise(self, window: Window, outlook: Outlook, *, is_patient: bool) -> tuple[list[int], Collection[int]]:
+        """Places of requests (whose prefill starts, for which instances are held or keys moved or that come next).
+
+        If the first request was overtaken too often, it is not put off again, nor made to wait for other prefills.
+        """
         draft = self._draft
         memory = MemoryAdmission(self._view, window.requests, self._lengths, self._config.admission)
         mover = None
@@ -93,24 +99,27 @@ class PrefillPlanner:
         )
         choice = dispatcher.dispatch()
         if not choice.places:
-            return choice, [], False
+            return [], ()
         if choice.move is None:
-            allocator = Allocator(draft, outlook, window, self._times, mover=mover, explain=self._explain)
+            allocator = Allocator(
+                draft, outlook, window, self._times, may_wait=is_patient, mover=mover, explain=self._explain
+            )
             choice.move = allocator.allocate(choice)
         if mover is not None and choice.move is not None:
             mover.start(choice.move)
             draft.reserve(choice.instances)
-            return choice, [], True
+            return [], choice.places
         launched = launch(
             draft,
             outlook,
             choice,
             window,
             self._times,
+            first=None if is_patient else 0,
             growth_tokens=self._config.growth_tokens,
             explain=self._explain,
         )
-        return choice, launched.places, launched.has_held
+        return launched.places, launched.coming
 
     def _force(self, request: WaitingView, outlook: Outlook, *, may_preempt: bool) -> bool:
         is_started = SeniorPlanner(self._draft, outlook, self._config.growth_tokens).plan(

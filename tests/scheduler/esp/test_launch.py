@@ -1,0 +1,85 @@
+"""What starts of a batch, what follows it, and for how long a long prompt may be put off."""
+
+from __future__ import annotations
+
+import pytest
+
+from loongjax.core.cluster import Group
+from loongjax.core.plan import Decode, Prefill, PrefillRequest
+from loongjax.costmodel.work import PrefillWork
+from loongjax.scheduler.view import ClusterView, FlightView, RunningView, WaitingView
+from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
+from tests.scheduler.views import cluster, running, waiting
+
+LONG = waiting("long", 5, 2000)
+SHORT = waiting("short", 6, 10)
+
+
+def prefills(plans: tuple) -> list[list[str]]:
+    return [[request.request_id for request in plan.requests] for plan in plans if isinstance(plan, Prefill)]
+
+
+def view_of(*waits: WaitingView, others: tuple[RunningView, ...] = ()) -> ClusterView:
+    """Two instances; an old request is being prefilled on one of them."""
+    flight = FlightView(
+        plan=Prefill(Group.of([1]), (PrefillRequest("old", ()),)),
+        group=Group.of([1]),
+        work=PrefillWork(new_lens=(4000,)),
+        started_s=0.0,
+    )
+    runs = [running("old", 0, (1, 4000), is_in_flight=True), *others]
+    return cluster(2, num_pages=2000, runs=runs, waits=waits, prefilling=[1], flights=[flight])
+
+
+@pytest.mark.parametrize("waits", [(LONG, SHORT), (waiting("short", 1, 10), LONG)])
+def test_a_short_prompt_does_not_share_the_only_free_instance_with_a_long_one(waits: tuple[WaitingView, ...]) -> None:
+    """Together both would wait 20.1 s; one after the other the short one waits 0.1 s, and the long one no longer."""
+    plans, decisions = ask(view_of(*waits), HandModel(moved_s=1e9))
+    assert prefills(plans) == [["short"]]
+    assert dict(only(decisions, "batch").terms)["num_put_off"] == 1.0
+
+
+def test_prompts_of_one_length_start_in_order_of_arrival() -> None:
+    waits = [waiting(f"w{i}", i + 1, 100) for i in range(10)]
+    (started,) = prefills(ask(view_of(*waits), HandModel(constant_s=1.0, moved_s=1e9))[0])
+    assert started == [f"w{i}" for i in range(len(started))]
+    assert 1 < len(started) < 10
+
+
+def test_priority_goes_before_length() -> None:
+    urgent = waiting("long", 5, 2000, priority=-10)
+    assert prefills(ask(view_of(urgent, SHORT), HandModel(moved_s=1e9))[0]) == [["long"]]
+
+
+@pytest.mark.parametrize("max_overtakes", [0, 1, 3])
+def test_a_long_prompt_is_put_off_a_bounded_number_of_times(max_overtakes: int) -> None:
+    policy = policy_of(HandModel(moved_s=1e9), max_overtakes=max_overtakes)
+    answers = [
+        prefills(policy.plan(view_of(LONG, waiting(f"short{i}", 6 + i, 10))))[0] for i in range(max_overtakes + 1)
+    ]
+    assert answers[:-1] == [[f"short{i}"] for i in range(max_overtakes)]
+    assert answers[-1][0] == "long"
+
+
+def test_the_oldest_of_all_is_put_off_for_a_short_prompt_too_and_nobody_is_paused_for_it() -> None:
+    """Decodes are on the other instance: the long prompt starts right after the short one, without their place."""
+    runs = [running("a", 9, (1, 400), num_output_tokens=1)]
+    waits = [waiting("long", 0, 2000), waiting("short", 1, 10)]
+    plans, _ = ask(cluster(2, num_pages=2000, runs=runs, waits=waits), HandModel(constant_s=1.0, moved_s=1e9))
+    assert prefills(plans) == [["short"]]
+    assert [plan.group for plan in plans if isinstance(plan, Decode)] == [Group.of([1])]
+
+
+def test_who_was_overtaken_enough_is_not_made_to_wait_for_a_prefill_to_end() -> None:
+    """Two instances half a second later are better for it than one now, but they might be taken again by then."""
+    flight = FlightView(
+        plan=Prefill(Group.of([1]), (PrefillRequest("echo", ()),)),
+        group=Group.of([1]),
+        work=PrefillWork(new_lens=(50,)),
+        started_s=0.0,
+    )
+    view = cluster(2, num_pages=2000, waits=[LONG], prefilling=[1], flights=[flight])
+    patient, _ = ask(view, HandModel(moved_s=1e9), max_overtakes=1)
+    assert prefills(patient) == []
+    urgent, _ = ask(view, HandModel(moved_s=1e9), max_overtakes=0)
+    assert prefills(urgent) == [["long"]]
