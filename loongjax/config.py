@@ -32,7 +32,7 @@ class SchedulingConfig:
         ConfigError: a value that cannot work on any cluster.
     """
 
-    policy: PolicyName = "simple"
+    policy: PolicyName = "esp"
     """Who works with whom. esp: elastic, by predicted times; simple: elastic, by thresholds; static: every iteration on
     all instances; replicated: each instance for itself; prefill-first: one instance, as in vLLM 0.3; disaggregated:
     prefill and decode apart, as in DistServe."""

@@ -1,6 +1,7 @@
 """No group waits for another: short requests come and go while a long prefill is in flight next door.
 
-On CPU only programs of one device overlap, so every group has one device here, and the order of events is the proof.
+On CPU only programs of one device overlap, so every group has one device here, as the policy simple can be made to
+choose, and the order of events is the proof.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def core(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     config = EngineConfig(
         checkpoint=str(checkpoint),
         num_instances=3,
+        policy="simple",
         dtype="float32",
         num_slots=8192,
         max_num_seqs=1,
