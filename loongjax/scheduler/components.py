@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
@@ -48,9 +49,8 @@ def find_components(draft: Draft) -> list[Component]:
     return sorted(occupied, key=lambda component: component.requests[0].order)
 
 
-def order_of(request: RunningView) -> int:
-    """The key to sort by age, oldest first."""
-    return request.order
+order_of = operator.attrgetter("order")
+"""The key to sort by age, oldest first."""
 
 
 def _find(root: list[int], instance: InstanceId) -> InstanceId:

@@ -61,6 +61,10 @@ def split(
     num_requests, num_instances = len(lengths), len(free_tokens)
     if num_requests == 0:
         return ()
+    if num_instances == 1:
+        num_kept = (lengths if kept_tokens is None else kept_tokens).sum()
+        fits = num_kept <= free_tokens[0] and lengths.sum() <= max_tokens_per_instance and num_requests <= max_requests
+        return (Batch(range(num_requests), range(1)),) if fits else None
     costs = _costs(lengths, weights, seconds, num_instances, max_tokens_per_instance, max_requests)
     kept = _neighbour_sums(lengths if kept_tokens is None else kept_tokens)
     free = np.concatenate(([0], np.cumsum(free_tokens)))

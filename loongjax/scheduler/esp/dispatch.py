@@ -124,6 +124,8 @@ class Dispatcher:
         num_seats = sum([max(0, max_num_seqs - draft.num_newest[i]) for i in instances]) - len(taken)
         num_seats = min(num_seats, self._config.max_picked - len(taken))
         num_slots = memory.num_free - sum([memory.most[place] for place in taken])
+        if any(window[place].is_suspect for place in taken):
+            return []
         already, company, num_skipped = set(taken), list(taken), 0
         for place, request in enumerate(window.requests):
             if num_seats <= 0:

@@ -23,6 +23,7 @@ from loongjax.costmodel.corrector import CorrectedModel, Corrector
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.work import DecodeTotals, PrefillTotals, PrefillWork
 from loongjax.errors import ConfigError
+from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
@@ -91,7 +92,7 @@ class EspPolicy:
                 can_migrate=self._can_migrate,
                 explain=self._explain,
             ).plan()
-        if draft.has_prefills or draft.has_preempted:
+        if components is not None and (draft.has_preempted or _are_changed(components, draft)):
             components = None
         if draft.idle:
             rules = CostModelRules(
@@ -115,6 +116,11 @@ class EspPolicy:
             predicted_s = self._base_model.decode_s(ended.strategy, DecodeTotals.of([ended.work]))
             kind = "decode"
         self._corrector.observe(kind, ended.strategy, predicted_s=float(predicted_s[0]), actual_s=ended.elapsed_s)
+
+
+def _are_changed(components: Sequence[Component], draft: Draft) -> bool:
+    """Whether prefills of this answer took instances of decode groups."""
+    return draft.has_prefills and any(not draft.prefilling.isdisjoint(group.instances) for group in components)
 
 
 def _knows_migration(model: CostModel) -> bool:

@@ -70,13 +70,14 @@ class Times:
     def until_free_s(self, view: ClusterView) -> list[float]:
         """Seconds until what occupies each instance should be over: 0 if nothing does, inf while it recovers.
 
-        What has taken longer than predicted is taken to end at once.
+        What has taken longer than predicted is taken to need as long again as it is late: a model that is far off says
+        little about the end, and whoever waited for one that is always imminent might wait all the time.
         """
         durations = self._durations(view.flights)
         ends: dict[Group, float] = {}
         for flight, duration_s in zip(view.flights, durations, strict=True):
             begin_s = max(flight.started_s, ends.get(flight.group, -math.inf))
-            ends[flight.group] = max(view.now_s, begin_s + duration_s)
+            ends[flight.group] = view.now_s + abs(begin_s + duration_s - view.now_s)
         left = [0.0] * view.shape.num_instances
         for group, end_s in ends.items():
             for instance in group.instances:

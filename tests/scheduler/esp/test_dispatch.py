@@ -133,6 +133,15 @@ def test_a_suspect_is_prefilled_alone() -> None:
     assert "s" not in prefilled(plans)[1:]
 
 
+def test_nobody_joins_a_suspect_when_decodes_are_paused_for_more_instances() -> None:
+    """The second is so urgent that the decodes would be paused for it, and one prefill on both were best."""
+    runs = [running("a", 5, (0, 50), num_output_tokens=10**6)]
+    waits = [waiting("s", 6, 10, is_suspect=True), waiting("w", 7, 1000, priority=-20)]
+    old = running("old", 0, (2, 8), is_in_flight=True, num_output_tokens=10**6)
+    view = cluster(3, num_pages=1000, runs=[*runs, old], waits=waits, prefilling=[2])
+    assert prefilled(ask(view, HandModel(moved_s=1e9))[0]) == ["s"]
+
+
 def test_the_oldest_request_is_prefilled_whatever_it_costs() -> None:
     runs = [running("young", 1, (0, 380), num_output_tokens=1), running("younger", 2, (1, 300), num_output_tokens=1)]
     plans, decisions = ask(cluster(2, runs=runs, waits=[waiting("old", 0, 390)]))
