@@ -24,7 +24,8 @@ from tests.scheduler.views import cluster, running
 
 
 def masters(config: EngineConfig, num_requests: int, num_instances: int = 4) -> list[int]:
-    """How many requests each master decodes, if all of them have their keys on one instance."""
+    """How many requests each master decodes under the policy simple, if all have their keys on one instance."""
+    config = dataclasses.replace(config, policy="simple")
     runs = [running(f"r{i}", i, (0, 30)) for i in range(num_requests)]
     view = cluster(num_instances, num_pages=2000, runs=runs, max_num_seqs=config.max_num_seqs)
     plans = build_policy(config, shape=view.shape, max_num_seqs=config.max_num_seqs).plan(view)
