@@ -53,7 +53,7 @@ def pause_weight(requests: Iterable[RunningView], now_s: float) -> float:
     """What a second in which these stand still costs."""
     return sum(
         [
-            1.0 / max(1, request.num_output_tokens)
+            1.0 / (request.num_output_tokens or 1)
             if request.slo is NO_SLO and not request.priority
             else decode_weight(request, now_s)
             for request in requests
