@@ -251,13 +251,15 @@ class Dispatcher:
         return site.ready_s + max(0.0, num_steps) * step_s(site, self._times)
 
 
-def num_worth_batching(times: Times, dop: int, lens: np.ndarray, weights: np.ndarray) -> int:
-    """The tipping point: how many of these requests, in queue order, one prefill should take; the others come next.
+def num_worth_batching(
+    times: Times, dop: int, lens: np.ndarray, weights: np.ndarray, paused_weight: float = 0.0
+) -> int:
+    """The tipping point: how many of these requests, in this order, one prefill should take; the others come next.
 
     While a prefill is bound by memory another request costs next to nothing, and it saves a prefill of its own, which
     takes `fixed` seconds however small it is. Beyond, it delays those before it. So the first r is put off for which
 
-        (T(1..r) - T(1..r-1)) x sum of w before r  >  fixed x sum of w from r on.
+        (T(1..r) - T(1..r-1)) x sum of w before r  >  fixed x (sum of w from r on + that of the decodes paused).
 
     With A + B tokens and n equal requests that is where the tokens exceed A / B, the model's tipping point, times the
     requests put off: a long queue is served in larger batches.
@@ -267,10 +269,11 @@ def num_worth_batching(times: Times, dop: int, lens: np.ndarray, weights: np.nda
         dop: instances of the prefill.
         lens: tokens of each request, int64.
         weights: what a second of waiting costs each, float64.
+        paused_weight: what a second costs the decodes that stand still for each prefill.
     """
     if len(lens) < 2:
         return len(lens)
     seconds = times.prefill_s(dop, PrefillTotals.of_sums(np.cumsum(lens), np.cumsum(lens * lens)))
     before = np.cumsum(weights)[:-1]
-    is_put_off = np.diff(seconds) * before > times.least_prefill_s(dop) * (weights.sum() - before)
+    is_put_off = np.diff(seconds) * before > times.least_prefill_s(dop) * (weights.sum() - before + paused_weight)
     return 1 + int(np.argmax(is_put_off)) if is_put_off.any() else len(lens)

@@ -71,7 +71,9 @@ def launch(
             continue
         in_order = sorted(places, key=lambda place: (place != first, -window.weights[place], place))
         lens, weights = window.arrays(in_order)
-        kept = in_order[: num_worth_batching(times, len(group), lens, weights)]
+        sites = [site for site in choice.sites if not set(group).isdisjoint(site.instances)]
+        paused_weight = sum([site.pause_weight for site in sites], 0.0)
+        kept = in_order[: num_worth_batching(times, len(group), lens, weights, paused_weight)]
         start(draft, group, window.views(kept), growth_tokens)
         started += kept
         coming.update(in_order[len(kept) :])

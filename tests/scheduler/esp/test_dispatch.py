@@ -102,6 +102,15 @@ def test_a_long_prompt_is_not_batched_with_a_short_one_that_it_would_delay() -> 
     assert num_worth_batching(times, 1, lens, 1.0 / lens) == 1
 
 
+def test_decodes_that_stand_still_for_each_prefill_make_batches_larger() -> None:
+    """The second prompt takes 2 s more, which costs the first 0.2; another prefill costs 1 s x (1 / 200 + the decodes'
+    weight)."""
+    times = Times(HandModel(constant_s=1.0), 1)
+    lens = np.array([10, 200])
+    answers = [num_worth_batching(times, 1, lens, 1.0 / lens, weight) for weight in (0.0, 0.19, 0.2)]
+    assert answers == [1, 1, 2]
+
+
 def test_vacant_instances_cost_nothing() -> None:
     view = cluster(
         2, num_pages=1000, runs=[running("a", 0, (0, 50), num_output_tokens=1)], waits=[waiting("w", 1, 100)]
