@@ -21,8 +21,9 @@ from loongjax.runtime.exchange import make_exchange
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.program_calls import ProgramCalls
 from loongjax.runtime.sizing import resolve_dtype, size_up
-from loongjax.runtime.warm_up import WarmUp
+from loongjax.runtime.warm_up import warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +58,10 @@ def assemble_runtime(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, sh
     _log_sizes(sizes.shape, spec, weights, kv_pool)
     wants_warm_up = grid.platform == "gpu" if config.warm_up is None else config.warm_up
     if wants_warm_up:
-        WarmUp(spec=spec, grid=grid, weights=weights, kv_pool=kv_pool, exchange=exchange, buckets=sizes.buckets).run()
+        calls = ProgramCalls(
+            spec=spec, grid=grid, weights=weights, kv_pool=kv_pool, exchange=exchange, buckets=sizes.buckets
+        )
+        warm_up(calls, grid.num_instances)
     return LocalRuntime(
         spec=spec,
         grid=grid,

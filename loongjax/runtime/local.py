@@ -15,7 +15,7 @@ import logging
 import queue
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 import jax
@@ -34,6 +34,7 @@ from loongjax.core.iteration import (
 )
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets
+from loongjax.runtime.compilation import compile_calls, was_tried
 from loongjax.runtime.exchange import GroupExchange
 from loongjax.runtime.group_sampler import GroupSampler
 from loongjax.runtime.kv_pool import DeviceKVPool
@@ -46,6 +47,7 @@ from loongjax.runtime.packing import (
     pack_prefill,
     pack_prompt_targets,
 )
+from loongjax.runtime.program_calls import ProgramCalls, ProgramKey
 from loongjax.runtime.programs import (
     BY_RANK,
     MIGRATION_BUCKET,
@@ -133,6 +135,27 @@ class LocalRuntime:
     def num_kv_bytes_per_token(self) -> int:
         """Keys and values of one token in all layers."""
         return self._spec.num_kv_bytes_per_token
+
+    def compile(self, keys: Sequence[ProgramKey], *, timeout_s: float | None = None) -> set[ProgramKey]:
+        """Compiles these in their order, many at a time, while nothing is in flight.
+
+        Args:
+            keys: what will be needed.
+            timeout_s: after so many seconds nothing more is begun; None: never.
+
+        Returns:
+            Those whose turn came. One that cannot be compiled fails again, and says why, when an iteration needs it.
+        """
+        calls = ProgramCalls(
+            spec=self._spec,
+            grid=self._grid,
+            weights=self._weights,
+            kv_pool=self._kv_pool,
+            exchange=self._exchange,
+            buckets=self._buckets,
+        )
+        futures = compile_calls(calls, [calls.described(calls.of(key)) for key in keys], timeout_s=timeout_s)
+        return {key for key, future in zip(keys, futures, strict=True) if was_tried(future)}
 
     def now_s(self) -> float:
         return time.monotonic()

@@ -3,7 +3,8 @@
 from loongjax.core.cluster import Group
 from loongjax.core.iteration import RecoverIteration
 from loongjax.core.sampling import SamplingParams
-from loongjax.runtime import warm_up
+from loongjax.runtime import program_calls
+from loongjax.runtime.program_calls import ProgramKey
 from loongjax.runtime.sampling import counts
 from tests.checkpoints import make_checkpoint
 from tests.runtime.driver import Driver, small_runtime
@@ -19,7 +20,7 @@ ASKED = {
 
 
 def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
-    for module in (counts, warm_up):  # so that these short prompts need the larger one
+    for module in (counts, program_calls):  # so that these short prompts need the larger one
         monkeypatch.setattr(module, "HISTORY_CAPACITIES", (8, 64))
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "num_slots": 256}
@@ -76,4 +77,34 @@ def test_masters_sub_batches_retention_and_slots_are_data(tmp_path):
     driver.decode(everyone, {1: ["c", "a"], 0: ["f", "b"]}, steps=2)
     driver.decode(everyone, {0: ["a", "c"], 1: ["b", "d"], 2: ["e", "f"]}, steps=2)
     assert runtime.num_recompiles == before
+    runtime.close()
+
+
+def test_what_was_compiled_ahead_is_neither_built_nor_loaded_again(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    limits = {"max_num_seqs": 5, "max_num_batched_tokens": 43, "num_slots": 240}  # of its own, as above
+    runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=2, **limits)
+    driver = Driver(runtime)
+    keys = [
+        ProgramKey("prefill", 2, 43),
+        ProgramKey("head", 2, 1),
+        ProgramKey("sample", 2, 1),
+        ProgramKey("decode", 2, 1),
+        ProgramKey("migrate", 2),
+    ]
+    assert runtime.compile(keys) == set(keys)
+    before = runtime.num_recompiles
+    driver.add("r", range(2, 36), SamplingParams(temperature=0.0, max_tokens=None))
+    driver.prefill((0, 1), {"r": [(0, 0, -1)]})
+    driver.decode((0, 1), {0: ["r"]}, steps=3)
+    driver.migrate("r", 0, 1, 16)
+    assert runtime.num_recompiles == before
+    runtime.close()
+
+
+def test_nothing_is_compiled_when_the_time_is_over(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=1, max_num_seqs=6)
+    keys = [ProgramKey("decode", 1, rows) for rows in (1, 4, 6)]
+    assert runtime.compile(keys, timeout_s=0.0) < set(keys)
     runtime.close()

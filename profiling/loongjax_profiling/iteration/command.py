@@ -65,8 +65,6 @@ class IterationCommand:
     """Part of each GPU's memory that weights, KV pool and workspace may take."""
     num_cpu_devices: int = CPU_NUM_DEVICES
     """Virtual devices to make when there is no GPU."""
-    warm_up: bool | None = None
-    """Compile everything at once before measuring; None: on GPU only."""
     compilation_cache_dir: str | None = None
     """Folder of JAX's persistent compilation cache; None: ~/.cache/loongjax/xla."""
     commit: Annotated[str | None, tyro.conf.arg(metavar="SHA")] = None
@@ -96,6 +94,6 @@ class IterationCommand:
             exchange=self.exchange,
             memory_fraction=self.memory_fraction,
             num_cpu_devices=self.num_cpu_devices,
-            warm_up=self.warm_up,
+            warm_up=False,  # only what the points need is compiled, as it is needed
             compilation_cache_dir=self.compilation_cache_dir,
         )

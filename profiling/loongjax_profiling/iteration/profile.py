@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import logging
+import math
 import time
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax
 from tqdm import tqdm
@@ -20,6 +23,7 @@ from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.model_spec import ModelSpec
+from loongjax.runtime.program_calls import ProgramKey
 from loongjax.runtime.protocol import Runtime
 from loongjax.runtime.sizing import resolve_dtype
 from loongjax_profiling.iteration.agenda import Agenda
@@ -27,11 +31,23 @@ from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database, Point, Run, System
 from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
+from loongjax_profiling.iteration.waves import programs_of, waves_of
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import named_shape
 
 logger = logging.getLogger(__name__)
+
+COMPILE_SHARE = 0.7
+"""Of the time left, at most so much goes into the next programs."""
+
+
+class CompilingRuntime(Runtime, Protocol):
+    """A runtime that can be told ahead what it will need; see `loongjax.runtime.local.LocalRuntime.compile`."""
+
+    def compile(self, keys: Sequence[ProgramKey], *, timeout_s: float | None = None) -> set[ProgramKey]:
+        """Programs among these that were compiled in time."""
+        ...
 
 
 def profile_iteration(command: IterationCommand, command_line: str) -> int:
@@ -76,7 +92,7 @@ class _Profile:
         )
         tps = sorted({case.strategy.tp for cases in passes for case in cases})
         for index, tp in enumerate(tps):
-            deadline_s = None
+            deadline_s = math.inf
             if self._command.limit_s is not None:
                 left_s = started_s + self._command.limit_s - time.monotonic()
                 deadline_s = time.monotonic() + left_s / (len(tps) - index)
@@ -91,29 +107,47 @@ class _Profile:
         points = self._database.points(self._system)
         return {point.case for point in points if point.error is None or not self._command.retry_failed}
 
-    def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float | None) -> None:
+    def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float) -> None:
         """Measures with instances of `tp` devices, until the deadline on the monotonic clock."""
         started_s = time.monotonic()
         longest = self._agenda.max_num_batched_tokens(list(itertools.chain.from_iterable(passes)))
         runtime = self._build(self._command.engine_config(tp=tp, max_num_batched_tokens=longest))
         try:
             meter = Meter(runtime, MeterConfig(rounds=self._command.rounds, num_steps=self._command.num_steps))
-            fitting = (self._agenda.fitting(cases, runtime.shape, runtime.limits) for cases in passes)
-            chosen = [case for cases in fitting for case in sorted(cases, key=self._expected_s)]
+            fitting = [self._agenda.fitting(cases, runtime.shape, runtime.limits) for cases in passes]
+            num_cases = sum(map(len, fitting))
             print(
                 f"tp{tp}: ready after {time.monotonic() - started_s:.1f} s, {runtime.shape.num_instances} instances of "
-                f"{runtime.shape.num_slots} tokens; {len(chosen)} points",
+                f"{runtime.shape.num_slots} tokens; {num_cases} points",
                 flush=True,
             )
             run_id = self._database.begin_run(self._system, self._run_of(runtime))
-            for case in tqdm(chosen, desc=f"Iterations, tp{tp}", unit="point", disable=None):
-                expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
-                if deadline_s is not None and time.monotonic() + expected_s > deadline_s:
-                    self._num_not_reached += 1
-                else:
-                    self._measure(meter, case, run_id)
+            needs = functools.partial(programs_of, buckets=_buckets_of(runtime))
+            num_compiled = 0
+            with tqdm(total=num_cases, desc=f"Iterations, tp{tp}", unit="point", disable=None) as bar:
+                for wave in waves_of(fitting, needs, self._expected_s):
+                    compiled = self._compile(runtime, wave.programs, deadline_s)
+                    num_compiled += len(compiled)
+                    missing = set(wave.programs) - compiled
+                    for case in wave.cases:
+                        expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
+                        if time.monotonic() + expected_s > deadline_s or not missing.isdisjoint(needs(case)):
+                            self._num_not_reached += 1
+                        else:
+                            self._measure(meter, case, run_id)
+                        bar.update()
+            print(
+                f"tp{tp}: {num_compiled} programs compiled; over after {time.monotonic() - started_s:.1f} s", flush=True
+            )
         finally:
             runtime.close()
+
+    def _compile(self, runtime: CompilingRuntime, keys: Sequence[ProgramKey], deadline_s: float) -> set[ProgramKey]:
+        """Programs that are there in time; a wave that all time was spent on would be measured no more."""
+        left_s = deadline_s - time.monotonic()
+        if not keys or left_s <= 0.0:
+            return set()
+        return runtime.compile(keys, timeout_s=None if math.isinf(left_s) else COMPILE_SHARE * left_s)
 
     def _measure(self, meter: Meter, case: Case, run_id: int) -> None:
         try:
@@ -135,17 +169,13 @@ class _Profile:
             case "migration":
                 return self._estimate.migration_s(case.input_len, case.strategy.tp).item()
 
-    def _build(self, config: EngineConfig) -> Runtime:
+    def _build(self, config: EngineConfig) -> CompilingRuntime:
         return (
             build_runtime(config) if self._command.random_weights is None else build_random_runtime(config, self._model)
         )
 
     def _run_of(self, runtime: Runtime) -> Run:
-        buckets = Buckets.for_limits(
-            max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
-            max_num_seqs=runtime.limits.max_num_seqs,
-            num_pages=runtime.shape.num_pages,
-        )
+        buckets = _buckets_of(runtime)
         return Run(
             num_devices=self._num_devices,
             model_name=self._model_name,
@@ -162,6 +192,15 @@ class _Profile:
             print(f"  {self._num_not_reached} were not reached within --limit-s: run it again to go on")
         for reason, number in self._agenda.left_out.most_common():
             print(f"  {number} left out: each {reason}")
+
+
+def _buckets_of(runtime: Runtime) -> Buckets:
+    """The sizes to which it pads."""
+    return Buckets.for_limits(
+        max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
+        max_num_seqs=runtime.limits.max_num_seqs,
+        num_pages=runtime.shape.num_pages,
+    )
 
 
 def _model_of(command: IterationCommand) -> tuple[ModelConfig, str]:

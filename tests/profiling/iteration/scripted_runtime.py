@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from loongjax.core.cluster import ClusterShape
 from loongjax.core.iteration import Completion, Iteration
+from loongjax.runtime.program_calls import ProgramKey
 from loongjax.runtime.protocol import RuntimeLimits
 
 LIMITS = RuntimeLimits(max_model_len=10**6, max_num_batched_tokens=4096, max_num_seqs=64, vocab_size=100)
@@ -39,6 +40,11 @@ class ScriptedRuntime:
         self._busy_until_s = 0.0
         self._in_flight: collections.deque[tuple[float, Completion]] = collections.deque()
         self.submitted: list[Iteration] = []
+        self.compiled: list[tuple[ProgramKey, ...]] = []
+        self.compile_in_time: Callable[[Sequence[ProgramKey], float | None], set[ProgramKey]] = lambda keys, _: set(
+            keys
+        )
+        """Which of these are compiled within so many seconds."""
         self.is_closed = False
 
     @property
@@ -52,6 +58,10 @@ class ScriptedRuntime:
     @property
     def num_recompiles(self) -> int:
         return 0
+
+    def compile(self, keys: Sequence[ProgramKey], *, timeout_s: float | None = None) -> set[ProgramKey]:
+        self.compiled.append(tuple(keys))
+        return self.compile_in_time(keys, timeout_s)
 
     def submit(self, iteration: Iteration) -> None:
         seconds = self._seconds(iteration, len(self.submitted))

@@ -48,6 +48,7 @@ class Builds:
         self.runtimes: list[ScriptedRuntime] = []
         self.error = lambda iteration: None
         self.num_pages = 100_000
+        self.compile_in_time = lambda keys, timeout_s: set(keys)
 
     def __call__(self, config, model):
         shape = ClusterShape(
@@ -63,6 +64,7 @@ class Builds:
         self.runtimes.append(
             ScriptedRuntime(lambda *_: 0.5, lambda iteration: self.error(iteration), shape=shape, limits=limits)
         )
+        self.runtimes[-1].compile_in_time = self.compile_in_time
         return self.runtimes[-1]
 
 
@@ -203,9 +205,42 @@ def test_a_command_that_cannot_work_is_refused(db, settings, message):
         command_for(db, **settings)
 
 
+def test_points_whose_programs_are_not_compiled_in_time_are_left_for_another_run(builds, db, capsys):
+    builds.compile_in_time = lambda keys, timeout_s: {key for key in keys if key.name != "prefill"}
+    run(db, tp=(1,), limit_s=1000.0)
+    assert {case.kind for case in points_in(db)} == {"decode"}
+    # 8 prefills, of which shrunk lengths make two pairs equal.
+    assert "6 were not reached within --limit-s" in capsys.readouterr().out
+    builds.compile_in_time = lambda keys, timeout_s: set(keys)
+    run(db, tp=(1,))
+    assert {case.kind for case in points_in(db)} == {"prefill", "decode"}
+
+
+def test_each_program_is_compiled_once(builds, db):
+    run(db, tp=(1,), grid=("tp-base",))
+    keys = [key for wave in builds.runtimes[0].compiled for key in wave]
+    assert len(keys) == len(set(keys)) > 0
+    assert len(points_in(db)) > 2 * len(keys)
+
+
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory) -> Path:
+def num_recompiles() -> list[int]:
+    """What real runtimes built or loaded while each point was measured."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory, num_recompiles) -> Path:
     """Points of a real runtime: four instances of two virtual devices."""
+    measure = profile.Meter.measure
+
+    def measure_and_count(self, case):
+        before = self._runtime.num_recompiles
+        try:
+            return measure(self, case)
+        finally:
+            num_recompiles.append(self._runtime.num_recompiles - before)
+
     folder = tmp_path_factory.mktemp("measured")
     db = folder / "points.sqlite"
     arguments = [
@@ -215,9 +250,11 @@ def measured(tmp_path_factory) -> Path:
     ]  # fmt: skip
     environment = dict(os.environ)
     live = sum(array.nbytes for array in jax.live_arrays())
+    profile.Meter.measure = measure_and_count
     try:
         assert profile_command.main(arguments) == 0
     finally:
+        profile.Meter.measure = measure
         os.environ.clear()
         os.environ.update(environment)
     gc.collect()
@@ -236,6 +273,10 @@ def test_a_real_runtime_is_measured_in_prefill_and_decode_scaled_down_and_up(mea
         (1, 50),
         (1, 1),
     }
+
+
+def test_nothing_is_compiled_while_a_point_is_measured(measured, num_recompiles):
+    assert num_recompiles == [0] * len(points_in(measured))
 
 
 def test_a_run_says_where_it_comes_from(measured):
