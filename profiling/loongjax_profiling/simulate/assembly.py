@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import pathlib
 
@@ -45,15 +46,8 @@ def assemble_system(config: SimulateConfig) -> SimulatedSystem:
 def choose_cluster(config: SimulateConfig) -> ClusterSpec:
     """The preset, with what the configuration names instead."""
     preset = PRESETS[config.cluster]
-    return ClusterSpec(
-        num_instances=config.num_instances or preset.num_instances,
-        tp=config.tp or preset.tp,
-        num_slots=config.num_slots or preset.num_slots,
-        page_size=config.page_size or preset.page_size,
-        max_model_len=config.max_model_len or preset.max_model_len,
-        max_num_batched_tokens=config.max_num_batched_tokens or preset.max_num_batched_tokens,
-        max_num_seqs=config.max_num_seqs or preset.max_num_seqs,
-    )
+    given = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClusterSpec)}
+    return dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
 
 
 def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel:

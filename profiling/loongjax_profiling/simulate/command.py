@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from loongjax.errors import ConfigError
 from loongjax_profiling.simulate.config import SimulateConfig
 
 
@@ -41,6 +42,10 @@ def run(config: SimulateConfig) -> int:
 
     system, workload, wish = assemble_system(config), make_workload(config), service_level(config)
     middle_s = workload[-1].arrival_s / 2.0
+    try:
+        config.out.mkdir(parents=True, exist_ok=True)  # now: not after an hour of simulation
+    except OSError as error:
+        raise ConfigError(f"--out {config.out} cannot be made: {error}") from None
     timeline = Timeline(begin_s=max(0.0, middle_s - config.timeline_s / 2.0), length_s=config.timeline_s)
     begin_s = time.perf_counter()
     records = simulate(
@@ -52,7 +57,6 @@ def run(config: SimulateConfig) -> int:
     )
     wall_s = time.perf_counter() - begin_s
     metrics = ServingMetrics.of(records)
-    config.out.mkdir(parents=True, exist_ok=True)
     write_records(records, config.out / "records.jsonl")
     about = describe(config) | {"cost_model_source": system.cost_model.source, "commit": checked_out_commit()}
     write_metrics(metrics, about, config.out / "metrics.json")

@@ -82,5 +82,7 @@ class SimulateConfig(SchedulingConfig):
         super().__post_init__()
         if self.num_requests < 1:
             raise ConfigError(f"--num-requests must be at least 1, got {self.num_requests}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, got {self.seed}")
         if not self.timeline_s >= 0.0:
             raise ConfigError(f"--timeline-s must be at least 0, got {self.timeline_s}: 0 draws nothing")

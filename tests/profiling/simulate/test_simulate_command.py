@@ -84,11 +84,30 @@ def test_every_workload_has_a_name(workload: str):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"num_requests": 0}, {"timeline_s": -1.0}, {"timeline_s": float("nan")}, {"policy": "best"}]
+    "fields",
+    [{"num_requests": 0}, {"timeline_s": -1.0}, {"timeline_s": float("nan")}, {"policy": "best"}, {"seed": -1}],
 )
 def test_settings_that_cannot_work_are_refused(fields: dict[str, object]):
     with pytest.raises(ConfigError):
         SimulateConfig(**fields)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["num_instances", "tp", "num_slots", "page_size", "max_num_seqs", "max_model_len"])
+def test_a_cluster_of_nothing_is_refused_and_not_taken_for_the_preset(name: str):
+    with pytest.raises(ConfigError, match=f"{name} of a cluster must be at least 1, got 0"):
+        choose_cluster(SimulateConfig(**{name: 0}))  # pyright: ignore[reportArgumentType]
+
+
+def test_a_folder_that_cannot_be_made_is_said_before_the_simulation(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+):
+    def never(*args: object, **settings: object):
+        raise AssertionError("it simulated")
+
+    monkeypatch.setattr("loongjax_profiling.simulate.simulation.simulate", never)
+    (tmp_path / "plain").touch()
+    with pytest.raises(ConfigError, match=r"--out .*plain cannot be made"):
+        main(["--num-requests", "2", "--out", str(tmp_path / "plain")])
 
 
 def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]):

@@ -169,6 +169,10 @@ class TestMooncakeFiles:
             ({"timestamp": 0, "input_length": 0, "output_length": 5}, "request 1"),
             ({"timestamp": "x", "input_length": 1, "output_length": 5}, "request 1"),
             ({"timestamp": -5, "input_length": 1, "output_length": 5}, "request 1"),
+            ({"timestamp": float("inf"), "input_length": 1, "output_length": 5}, "request 1"),
+            ({"timestamp": 0, "input_length": float("inf"), "output_length": 5}, "a whole number, got inf"),
+            ({"timestamp": 0, "input_length": 5.7, "output_length": 5}, "a whole number, got 5.7"),
+            ({"timestamp": 0, "input_length": 1, "output_length": True}, "a whole number, got True"),
         ],
     )
     def test_what_is_wrong_with_a_file_is_said(self, tmp_path: pathlib.Path, row: object, said: str):

@@ -52,8 +52,8 @@ def read_mooncake(path: pathlib.Path, *, speed: float = 1.0, max_requests: int |
         try:
             request = WorkloadRequest(
                 arrival_s=float(row["timestamp"]) / 1000.0 / speed,
-                prompt_len=int(row["input_length"]),
-                output_len=max(1, int(row["output_length"])),
+                prompt_len=_num_tokens(row["input_length"]),
+                output_len=max(1, _num_tokens(row["output_length"])),
             )
         except (ConfigError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}, request {index}: {error}") from None
@@ -61,3 +61,10 @@ def read_mooncake(path: pathlib.Path, *, speed: float = 1.0, max_requests: int |
     if not requests:
         raise ConfigError(f"{path} holds no request")
     return sorted(requests, key=lambda request: request.arrival_s)
+
+
+def _num_tokens(value: object) -> int:
+    """A whole number; anything else is a ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
+        raise ValueError(f"a number of tokens is a whole number, got {value!r}")
+    return int(value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from loongjax.errors import ConfigError
 
@@ -12,7 +13,7 @@ class WorkloadRequest:
     """How long its prompt and its output are, and when it comes.
 
     Raises:
-        ConfigError: a prompt or an output without tokens, or an arrival before time 0.
+        ConfigError: a prompt or an output without tokens, or an arrival before time 0 or never.
     """
 
     arrival_s: float
@@ -23,5 +24,5 @@ class WorkloadRequest:
     """In tokens."""
 
     def __post_init__(self) -> None:
-        if self.prompt_len < 1 or self.output_len < 1 or not self.arrival_s >= 0.0:
+        if self.prompt_len < 1 or self.output_len < 1 or not 0.0 <= self.arrival_s < math.inf:
             raise ConfigError(f"a request has a prompt, an output and a time to come, got {self}")
