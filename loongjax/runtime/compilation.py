@@ -15,6 +15,11 @@ from loongjax.runtime.program_calls import Call, ProgramCalls
 MAX_COMPILE_THREADS = 16
 
 
+def num_compile_threads() -> int:
+    """How many programs are compiled side by side."""
+    return min(MAX_COMPILE_THREADS, os.cpu_count() or 1)
+
+
 def compile_calls(
     calls: ProgramCalls, described: Sequence[Call], *, timeout_s: float | None = None
 ) -> list[concurrent.futures.Future[None]]:
@@ -39,8 +44,7 @@ def compile_calls(
                 lowered = call.program.lower(*call.arguments)  # type: ignore[attr-defined]
             lowered.compile()
 
-    num_threads = min(MAX_COMPILE_THREADS, os.cpu_count() or 1)
-    threads = concurrent.futures.ThreadPoolExecutor(num_threads, thread_name_prefix="loongjax-compile")
+    threads = concurrent.futures.ThreadPoolExecutor(num_compile_threads(), thread_name_prefix="loongjax-compile")
     try:
         futures = [threads.submit(lower_and_compile, call) for call in described]
         ended = concurrent.futures.as_completed(futures, timeout_s)

@@ -22,6 +22,7 @@ from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
+from loongjax.runtime.compilation import num_compile_threads
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.program_calls import ProgramKey
 from loongjax.runtime.protocol import Runtime
@@ -124,11 +125,12 @@ class _Profile:
             run_id = self._database.begin_run(self._system, self._run_of(runtime))
             needs = functools.partial(programs_of, buckets=_buckets_of(runtime))
             num_compiled = 0
+            missing: set[ProgramKey] = set()
             with tqdm(total=num_cases, desc=f"Iterations, tp{tp}", unit="point", disable=None) as bar:
-                for wave in waves_of(fitting, needs, self._expected_s):
+                for wave in waves_of(fitting, needs, self._expected_s, size=num_compile_threads()):
                     compiled = self._compile(runtime, wave.programs, deadline_s)
                     num_compiled += len(compiled)
-                    missing = set(wave.programs) - compiled
+                    missing |= set(wave.programs) - compiled
                     for case in wave.cases:
                         expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
                         if time.monotonic() + expected_s > deadline_s or not missing.isdisjoint(needs(case)):
