@@ -18,7 +18,7 @@ CPU_NUM_DEVICES = 8
 """Virtual devices on CPU."""
 
 
-PolicyName = Literal["esp", "simple", "static", "replicated", "prefill-first", "disaggregated"]
+PolicyName = Literal["esp", "simple", "static", "replicated", "prefill-first", "chunked", "disaggregated"]
 """See `loongjax.scheduler.build`."""
 
 POLICIES: tuple[str, ...] = typing.get_args(PolicyName)
@@ -34,8 +34,9 @@ class SchedulingConfig:
 
     policy: PolicyName = "esp"
     """Who works with whom. esp: elastic, by predicted times; simple: elastic, by thresholds; static: every iteration on
-    all instances; replicated: each instance for itself; prefill-first: one instance, as in vLLM 0.3; disaggregated:
-    prefill and decode apart, as in DistServe."""
+    all instances; replicated: each instance for itself; prefill-first: one instance, as in vLLM 0.3; chunked:
+    each instance for itself, prompts cut into chunks beside the decodes, as in SplitFuse; disaggregated: prefill and
+    decode apart, as in DistServe."""
     cost_model: str | None = None
     """File with the times of iterations, as `loongjax fit` writes it, for the policy esp; None: a roofline estimate for
     the devices."""
@@ -46,6 +47,8 @@ class SchedulingConfig:
     ended; worst-case: as long as each request allows."""
     explain: str | None = None
     """File to which the policy esp appends every decision's terms of gain and cost, as JSON lines."""
+    chunk_tokens: int = 512
+    """Tokens of one iteration of the policy chunked: those of decodes first, then chunks of prompts."""
     num_prefill_instances: int | None = None
     """Instances that the policy disaggregated prefills on; None: half."""
     prefill_tokens_per_instance: int = 2048
@@ -56,8 +59,13 @@ class SchedulingConfig:
     def __post_init__(self) -> None:
         _check_choice("--policy", self.policy, POLICIES)
         _check_choice("--admission", self.admission, ("quantile", "worst-case"))
-        for name in ("num_prefill_instances", "prefill_tokens_per_instance", "max_requests_per_master"):
+        for name in ("chunk_tokens", "num_prefill_instances", "prefill_tokens_per_instance", "max_requests_per_master"):
             _check_at_least_one(name, getattr(self, name))
+
+    @property
+    def max_extend_tokens(self) -> int | None:
+        """Tokens of the largest extend that the policy plans; None: it plans none."""
+        return self.chunk_tokens if self.policy == "chunked" else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

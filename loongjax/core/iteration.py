@@ -93,6 +93,35 @@ class DecodeIteration:
 
 
 @dataclasses.dataclass(frozen=True)
+class ExtendInput:
+    """One request of an extend: a chunk of its tokens, and where its keys are once the chunk's are written."""
+
+    request: Request
+    token_ids: np.ndarray
+    """int32 [T]: the chunk."""
+    position: int
+    """Of the chunk's first token, from 0: the number of tokens whose keys were written before."""
+    slots: np.ndarray
+    """int32 [T]: where the chunk's keys are written."""
+    table: InstanceTable
+    """All the request's pages, the chunk's included."""
+    output_token_ids: tuple[int, ...]
+    """Every token generated so far."""
+    is_sampled: bool
+    """Whether the chunk ends with the request's last token, so that the next one is sampled."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtendIteration:
+    """The keys of these chunks, and one token for each request whose last token is in its chunk."""
+
+    iteration_id: int
+    group: Group
+    """Of one instance."""
+    inputs: tuple[ExtendInput, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class MigrateIteration:
     """Copy keys and values from slots of one instance to slots of another."""
 
@@ -121,7 +150,7 @@ class RecoverIteration:
     group: Group
 
 
-Iteration = PrefillIteration | DecodeIteration | MigrateIteration | RecoverIteration
+Iteration = PrefillIteration | DecodeIteration | ExtendIteration | MigrateIteration | RecoverIteration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,6 +171,7 @@ class Completion:
 
     iteration_id: int
     tokens: tuple[SampledToken, ...] = ()
+    """One for each request of a prefill or a decode; of an extend, for those to be sampled."""
     elapsed_s: float = 0.0
     """From submission to the result on the host, in seconds."""
     error: str | None = None

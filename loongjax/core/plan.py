@@ -66,6 +66,35 @@ class Decode:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chunk:
+    """The next `num_tokens` of a request's tokens without keys: a piece of its prompt, or its newest token."""
+
+    request_id: str
+    num_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Extend:
+    """Compute the keys of these chunks on one instance, which holds all earlier keys of their requests and keeps these.
+
+    A request that is left without tokens to compute gets its next one, so that a decode is a chunk of one token.
+    """
+
+    group: Group
+    """Of one instance."""
+    chunks: tuple[Chunk, ...]
+    """At least one, of different requests."""
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        return tuple(chunk.request_id for chunk in self.chunks)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(chunk.num_tokens for chunk in self.chunks)
+
+
+@dataclasses.dataclass(frozen=True)
 class Migrate:
     """Move the last `num_tokens` of the tokens that `source` holds of a request to `target`."""
 
@@ -82,4 +111,4 @@ class Preempt:
     request_ids: tuple[str, ...]
 
 
-Plan = Prefill | Decode | Migrate | Preempt
+Plan = Prefill | Decode | Extend | Migrate | Preempt

@@ -95,13 +95,13 @@ class Phase:
     """One stretch of a request's life in one group: the elastic history is a tuple of these."""
 
     kind: str
-    """"prefill", "decode" or "migrate"."""
+    """"prefill", "decode", "extend" (chunks of the prompt) or "migrate"."""
     instances: tuple[InstanceId, ...]
     """The group, in canonical order; its length is the degree of parallelism."""
     masters: tuple[InstanceId, ...]
-    """The group's masters (decode), or the instances that kept keys (prefill)."""
+    """The group's masters (decode), or the instances that kept keys (prefill, extend)."""
     num_tokens: int
-    """Tokens computed in it: prompt tokens of a prefill, generated tokens of a decode."""
+    """Tokens computed in it: prompt tokens of a prefill or extend, generated tokens of a decode."""
 
     @property
     def dop(self) -> int:

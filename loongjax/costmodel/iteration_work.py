@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from loongjax.core.iteration import DecodeIteration, Iteration, PrefillIteration
+from loongjax.core.iteration import DecodeIteration, ExtendIteration, Iteration, PrefillIteration
 from loongjax.costmodel.work import DecodeWork, PrefillWork
 
 
 def work_of(iteration: Iteration) -> PrefillWork | DecodeWork | None:
-    """What a prefill or a decode step has to do; None for anything else."""
+    """What a prefill, an extend or a decode step has to do; None for anything else.
+
+    An extend is a prefill with keys before its tokens: it runs through the model as one, its decodes included.
+    """
     match iteration:
         case PrefillIteration():
             return PrefillWork(new_lens=tuple([len(item.token_ids) for item in iteration.inputs]))
+        case ExtendIteration():
+            return PrefillWork(
+                new_lens=tuple([len(item.token_ids) for item in iteration.inputs]),
+                past_lens=tuple([item.position for item in iteration.inputs]),
+            )
         case DecodeIteration():
             num_keys = dict.fromkeys(iteration.group.instances, 0)
             for sub_batch in iteration.sub_batches:

@@ -13,12 +13,14 @@ from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
     DecodeSubBatch,
+    ExtendInput,
+    ExtendIteration,
     Iteration,
     MigrateIteration,
     PrefillInput,
     PrefillIteration,
 )
-from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.core.plan import Decode, Extend, Migrate, Prefill
 from loongjax.costmodel.iteration_work import work_of, works_of_steps
 from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.engine.live_request import LiveRequest
@@ -31,7 +33,7 @@ class Flight:
     """An iteration that was submitted and has not completed."""
 
     iteration: Iteration
-    plan: Prefill | Decode | Migrate | None
+    plan: Prefill | Decode | Extend | Migrate | None
     """None for a recovery, which no policy plans."""
     requests: tuple[LiveRequest, ...]
     """In the iteration's order, without those that started again meanwhile."""
@@ -67,7 +69,7 @@ class Flight:
 
 
 def bind(
-    plan: Prefill | Decode | Migrate,
+    plan: Prefill | Decode | Extend | Migrate,
     *,
     iteration_id: int,
     live: Mapping[str, LiveRequest],
@@ -90,6 +92,9 @@ def bind(
         case Decode():
             requests = tuple(live[request_id] for request_id in plan.request_ids)
             iteration = _bind_decode(plan, iteration_id, live, kv_cache, continues)
+        case Extend():
+            requests = tuple(live[request_id] for request_id in plan.request_ids)
+            iteration = _bind_extend(plan, iteration_id, requests, kv_cache)
         case Migrate():
             requests = (live[plan.request_id],)
             source_slots, target_slots = kv_cache.migrate(plan.request_id, plan.source, plan.target, plan.num_tokens)
@@ -135,3 +140,22 @@ def _bind_decode(
             )
         sub_batches.append(DecodeSubBatch(sub_batch.master, tuple(inputs)))
     return DecodeIteration(iteration_id, plan.group, tuple(sub_batches), continues)
+
+
+def _bind_extend(
+    plan: Extend, iteration_id: int, requests: tuple[LiveRequest, ...], kv_cache: KVCache
+) -> ExtendIteration:
+    (instance,) = plan.group.instances
+    inputs = []
+    for live, chunk in zip(requests, plan.chunks, strict=True):
+        assert not live.needs_whole_prefill, live.request_id
+        position = kv_cache.num_tokens(live.request_id) if live.request_id in kv_cache else 0
+        slots = kv_cache.extend(live.request_id, instance, chunk.num_tokens)
+        (table,) = kv_cache.tables(live.request_id)
+        end = position + chunk.num_tokens
+        token_ids = live.tokens_between(position, end)
+        is_sampled = end == live.num_tokens
+        inputs.append(
+            ExtendInput(live.request, token_ids, position, slots, table, tuple(live.output_token_ids), is_sampled)
+        )
+    return ExtendIteration(iteration_id, plan.group, tuple(inputs))

@@ -22,8 +22,8 @@ import logging
 import math
 
 from loongjax.core.cluster import Group
-from loongjax.core.iteration import Completion, PrefillIteration, RecoverIteration, SampledToken
-from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
+from loongjax.core.iteration import Completion, ExtendIteration, PrefillIteration, RecoverIteration, SampledToken
+from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import FinishReason, Request, RequestEvent
 from loongjax.costmodel.work import Strategy
 from loongjax.engine.admission import check_capacity
@@ -301,7 +301,7 @@ class EngineCore:
             self._counters.num_preemptions += 1
             self._requeue(self._live[request_id])
 
-    def _submit(self, plan: Prefill | Decode | Migrate) -> None:
+    def _submit(self, plan: Prefill | Decode | Extend | Migrate) -> None:
         flight = bind(
             plan,
             iteration_id=self._num_submitted,
@@ -312,7 +312,7 @@ class EngineCore:
         self._num_submitted += 1
         for live in flight.requests:
             live.num_in_flight += 1
-            if isinstance(plan, Prefill):
+            if isinstance(plan, Prefill | Extend) and live in self._waiting:
                 self._waiting.remove(live)
                 live.note_prefill(self._runtime.now_s())
         self._flights.depart(flight, self._runtime.now_s())
@@ -403,13 +403,14 @@ class EngineCore:
         by_request = {token.request_id: token for token in completion.tokens}
         is_prefill = isinstance(flight.iteration, PrefillIteration)
         for live in flight.requests:
-            if not live.has_ended:
-                self._take(live, by_request[live.request_id], is_prefill, completion.num_steps)
+            if live.has_ended or (live.request_id not in by_request and isinstance(flight.iteration, ExtendIteration)):
+                continue
+            self._take(live, by_request[live.request_id], is_prefill, completion.num_steps)
 
     def _note_end(self, flight: Flight, completion: Completion) -> None:
         """Notes what the policy will be told: each step by itself."""
         plan = flight.plan
-        if flight.work is None or not isinstance(plan, Prefill | Decode):
+        if flight.work is None or not isinstance(plan, Prefill | Decode | Extend):
             return
         waited_s = flight.started_s - flight.submitted_s
         works = [flight.work] if completion.num_steps == 1 else flight.works(completion.num_steps)

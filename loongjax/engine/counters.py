@@ -5,7 +5,8 @@ from __future__ import annotations
 import collections
 
 from loongjax.core.cluster import InstanceId
-from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.core.iteration import ExtendIteration
+from loongjax.core.plan import Decode, Extend, Migrate, Prefill
 from loongjax.core.request import Phase
 from loongjax.engine.binding import Flight
 from loongjax.engine.client import EngineStats
@@ -27,7 +28,7 @@ class Counters:
         self.num_generation_tokens = 0
         self.num_iterations = 0
         self.iteration_tokens: collections.Counter[int] = collections.Counter()
-        """Prefill and decode iterations, by their tokens rounded up to a power of two."""
+        """Prefill, decode and extend iterations, by their tokens rounded up to a power of two."""
         self.num_iteration_tokens = 0
 
     def stats(self) -> EngineStats:
@@ -54,6 +55,8 @@ class Counters:
                 self._record_prefill(flight, flight.plan)
             case Decode():
                 self._record_decode(flight, flight.plan, num_steps)
+            case Extend():
+                self._record_extend(flight)
             case Migrate():
                 self._record_migrate(flight, flight.plan)
 
@@ -70,9 +73,7 @@ class Counters:
             keepers = tuple(sorted({interval.instance for interval in planned.kept}))
             live.record(Phase("prefill", group.instances, keepers, live.num_tokens))
             live.instances = keepers
-            if not live.has_been_prefilled:
-                live.has_been_prefilled = True
-                self.num_prompt_tokens += len(live.request.prompt_token_ids)
+            self._count_prompt(live)
         self._record_size(num_tokens)
 
     def _record_decode(self, flight: Flight, plan: Decode, num_steps: int) -> None:
@@ -85,6 +86,29 @@ class Counters:
             live.record(phase)
             self._note_scaling(live, group.instances)
         self._record_size(sum(not live.has_ended for live in flight.requests), num_steps)
+
+    def _record_extend(self, flight: Flight) -> None:
+        """A generated token by itself is a decode to its request; anything else is a chunk of what it has."""
+        assert isinstance(flight.iteration, ExtendIteration), flight.iteration
+        instances = flight.group.instances
+        live_by_id = {live.request_id: live for live in flight.requests if not live.has_ended}
+        num_tokens = 0
+        for item in flight.iteration.inputs:
+            live = live_by_id.get(item.request.request_id)
+            if live is None:
+                continue
+            is_decode = len(item.token_ids) == 1 and item.position >= len(item.request.prompt_token_ids)
+            num_tokens += len(item.token_ids) + (item.is_sampled and not is_decode)
+            live.record(Phase("decode" if is_decode else "extend", instances, instances, len(item.token_ids)))
+            live.instances = instances
+            self._count_prompt(live)
+        self._record_size(num_tokens)
+
+    def _count_prompt(self, live: LiveRequest) -> None:
+        """Once, whatever is recomputed later."""
+        if not live.has_been_prefilled:
+            live.has_been_prefilled = True
+            self.num_prompt_tokens += len(live.request.prompt_token_ids)
 
     def _record_size(self, num_tokens: int, num_steps: int = 1) -> None:
         """Notes the tokens of each step of an iteration, those of requests that ended meanwhile not counted."""

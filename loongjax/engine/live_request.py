@@ -6,6 +6,8 @@ import bisect
 import dataclasses
 from collections.abc import Iterator
 
+import numpy as np
+
 from loongjax.core.cluster import InstanceId
 from loongjax.core.request import Phase, Request, Timings
 from loongjax.scheduler.view import RunningView, WaitingView
@@ -54,6 +56,17 @@ class LiveRequest:
         return len(self.request.prompt_token_ids) + self.request.max_tokens
 
     @property
+    def needs_whole_prefill(self) -> bool:
+        """Whether its prompt cannot be computed in chunks: see `WaitingView.needs_whole_prefill`."""
+        return self.wants_prompt_logprobs or self.request.max_tokens == 0
+
+    def tokens_between(self, begin: int, end: int) -> np.ndarray:
+        """int32 [end - begin]: those of prompt and output, in order, from one position to another."""
+        prompt = self.request.prompt_token_ids
+        output = self.output_token_ids[max(0, begin - len(prompt)) : max(0, end - len(prompt))]
+        return np.array((*prompt[begin:end], *output), np.int32)
+
+    @property
     def num_tokens_left(self) -> int:
         """Tokens that it may still be given, beside those in flight."""
         return self.request.max_tokens - len(self.output_token_ids) - self.num_in_flight
@@ -66,17 +79,17 @@ class LiveRequest:
         return (*before, dataclasses.replace(last, num_tokens=last.num_tokens + self._num_more_tokens))
 
     def record(self, phase: Phase) -> None:
-        """Adds to the elastic history, merging a decode that continues the last phase."""
-        if phase.kind == "decode" and self._history:
+        """Adds to the elastic history, merging a decode or a chunk that continues the last phase."""
+        if phase.kind in ("decode", "extend") and self._history:
             last = self._history[-1]
-            if last.kind == "decode" and last.instances == phase.instances and last.masters == phase.masters:
+            if last.kind == phase.kind and last.instances == phase.instances and last.masters == phase.masters:
                 self._num_more_tokens += phase.num_tokens
                 return
         self._history = [*self.history, phase]
         self._num_more_tokens = 0
 
     def note_prefill(self, now_s: float) -> None:
-        """A prefill of it is submitted."""
+        """A prefill of it, or of a first chunk of it, is submitted."""
         if self._prefill_s is None:
             self._prefill_s = now_s
 
@@ -107,6 +120,7 @@ class LiveRequest:
             max_total_tokens=self.max_total_tokens,
             keeps_kv=self.request.max_tokens > 0,
             is_suspect=self.num_failures > 0,
+            needs_whole_prefill=self.needs_whole_prefill,
             num_output_tokens=len(self.output_token_ids),
             arrival_s=self._accepted_s,
             priority=self.request.priority,
@@ -129,13 +143,15 @@ class LiveRequest:
             or view.is_in_flight != is_in_flight
             or view.num_output_tokens != num_output_tokens
         ):
+            num_held = sum([num_held for _, num_held in kv])
             view = self._running_view = RunningView(
                 request_id=self.request_id,
                 order=self.order,
-                num_tokens=sum([num_held for _, num_held in kv]),
+                num_tokens=num_held,
                 max_total_tokens=self.max_total_tokens,
                 kv=kv,
                 is_in_flight=is_in_flight,
+                num_uncomputed_tokens=max(1, self.num_tokens - num_held),
                 num_output_tokens=num_output_tokens,
                 arrival_s=self._accepted_s,
                 first_token_s=self._first_token_s,

@@ -156,6 +156,32 @@ class KVCache:
         local.add_interval(position, position + num_tokens)
         request.grow_to(position + num_tokens)
 
+    def extend(self, request_id: str, instance: InstanceId, num_tokens: int) -> np.ndarray:
+        """Gives the request's next tokens slots on the only instance that may hold any of it.
+
+        A request that is not here yet is taken in.
+
+        Returns:
+            The slots: int32 [num_tokens].
+
+        Raises:
+            OutOfPagesError: the instance has too few free pages; nothing has changed then.
+        """
+        assert num_tokens > 0, num_tokens
+        request = self._requests.get(request_id)
+        first = 0 if request is None else request.num_tokens
+        num_new_pages = self.shape.num_pages_for(first + num_tokens) - self.shape.num_pages_for(first)
+        pages = self._pools[instance].allocate(num_new_pages)
+        if request is None:
+            request = self._requests[request_id] = RequestKV()
+        local = request.find_or_add(instance)
+        assert local.num_tokens == first, f"{request_id} holds tokens elsewhere"
+        local.add_pages(pages)
+        local.add_interval(first, first + num_tokens)
+        request.set_newest(local)
+        request.grow_to(first + num_tokens)
+        return local.slots(first, first + num_tokens, self._page_size)
+
     def _newest_on(self, request: RequestKV, instance: InstanceId) -> LocalSequence:
         local = request.find(instance)
         has_room = local is not None and local.num_tokens % self._page_size != 0

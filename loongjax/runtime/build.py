@@ -59,7 +59,13 @@ def assemble_runtime(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, sh
     wants_warm_up = grid.platform == "gpu" if config.warm_up is None else config.warm_up
     if wants_warm_up:
         calls = ProgramCalls(
-            spec=spec, grid=grid, weights=weights, kv_pool=kv_pool, exchange=exchange, buckets=sizes.buckets
+            spec=spec,
+            grid=grid,
+            weights=weights,
+            kv_pool=kv_pool,
+            exchange=exchange,
+            buckets=sizes.buckets,
+            max_extend_tokens=config.max_extend_tokens,
         )
         warm_up(calls, grid.num_instances)
     return LocalRuntime(

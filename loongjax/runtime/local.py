@@ -25,6 +25,7 @@ from loongjax.core.cluster import ClusterShape, Group, InstanceId
 from loongjax.core.iteration import (
     Completion,
     DecodeIteration,
+    ExtendIteration,
     Iteration,
     MigrateIteration,
     PrefillInput,
@@ -44,6 +45,7 @@ from loongjax.runtime.packing import (
     empty_prefill,
     pack_decode,
     pack_decode_slots,
+    pack_extend,
     pack_prefill,
     pack_prompt_targets,
 )
@@ -53,6 +55,7 @@ from loongjax.runtime.programs import (
     MIGRATION_BUCKET,
     DecodeState,
     decode_step,
+    extend_step,
     head_step,
     migrate_step,
     prefill_step,
@@ -208,6 +211,8 @@ class LocalRuntime:
                 return self._prefill(iteration)
             case DecodeIteration():
                 return self._decode(iteration)
+            case ExtendIteration():
+                return self._extend(iteration)
             case MigrateIteration():
                 return self._migrate(iteration)
             case RecoverIteration():
@@ -301,6 +306,35 @@ class LocalRuntime:
         self._forget_decodes(group)
         self._decodes[group] = _DecodeCache(rows, state, self._put(group, packed.token_ids), sampler, packed.num_steps)
         return self._decodes[group]
+
+    def _extend(self, iteration: ExtendIteration) -> Readback:
+        group = iteration.group
+        packed = pack_extend(iteration, self._buckets)
+        weights = self._weights.view(group)
+        pool, picked, statuses = extend_step(
+            self._spec,
+            weights,
+            self._kv_pool.view(group),
+            self._put(group, packed.batch),
+            self._exchange.peers(group),
+        )
+        self._kv_pool.replace(group, pool)
+        tokens = None
+        if packed.sampled:
+            num_rows = packed.positions.shape[1]
+            logits = head_step(self._spec, weights, picked, num_rows)
+            inputs = [iteration.inputs[row] for row in packed.sampled]
+            rows = [[SamplerInput(item.request, item.output_token_ids) for item in inputs]]
+            sampled = self._sampler(group, rows, num_rows).sample(logits, self._put(group, packed.positions))
+            tokens, statuses = PendingTokens(rows, sampled), sampled.exchange_status
+        check_exchanges = self._exchange.watch(statuses)
+
+        def readback() -> tuple[SampledToken, ...]:
+            jax.block_until_ready(picked)
+            check_exchanges()
+            return tokens.read() if tokens else ()
+
+        return readback
 
     def _migrate(self, iteration: MigrateIteration) -> Readback:
         group = iteration.group

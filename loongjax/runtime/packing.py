@@ -6,10 +6,10 @@ import dataclasses
 
 import numpy as np
 
-from loongjax.core.iteration import DecodeIteration, PrefillIteration
+from loongjax.core.iteration import DecodeIteration, ExtendIteration, PrefillIteration
 from loongjax.parallel.striped import PADDING_ROW, local_length, stripe
 from loongjax.runtime.buckets import Buckets, fit
-from loongjax.runtime.programs import DecodeState, PrefillBatch
+from loongjax.runtime.programs import DecodeState, ExtendBatch, PrefillBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,3 +161,58 @@ def pack_decode(iteration: DecodeIteration, buckets: Buckets, page_size: int) ->
 
 def _last_token(output: tuple[int, ...], prompt: tuple[int, ...]) -> int:
     return output[-1] if output else prompt[-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedExtend:
+    """An extend as its programs take it."""
+
+    batch: ExtendBatch
+    """Numpy arrays."""
+    sampled: tuple[int, ...]
+    """The requests whose next token is sampled, as indices into the iteration's inputs."""
+    positions: np.ndarray
+    """int32 [1, B]: of the tokens to be sampled."""
+
+
+def pack_extend(iteration: ExtendIteration, buckets: Buckets) -> PackedExtend:
+    """Packs the chunks one behind the other, and their requests' page tables likewise."""
+    inputs = iteration.inputs
+    ends = np.cumsum([len(item.token_ids) for item in inputs])
+    num_tokens = int(ends[-1])
+    batch = empty_extend(fit(num_tokens, buckets.num_tokens), fit(len(inputs), buckets.num_rows), buckets)
+    batch.token_ids[0, :num_tokens] = np.concatenate([item.token_ids for item in inputs])
+    batch.slots[0, :num_tokens] = np.concatenate([item.slots for item in inputs])
+    batch.cu_q_lens[0, 1:] = num_tokens
+    batch.cu_q_lens[0, 1 : len(inputs) + 1] = ends
+    first_entry = 0
+    for row, (item, end) in enumerate(zip(inputs, ends.tolist(), strict=True)):
+        start = end - len(item.token_ids)
+        batch.positions[0, start:end] = np.arange(item.position, item.position + end - start)
+        batch.row_starts[0, start:end] = start
+        batch.kv_lens[0, row] = item.position
+        batch.page_starts[0, row] = first_entry
+        entries = item.table.page_indices
+        batch.page_indices[0, first_entry : first_entry + len(entries)] = entries
+        first_entry += len(entries)
+    sampled = tuple(row for row, item in enumerate(inputs) if item.is_sampled)
+    positions = np.zeros((1, fit(max(1, len(sampled)), buckets.num_rows)), np.int32)
+    for place, row in enumerate(sampled):
+        batch.sample_rows[0, place] = ends[row] - 1
+        positions[0, place] = inputs[row].position + len(inputs[row].token_ids)
+    return PackedExtend(batch, sampled, positions)
+
+
+def empty_extend(num_tokens: int, num_rows: int, buckets: Buckets) -> ExtendBatch:
+    """An extend of nothing but padding."""
+    return ExtendBatch(
+        token_ids=np.zeros((1, num_tokens), np.int32),
+        positions=np.zeros((1, num_tokens), np.int32),
+        row_starts=np.full((1, num_tokens), PADDING_ROW, np.int32),
+        slots=np.full((1, num_tokens), -1, np.int32),
+        cu_q_lens=np.zeros((1, num_rows + 1), np.int32),
+        kv_lens=np.zeros((1, num_rows), np.int32),
+        page_starts=np.zeros((1, num_rows), np.int32),
+        page_indices=np.zeros((1, buckets.num_table_entries), np.int32),
+        sample_rows=np.full((1, sample_capacity(1, buckets)), -1, np.int32),
+    )

@@ -14,16 +14,17 @@ from loongjax.core.cluster import Group
 from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
-from loongjax.runtime.buckets import Buckets
+from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.exchange import GroupExchange
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.packing import empty_decode, empty_prefill, sample_capacity
+from loongjax.runtime.packing import empty_decode, empty_extend, empty_prefill, sample_capacity
 from loongjax.runtime.programs import (
     BY_RANK,
     LOGITS_SPEC,
     MIGRATION_BUCKET,
     decode_step,
+    extend_step,
     head_step,
     migrate_step,
     prefill_step,
@@ -74,13 +75,16 @@ class ProgramCalls:
         kv_pool: DeviceKVPool,
         exchange: GroupExchange,
         buckets: Buckets,
+        max_extend_tokens: int | None = None,
     ) -> None:
+        """Calls of everything there is, and of extends up to so many tokens; None: of no extends."""
         self._spec = spec
         self._grid = grid
         self._weights = weights
         self._kv_pool = kv_pool
         self._exchange = exchange
         self._buckets = buckets
+        self._max_extend_tokens = max_extend_tokens
 
     def all_of(self, group: Group) -> Iterator[Call]:
         """Whatever requests may ask for."""
@@ -94,6 +98,8 @@ class ProgramCalls:
             for tier in TIERS:
                 yield from self._samples(group, rows, tier)
             yield from self._counts(group, rows)
+        if group.dop == 1 and self._max_extend_tokens is not None:
+            yield from self._extends(group, self._max_extend_tokens)
         if group.dop == 2:
             yield self._migrate(group)
 
@@ -165,6 +171,16 @@ class ProgramCalls:
         peers = self._exchange.peers(group)
         weights = self._weights.view(group)
         return Call(group, decode_step, (self._spec, weights, _POOL, state, token_ids, slots, peers))
+
+    def _extends(self, group: Group, max_extend_tokens: int) -> Iterator[Call]:
+        """What follows an extend is what follows a prefill."""
+        weights, peers = self._weights.view(group), self._exchange.peers(group)
+        sizes = self._buckets.num_tokens
+        largest = fit(min(max_extend_tokens, sizes[-1]), sizes)
+        for num_tokens in sizes[: sizes.index(largest) + 1]:
+            for num_rows in self._buckets.num_rows:
+                batch = self._put(group, empty_extend(num_tokens, num_rows, self._buckets))
+                yield Call(group, extend_step, (self._spec, weights, _POOL, batch, peers))
 
     def _migrate(self, group: Group) -> Call:
         source_slots = self._put(group, np.zeros((2, MIGRATION_BUCKET), np.int32))

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32, UInt32
 
-from loongjax.pallas_kernels import kv_update
+from loongjax.pallas_kernels import extend_attention, kv_update, merge_attention, prefill_attention
 from loongjax.pallas_kernels.exchange import all_reduce, exchange_status
 from loongjax.parallel import multi_master_decode, ring_attention
 from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
 from loongjax.parallel.retention import retain
+from loongjax.parallel.striped import visible_ranges
 from loongjax.runtime.kv_pool import KV_POOL_SPEC
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.sampling import LogprobArrays, prompt_logprobs
@@ -58,6 +59,29 @@ class PrefillBatch(NamedTuple):
     sample_rows: Leaf
     """int32 [n, n * R]: for each row to be sampled, its index on the rank that has it, -1 on all others. Column
     rank * R + i is the i-th row that `rank` will sample, wherever its token is."""
+
+
+class ExtendBatch(NamedTuple):
+    """Chunks packed one behind the other, on one instance: n is 1. B requests."""
+
+    token_ids: Leaf
+    """int32 [n, T]"""
+    positions: Leaf
+    """int32 [n, T]: within the row's own request."""
+    row_starts: Leaf
+    """int32 [n, T]: packed index of the first token of the row's chunk; for padding see `parallel.striped`."""
+    slots: Leaf
+    """int32 [n, T]: where each row's key is kept, or -1."""
+    cu_q_lens: Leaf
+    """int32 [n, B + 1]: packed index at which each request's chunk begins, and the next one's."""
+    kv_lens: Leaf
+    """int32 [n, B]: keys that the pool holds of each request, before the chunk's own."""
+    page_starts: Leaf
+    """int32 [n, B]: index in `page_indices` of each request's first page."""
+    page_indices: Leaf
+    """int32 [n, I]"""
+    sample_rows: Leaf
+    """int32 [n, R]: the packed index of each row to be sampled, or -1."""
 
 
 class DecodeState(NamedTuple):
@@ -205,6 +229,47 @@ def decode_step(
         out_specs=(KV_POOL_SPEC, BY_RANK, LOGITS_SPEC),
         check_vma=False,
     )(weights, kv_pool, state, token_ids, slots, peers)
+
+
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
+def extend_step(
+    spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: ExtendBatch, peers: Peers = None
+) -> tuple[KVPoolView, Float[Array, "n R D"], Int32[Array, " n_tp"] | None]:
+    """Chunks of requests that follow the keys which one instance holds of them, and keys there. Donates `kv_pool`.
+
+    Returns:
+        The pool, the final hidden states of the rows to be sampled, and the status of every device's exchanges if there
+        are peers.
+    """
+
+    def body(
+        weights: Weights, kv_pool: jax.Array, batch: ExtendBatch, peers: Peers
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        batch = _drop_rank_dim(batch)
+        k_start, k_end = visible_ranges(batch.row_starts, 0, 0, 1)
+
+        def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
+            index = jnp.int32(layer)
+            # First, so that whoever reads the pool reads the one that is updated in place.
+            pool = kv_update(pool, k, v, index, batch.slots)
+            tables = batch.page_indices, batch.page_starts, batch.kv_lens
+            past = extend_attention(q, batch.cu_q_lens, pool, index, *tables, out_dtype=jnp.float32)
+            own = prefill_attention(q, k, v, k_start, k_end, out_dtype=jnp.float32)
+            out, _ = merge_attention(*past, *own)
+            return out.astype(q.dtype), pool
+
+        model = spec.restore(weights)
+        hidden, pool = model.hidden(batch.token_ids, batch.positions, attend, kv_pool[0], reduce=_sum_over_tp(peers))
+        picked = hidden[jnp.maximum(batch.sample_rows, 0)]
+        status = None if peers is None else exchange_status(hidden, peers)
+        return pool[None], picked[None], status
+
+    return jax.shard_map(
+        body,
+        in_specs=(spec.weight_specs, KV_POOL_SPEC, BY_RANK, REPLICATED),
+        out_specs=(KV_POOL_SPEC, BY_RANK, BY_DEVICE),
+        check_vma=False,
+    )(weights, kv_pool, batch, peers)
 
 
 @functools.partial(jax.jit, donate_argnames="kv_pool")

@@ -21,6 +21,7 @@ from loongjax.core.cluster import ClusterShape, Group, InstanceId
 from loongjax.core.iteration import (
     Completion,
     DecodeIteration,
+    ExtendIteration,
     Iteration,
     MigrateIteration,
     PrefillIteration,
@@ -40,7 +41,7 @@ class Span:
     """One thing that a group did, from its beginning to its end on the virtual clock."""
 
     kind: str
-    """"prefill", "decode", "migrate" or "recover"."""
+    """"prefill", "decode", "extend", "migrate" or "recover"."""
     group: Group
     begin_s: float
     end_s: float
@@ -204,7 +205,7 @@ class SimulatedRuntime:
                 group=iteration.group,
                 begin_s=run.begin_s,
                 end_s=run.end_s,
-                num_requests=len(run.tokens),
+                num_requests=_num_requests(iteration),
                 num_steps=num_steps,
             )
         )
@@ -260,15 +261,26 @@ def _totals_of_steps(iteration: DecodeIteration, work: DecodeWork, num_steps: in
 
 
 def _tokens(iteration: Iteration) -> tuple[SampledToken, ...]:
-    """What one step gives: as many tokens as it has requests."""
+    """What one step gives."""
     match iteration:
         case PrefillIteration():
             requests: Sequence[str] = [item.request.request_id for item in iteration.inputs]
         case DecodeIteration():
             requests = [item.request.request_id for batch in iteration.sub_batches for item in batch.inputs]
+        case ExtendIteration():
+            requests = [item.request.request_id for item in iteration.inputs if item.is_sampled]
         case _:
             requests = []
     return tuple([SampledToken(request_id, TOKEN_ID) for request_id in requests])
+
+
+def _num_requests(iteration: Iteration) -> int:
+    match iteration:
+        case PrefillIteration() | ExtendIteration():
+            return len(iteration.inputs)
+        case DecodeIteration():
+            return sum(len(batch.inputs) for batch in iteration.sub_batches)
+    return 0
 
 
 def _kind(iteration: Iteration) -> str:

@@ -8,6 +8,7 @@ from loongjax.config import SchedulingConfig
 from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.model import CostModel
 from loongjax.errors import ConfigError
+from loongjax.scheduler.baselines.chunked import ChunkedPolicy
 from loongjax.scheduler.baselines.disaggregated import DisaggregatedPolicy
 from loongjax.scheduler.baselines.prefill_first import PrefillFirstPolicy
 from loongjax.scheduler.baselines.replicated import ReplicatedPolicy
@@ -20,7 +21,7 @@ from loongjax.scheduler.simple import SimplePolicy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 
 _POLICIES_THAT_ASK = frozenset({"esp"})
-_POLICIES_OF_ONE_INSTANCE_A_REQUEST = frozenset({"replicated", "disaggregated"})
+_POLICIES_OF_ONE_INSTANCE_A_REQUEST = frozenset({"replicated", "chunked", "disaggregated"})
 
 
 def needs_cost_model(config: SchedulingConfig) -> bool:
@@ -59,6 +60,8 @@ def build_policy(
             return ReplicatedPolicy(shape)
         case "prefill-first":
             return PrefillFirstPolicy(shape)
+        case "chunked":
+            return ChunkedPolicy(shape, config.chunk_tokens)
         case "disaggregated":
             return DisaggregatedPolicy(shape, config.num_prefill_instances)
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 
-from loongjax.core.plan import Decode, Prefill
+from loongjax.core.plan import Decode, Extend, Prefill
 from loongjax.core.request import FinishReason
 from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class IterationEnded:
-    """A prefill or a decode step that succeeded, and the time that it took."""
+    """A prefill, an extend or a decode step that succeeded, and the time that it took."""
 
-    plan: Prefill | Decode
+    plan: Prefill | Decode | Extend
     strategy: Strategy
     work: PrefillWork | DecodeWork
     elapsed_s: float

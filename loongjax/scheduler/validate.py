@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loongjax.core.cluster import Group, InstanceId
-from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill, PrefillRequest
+from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill, PrefillRequest
 from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
 
 
@@ -22,6 +22,8 @@ def check_plan(view: ClusterView, plans: Sequence[Plan]) -> None:
                 checker.check_prefill(plan)
             case Decode():
                 checker.check_decode(plan)
+            case Extend():
+                checker.check_extend(plan)
             case Migrate():
                 checker.check_migrate(plan)
             case Preempt():
@@ -69,9 +71,25 @@ class _Checker:
             for request_id in batch.request_ids:
                 running = self._take_running(request_id)
                 assert running.kv, f"{request_id} holds no keys"
+                assert running.num_uncomputed_tokens == 1, f"{request_id} is partly prefilled: {plan}"
                 for instance, _ in running.kv:
                     assert instance in plan.group, f"{plan.group} lacks {instance}, which holds keys of {request_id}"
                 self._take_pages(batch.master, self._pages_to_grow(running, batch.master, 1), request_id)
+
+    def check_extend(self, plan: Extend) -> None:
+        assert plan.group.dop == 1, f"an extend is of one instance: {plan}"
+        self._occupy(plan, plan.group)
+        assert 0 < len(plan.chunks) <= self._view.max_num_seqs, (
+            f"{len(plan.chunks)} requests in an extend of 1 to {self._view.max_num_seqs}"
+        )
+        capacity = self._view.max_num_batched_tokens
+        assert plan.num_tokens <= capacity, f"{plan.num_tokens} tokens in an extend of at most {capacity}"
+        (instance,) = plan.group.instances
+        for chunk in plan.chunks:
+            num_held, num_uncomputed = self._take_to_extend(chunk.request_id, instance)
+            assert 0 < chunk.num_tokens <= num_uncomputed, f"{chunk.num_tokens} tokens of {num_uncomputed}: {chunk}"
+            num_pages = self._shape.num_pages_for(num_held + chunk.num_tokens) - self._shape.num_pages_for(num_held)
+            self._take_pages(instance, num_pages, chunk.request_id)
 
     def check_migrate(self, plan: Migrate) -> None:
         assert plan.source != plan.target, f"from an instance to itself: {plan}"
@@ -108,6 +126,17 @@ class _Checker:
         for instance in group.instances:
             assert instance in self._idle, f"instance {instance} is busy or taken: {plan}"
             self._idle.remove(instance)
+
+    def _take_to_extend(self, request_id: str, instance: InstanceId) -> tuple[int, int]:
+        """The keys that the request holds, and the tokens that it may be extended by."""
+        if request_id in self._waiting:
+            waiting = self._take_waiting(request_id)
+            assert not waiting.needs_whole_prefill, f"{request_id} has to be prefilled whole"
+            assert not waiting.is_suspect, f"{request_id} has to be prefilled alone"
+            return 0, waiting.num_tokens
+        running = self._take_running(request_id)
+        assert [holder for holder, _ in running.kv] == [instance], f"{request_id} holds keys elsewhere: {running.kv}"
+        return running.num_tokens, running.num_uncomputed_tokens
 
     def _take_waiting(self, request_id: str) -> WaitingView:
         assert request_id in self._waiting, f"{request_id} does not wait, or is planned twice"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from loongjax.core.cluster import ClusterShape, Group, InstanceId
-from loongjax.core.plan import Decode, Migrate, Prefill
+from loongjax.core.plan import Decode, Extend, Migrate, Prefill
 from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.work import DecodeWork, PrefillWork
 
@@ -29,11 +29,11 @@ class InstanceView:
 class FlightView:
     """An iteration in flight."""
 
-    plan: Prefill | Decode | Migrate | None
+    plan: Prefill | Decode | Extend | Migrate | None
     """None: the group recovers from a failure."""
     group: Group
     work: PrefillWork | DecodeWork | None
-    """What a prefill or a decode step has to do."""
+    """What a prefill, an extend (in a prefill's terms) or a decode step has to do."""
     started_s: float
     """When it was submitted, or when the one before it on the same group ended if that came later."""
 
@@ -53,6 +53,8 @@ class WaitingView:
     """Whether it will decode after the prefill; False if `max_tokens` is 0."""
     is_suspect: bool = False
     """Whether the last iteration with it failed: it is prefilled alone, so that no other request shares the blame."""
+    needs_whole_prefill: bool = False
+    """Whether one `Prefill` has to take all its tokens: it keeps no keys, or wants its prompt's log-probabilities."""
     num_output_tokens: int = 0
     """Tokens generated so far; not 0 after a preemption."""
     arrival_s: float = 0.0
@@ -77,6 +79,9 @@ class RunningView:
     """(instance, tokens it holds), of which the last entry holds the newest token. See `KVCache.local_lens`."""
     is_in_flight: bool
     """Whether an iteration computes it now. A policy leaves such a request alone."""
+    num_uncomputed_tokens: int = 1
+    """Tokens that it knows and that have no keys, once what is in flight is over. More than 1: it is partly prefilled,
+    which only an `Extend` does, and only another goes on with. 1: what comes next is its next token."""
     num_output_tokens: int = 0
     """Tokens generated so far."""
     arrival_s: float = 0.0

@@ -23,6 +23,9 @@ from loongjax.core.iteration import (
     Completion,
     DecodeInput,
     DecodeIteration,
+    ExtendInput,
+    ExtendIteration,
+    InstanceTable,
     Iteration,
     MigrateIteration,
     PrefillInput,
@@ -194,6 +197,8 @@ class FakeRuntime:
                 return tuple(self._prefill(item, iteration.group) for item in iteration.inputs)
             case DecodeIteration():
                 return self._decode(iteration)
+            case ExtendIteration():
+                return self._extend(iteration)
             case MigrateIteration():
                 return self._migrate(iteration)
             case RecoverIteration():
@@ -253,6 +258,28 @@ class FakeRuntime:
         self._decodes[iteration.group] = iteration, after
         return tuple(results)
 
+    def _extend(self, iteration: ExtendIteration) -> tuple[SampledToken, ...]:
+        assert len({item.request.request_id for item in iteration.inputs}) == len(iteration.inputs)
+        assert 0 < len(iteration.inputs) <= self._limits.max_num_seqs
+        assert sum(len(item.token_ids) for item in iteration.inputs) <= self._limits.max_num_batched_tokens
+        results = [self._extend_one(item, iteration.group) for item in iteration.inputs]
+        return tuple(token for token in results if token is not None)
+
+    def _extend_one(self, item: ExtendInput, group: Group) -> SampledToken | None:
+        (instance,) = group.instances
+        request = item.request
+        tokens = (*request.prompt_token_ids, *item.output_token_ids)
+        end = item.position + len(item.token_ids)
+        assert item.token_ids.dtype == item.slots.dtype == np.int32
+        assert tuple(item.token_ids.tolist()) == tokens[item.position : end] != ()
+        assert request.sampling.prompt_logprobs is None or item.output_token_ids
+        for position, slot in zip(range(item.position, end), item.slots.tolist(), strict=True):
+            self._write(instance, slot, request.request_id, position)
+        assert item.table.instance == instance
+        assert self._positions_in(item.table, request.request_id) == list(range(end))
+        assert item.is_sampled == (end == len(tokens))
+        return self._sample(request, tokens) if item.is_sampled else None
+
     def _migrate(self, iteration: MigrateIteration) -> tuple[SampledToken, ...]:
         source = self._memory[iteration.source]
         for from_slot, to_slot in zip(iteration.source_slots.tolist(), iteration.target_slots.tolist(), strict=True):
@@ -266,20 +293,29 @@ class FakeRuntime:
 
     def _check_tables(self, item: DecodeInput, group: Group, master: InstanceId) -> None:
         """Every key of tokens [0, position] is named exactly once, and holds what was written for this request."""
-        page_size = self._shape.page_size
         positions: list[int] = []
         for table in item.tables:
             assert table.instance in group
-            assert len(table.page_indices) == -(-table.num_tokens // page_size)
-            slots = [int(page) * page_size + offset for page in table.page_indices for offset in range(page_size)]
-            for slot in slots[: table.num_tokens]:
-                owner, position = self._memory[table.instance][slot]
-                assert owner == item.request.request_id, f"slot {slot} of {table.instance} holds another request's keys"
-                positions.append(position)
+            positions += self._positions_in(table, item.request.request_id)
             if table.instance == master:
-                assert slots[table.num_tokens - 1] == item.slot
+                assert self._slots_of(table)[-1] == item.slot
         assert sorted(positions) == list(range(item.position + 1))
         assert master in [table.instance for table in item.tables]
+
+    def _positions_in(self, table: InstanceTable, request_id: str) -> list[int]:
+        """Of the tokens whose keys it names, all of which were written for this request."""
+        positions = []
+        for slot in self._slots_of(table):
+            owner, position = self._memory[table.instance][slot]
+            assert owner == request_id, f"slot {slot} of {table.instance} holds another request's keys"
+            positions.append(position)
+        return positions
+
+    def _slots_of(self, table: InstanceTable) -> list[int]:
+        page_size = self._shape.page_size
+        assert len(table.page_indices) == -(-table.num_tokens // page_size)
+        slots = [int(page) * page_size + offset for page in table.page_indices for offset in range(page_size)]
+        return slots[: table.num_tokens]
 
     def _sample(
         self, request: Request, tokens: tuple[int, ...], prompt_logprobs: tuple[TokenLogprobs, ...] | None = None

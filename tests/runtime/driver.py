@@ -17,6 +17,8 @@ from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
     DecodeSubBatch,
+    ExtendInput,
+    ExtendIteration,
     Iteration,
     MigrateIteration,
     PrefillInput,
@@ -99,6 +101,21 @@ class Driver:
             self.run(DecodeIteration(next(self._ids), group, batches, continues))
             self._last_decode = (*shape, lengths)
 
+    def extend(self, instance: int, chunks: Mapping[str, int]) -> Completion:
+        """chunks: by request, how many of its tokens without keys are computed; -1: all of them."""
+        inputs = []
+        for name, wanted in chunks.items():
+            request = self.requests[name]
+            tokens = np.array([*request.prompt_token_ids, *self.tokens[name]], np.int32)
+            position = self.kv.num_tokens(name) if name in self.kv else 0
+            end = len(tokens) if wanted < 0 else position + wanted
+            slots = self.kv.extend(name, instance, end - position)
+            (table,) = self.kv.tables(name)
+            output = tuple(self.tokens[name])
+            is_sampled = end == len(tokens)
+            inputs.append(ExtendInput(request, tokens[position:end], position, slots, table, output, is_sampled))
+        return self.run(ExtendIteration(next(self._ids), Group((instance,)), tuple(inputs)))
+
     def migrate(self, name: str, source: int, target: int, num_tokens: int) -> None:
         slots = self.kv.migrate(name, source, target, num_tokens)
         self.run(MigrateIteration(next(self._ids), source, target, *slots))
@@ -160,7 +177,10 @@ class Golden:
         return self._arrays[f"prompt_{i}"].tolist()
 
     def check(self, driver: Driver, name: str, i: int) -> None:
-        """Equal greedy tokens up to the first close margin, and log-probabilities within tolerance up to there."""
+        """Equal greedy tokens up to the first close margin, and log-probabilities within tolerance up to there.
+
+        Those of the prompt as well if the request asks for them.
+        """
         tokens = driver.tokens[name]
         greedy, margins = self._arrays[f"greedy_{i}"], self._arrays[f"margins_{i}"]
         count = min(len(tokens), len(greedy))
@@ -171,5 +191,7 @@ class Golden:
         found = [item.logprob for item in driver.logprobs[name][:count]]
         expected = self._arrays[f"greedy_logprobs_{i}"][:count]
         np.testing.assert_allclose(found, expected, rtol=0, atol=LOGPROB_TOLERANCE)
+        if driver.requests[name].sampling.prompt_logprobs is None:
+            return
         found = [item.logprob for item in driver.prompt_logprobs[name]]
         np.testing.assert_allclose(found, self._arrays[f"prompt_logprobs_{i}"], rtol=0, atol=LOGPROB_TOLERANCE)

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Callable
 
 from loongjax.core.cluster import ClusterShape, Group
-from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
+from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import NO_SLO, FinishReason, ServiceLevel
 from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.kvcache.kv_cache import KVCache
@@ -43,6 +43,7 @@ class Job:
             num_tokens=self.num_prompt_tokens + self.num_generated,
             max_total_tokens=self.num_prompt_tokens + self.max_tokens,
             keeps_kv=self.max_tokens > 0,
+            needs_whole_prefill=self.max_tokens == 0,
             num_output_tokens=self.num_generated,
             arrival_s=self.arrival_s,
             priority=self.priority,
@@ -52,7 +53,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class InFlight:
-    plan: Prefill | Decode | Migrate
+    plan: Prefill | Decode | Extend | Migrate
     group: Group
     request_ids: tuple[str, ...]
     work: PrefillWork | DecodeWork | None
@@ -129,6 +130,7 @@ class ToyEngine:
                     max_total_tokens=job.num_prompt_tokens + job.max_tokens,
                     kv=self.cache.local_lens(job.request_id),
                     is_in_flight=job.request_id in flying,
+                    num_uncomputed_tokens=max(1, self._num_uncomputed(job)),
                     num_output_tokens=job.num_generated,
                     arrival_s=job.arrival_s,
                     first_token_s=job.first_token_s,
@@ -159,7 +161,8 @@ class ToyEngine:
         return plans
 
     def complete(self, index: int) -> InFlight:
-        """Ends an iteration in flight; every request of it but a migrated one gets its token."""
+        """Ends an iteration in flight; every request of it gets its token, unless it was migrated or still has others
+        to be computed."""
         iteration = self.in_flight.pop(index)
         self.now_s = max(self.now_s, iteration.started_s + self.duration_s(iteration.view()))
         if iteration.work is not None and not isinstance(iteration.plan, Migrate):
@@ -173,7 +176,8 @@ class ToyEngine:
             )
         for request_id in iteration.request_ids:
             job = self.jobs[request_id]
-            if not isinstance(iteration.plan, Migrate):
+            is_in_part = isinstance(iteration.plan, Extend) and self._num_uncomputed(job) > 0
+            if not isinstance(iteration.plan, Migrate) and not is_in_part:
                 job.num_generated += 1
                 job.first_token_s = self.now_s if job.first_token_s is None else job.first_token_s
             if job.is_over:
@@ -214,10 +218,27 @@ class ToyEngine:
                     rows=tuple(len(batch.request_ids) for batch in plan.sub_batches), keys=tuple(num_keys.values())
                 )
                 self.in_flight.append(InFlight(plan, plan.group, plan.request_ids, work, self.now_s))
+            case Extend():
+                self._extend(plan)
             case Migrate():
                 self.cache.migrate(plan.request_id, plan.source, plan.target, plan.num_tokens)
                 group = Group.of((plan.source, plan.target))
                 self.in_flight.append(InFlight(plan, group, (plan.request_id,), None, self.now_s))
+
+    def _extend(self, plan: Extend) -> None:
+        (instance,) = plan.group.instances
+        past_lens = []
+        for chunk in plan.chunks:
+            past_lens.append(self.cache.num_tokens(chunk.request_id) if chunk.request_id in self.cache else 0)
+            self.waiting = deque(view for view in self.waiting if view.request_id != chunk.request_id)
+            self.running[chunk.request_id] = self.jobs[chunk.request_id]
+            self.cache.extend(chunk.request_id, instance, chunk.num_tokens)
+        new_lens = tuple(chunk.num_tokens for chunk in plan.chunks)
+        work = PrefillWork(new_lens=new_lens, past_lens=tuple(past_lens))
+        self.in_flight.append(InFlight(plan, plan.group, plan.request_ids, work, self.now_s))
+
+    def _num_uncomputed(self, job: Job) -> int:
+        return job.num_prompt_tokens + job.num_generated - self.cache.num_tokens(job.request_id)
 
     def _enqueue(self, job: Job) -> None:
         """Into the queue's order: by priority, then by age."""

@@ -12,7 +12,7 @@ from loongjax.core.cluster import ClusterShape
 from loongjax.scheduler.build import build_policy, max_request_tokens
 from tests.scheduler.toy_engine import Job, ToyEngine
 
-BASELINES: tuple[PolicyName, ...] = ("static", "replicated", "prefill-first", "disaggregated")
+BASELINES: tuple[PolicyName, ...] = ("static", "replicated", "prefill-first", "chunked", "disaggregated")
 
 
 @dataclasses.dataclass(frozen=True)
