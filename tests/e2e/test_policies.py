@@ -32,3 +32,23 @@ def test_the_tokens_do_not_depend_on_the_policy(
     for answer, output in zip(answers, outputs, strict=True):
         assert output.logprobs is not None
         answer.check_greedy(output.token_ids, [item.logprob for item in output.logprobs])
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7])
+def test_the_tokens_do_not_depend_on_how_prompts_are_cut(
+    chunk_tokens: int, checkpoint: Path, engine_settings: dict[str, Any], golden: list[GoldenAnswer]
+):
+    """On a pool that forces preemptions, with a request among them that is prefilled whole."""
+    answers = 2 * [answer for answer in golden if len(answer.prompt) <= 48]
+    sampling = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0)
+    scored = SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS, ignore_eos=True, logprobs=0, prompt_logprobs=0)
+    settings = engine_settings | {"num_instances": 1, "policy": "chunked", "chunk_tokens": chunk_tokens}
+    with LLM(str(checkpoint), **settings) as llm:
+        prompts = [answer.prompt for answer in answers]
+        outputs = llm.generate(prompts, [scored, *[sampling] * (len(answers) - 1)], use_tqdm=False)
+        assert set(llm.stats().kv_slots_used) == {0}
+    for answer, output in zip(answers, outputs, strict=True):
+        assert output.logprobs is not None
+        answer.check_greedy(output.token_ids, [item.logprob for item in output.logprobs])
+    assert {phase.kind for phase in outputs[0].history} == {"prefill", "decode"}
+    assert all({phase.kind for phase in output.history} == {"extend", "decode"} for output in outputs[1:])

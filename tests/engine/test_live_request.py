@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+import pytest
+
 from loongjax.core.request import Phase
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
 from tests.engine.cluster import Cluster
@@ -21,6 +24,43 @@ def test_steps_of_one_decode_are_one_phase() -> None:
     for phase in (PREFILL, DECODE, DECODE, DECODE):
         request.record(phase)
     assert request.history == (PREFILL, Phase("decode", (0,), (0,), 3))
+
+
+def test_chunks_of_one_prompt_are_one_phase() -> None:
+    request = live()
+    for num_tokens in (4, 4, 2):
+        request.record(Phase("extend", (0,), (0,), num_tokens))
+    request.record(DECODE)
+    assert request.history == (Phase("extend", (0,), (0,), 10), DECODE)
+
+
+def test_a_view_tells_how_much_of_a_prompt_is_left() -> None:
+    request = live()
+    assert request.running_view(((0, 3),)).num_uncomputed_tokens == 5
+    assert request.running_view(((0, 7),)).num_uncomputed_tokens == 1
+    assert request.running_view(((0, 8),)).num_uncomputed_tokens == 1
+    request.output_token_ids += [1, 2]
+    assert request.running_view(((0, 4),)).num_uncomputed_tokens == 6
+    assert request.running_view(((0, 9),)).num_uncomputed_tokens == 1
+
+
+@pytest.mark.parametrize(("begin", "end"), [(0, 8), (2, 5), (5, 10), (8, 11), (9, 10), (10, 11)])
+def test_the_tokens_between_two_positions_are_those_of_prompt_and_output(begin: int, end: int) -> None:
+    request = live()
+    request.output_token_ids += [101, 102, 103]
+    tokens = request.tokens_between(begin, end)
+    assert tokens.tolist() == [*request.request.prompt_token_ids, 101, 102, 103][begin:end]
+    assert tokens.dtype == np.int32
+
+
+def test_a_prompt_that_is_to_be_scored_or_leads_to_nothing_is_not_cut() -> None:
+    def waiting(**sampling: int) -> bool:
+        request = Cluster().request("a", 8, sampling.pop("max_tokens", 4), **sampling)
+        return LiveRequest(request, 0, 0.0).waiting_view().needs_whole_prefill
+
+    assert not waiting()
+    assert waiting(prompt_logprobs=0)
+    assert waiting(max_tokens=0)
 
 
 def test_reading_the_history_changes_nothing() -> None:

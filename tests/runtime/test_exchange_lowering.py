@@ -17,8 +17,8 @@ from loongjax.parallel.mesh import DeviceGrid
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.kv_pool import KV_POOL_SPEC
 from loongjax.runtime.model_spec import ModelSpec
-from loongjax.runtime.packing import empty_decode, empty_prefill
-from loongjax.runtime.programs import BY_RANK, LOGITS_SPEC, REPLICATED, decode_step, prefill_step
+from loongjax.runtime.packing import empty_decode, empty_extend, empty_prefill
+from loongjax.runtime.programs import BY_RANK, LOGITS_SPEC, REPLICATED, decode_step, extend_step, prefill_step
 from loongjax.runtime.sampling import TIERS, build_rows, sample_step
 
 TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
@@ -39,19 +39,19 @@ BUCKETS = Buckets.for_limits(max_num_batched_tokens=4096, max_num_seqs=ROWS, num
 
 
 class Lowering:
-    """Programs of one group of 2 instances, on devices that are not the first, with arrays that are only described."""
+    """Programs of one group, on devices that are not the first, with arrays that are only described."""
 
-    def __init__(self, tp: int, *, has_peers: bool = True) -> None:
-        group = Group((0, 1))
-        self.mesh: Mesh = DeviceGrid(jax.devices()[8 - 2 * tp :], tp=tp).mesh(group)
+    def __init__(self, tp: int, *, num_instances: int = 2, has_peers: bool = True) -> None:
+        group = Group.of(range(num_instances))
+        self.mesh: Mesh = DeviceGrid(jax.devices()[8 - num_instances * tp :], tp=tp).mesh(group)
         self.spec = ModelSpec(CONFIG, "bfloat16", tp)
-        self.peers = self.described((2, tp, 3), "uint32", REPLICATED) if has_peers else None
+        self.peers = self.described((num_instances, tp, 3), "uint32", REPLICATED) if has_peers else None
         leaves = jax.tree.leaves(abstract_params(CONFIG, dtype=jnp.dtype("bfloat16"), tp=tp))
         self.weights = tuple(
             self.described(leaf.shape, leaf.dtype, cut)
             for leaf, cut in zip(leaves, self.spec.weight_specs, strict=True)
         )
-        pool_shape = (2, NUM_LAYERS, 2, NUM_PAGES, PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim)
+        pool_shape = (num_instances, NUM_LAYERS, 2, NUM_PAGES, PAGE_SIZE, CONFIG.num_kv_heads, CONFIG.head_dim)
         self.pool = self.described(pool_shape, "bfloat16", KV_POOL_SPEC)
 
     def described(self, shape: tuple[int, ...], dtype: Any, cut: PartitionSpec = BY_RANK) -> jax.ShapeDtypeStruct:
@@ -71,6 +71,10 @@ class Lowering:
         batch = self.by_rank(empty_prefill(2, num_tokens, BUCKETS))
         return self.lower(functools.partial(prefill_step, self.spec), self.weights, self.pool, batch, self.peers)
 
+    def extend(self, num_tokens: int) -> str:
+        batch = self.by_rank(empty_extend(num_tokens, ROWS, BUCKETS))
+        return self.lower(functools.partial(extend_step, self.spec), self.weights, self.pool, batch, self.peers)
+
     def sample(self) -> str:
         greedy = TIERS[0]
         _, rows = build_rows([[], []], ROWS, greedy)
@@ -86,6 +90,8 @@ class Lowering:
         for line in module.splitlines():
             if match := re.search(r'"stablehlo\.(\w+)".*(replica_groups|source_target_pairs)', line):
                 axes = re.findall(r'axis_ref<name = "(\w+)">', line)
+                if "tensor<1x1xi64>" in line:
+                    continue
                 if not axes or any(self.mesh.shape[axis] > 1 for axis in axes):
                     found.add(match[1])
         return found
@@ -134,6 +140,16 @@ def test_the_sampler_gathers_its_logits_by_a_kernel_and_tells_how_all_went(lower
     module = lowering.sample()
     assert num_kernels(module) == (2 if lowering.spec.tp > 1 else 1)
     assert lowering.collectives(module) == set()
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+def test_an_extend_sums_by_kernels_and_tells_how_they_went(tp):
+    """Its attention is one instance's own."""
+    lowering = Lowering(tp, num_instances=1)
+    module = lowering.extend(64)
+    assert num_kernels(module) == sums_of_tp(lowering) + 1
+    assert lowering.collectives(module) == set()
+    assert_in_one_order(module)
 
 
 def test_without_peers_there_are_only_xlas_collectives():

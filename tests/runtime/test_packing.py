@@ -8,6 +8,8 @@ from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
     DecodeSubBatch,
+    ExtendInput,
+    ExtendIteration,
     InstanceTable,
     KeptTokens,
     PrefillInput,
@@ -21,6 +23,7 @@ from loongjax.runtime.packing import (
     empty_prefill,
     pack_decode,
     pack_decode_slots,
+    pack_extend,
     pack_prefill,
     pack_prompt_targets,
 )
@@ -240,3 +243,60 @@ def test_an_empty_decode_has_the_shapes_of_a_real_one():
     real = pack_decode(TWO_MASTERS, BUCKETS, 4).state
     empty = empty_decode(3, real.positions.shape[1], BUCKETS)
     assert [(leaf.shape, leaf.dtype) for leaf in empty] == [(leaf.shape, leaf.dtype) for leaf in real]
+
+
+def extend_of(*chunks: tuple[list[int], int, list[int], bool]) -> ExtendIteration:
+    """Of each request: new tokens, how many come before them, its pages of 4 tokens, and whether it is sampled."""
+    inputs = []
+    for i, (token_ids, position, pages, is_sampled) in enumerate(chunks):
+        end = position + len(token_ids)
+        slots = [pages[j // 4] * 4 + j % 4 for j in range(position, end)]
+        inputs.append(
+            ExtendInput(
+                make_request(f"r{i}", [1] * end),
+                np.array(token_ids, np.int32),
+                position,
+                np.array(slots, np.int32),
+                InstanceTable(3, np.array(pages, np.int32), end),
+                (),
+                is_sampled,
+            )
+        )
+    return ExtendIteration(0, Group((3,)), tuple(inputs))
+
+
+def test_chunks_are_packed_one_behind_the_other_with_their_tables():
+    packed = pack_extend(
+        extend_of(([11, 12, 13], 5, [9, 2], True), ([21], 8, [4, 5, 7], False), ([31, 32], 0, [6], True)), BUCKETS
+    )
+    batch = packed.batch
+    assert batch.token_ids[0, :6].tolist() == [11, 12, 13, 21, 31, 32]
+    assert batch.positions[0, :6].tolist() == [5, 6, 7, 8, 0, 1]
+    assert batch.row_starts[0, :6].tolist() == [0, 0, 0, 3, 4, 4]
+    assert batch.slots[0, :6].tolist() == [9, 10, 11, 28, 24, 25]
+    assert batch.cu_q_lens[0, :4].tolist() == [0, 3, 4, 6]
+    assert batch.kv_lens[0, :3].tolist() == [5, 8, 0]
+    assert batch.page_starts[0, :3].tolist() == [0, 2, 5]
+    assert batch.page_indices[0, :6].tolist() == [9, 2, 4, 5, 7, 6]
+
+
+def test_an_extend_samples_the_last_tokens_of_those_it_completes():
+    packed = pack_extend(
+        extend_of(([11, 12, 13], 5, [9, 2], True), ([21], 8, [4, 5, 7], False), ([31, 32], 0, [6], True)), BUCKETS
+    )
+    assert packed.sampled == (0, 2)
+    assert packed.batch.sample_rows[0].tolist() == [2, 5, -1, -1, -1, -1]
+    assert packed.positions.tolist() == [[8, 2, 0, 0]]
+    none = pack_extend(extend_of(([21], 8, [4, 5, 7], False)), BUCKETS)
+    assert none.sampled == ()
+    assert (none.batch.sample_rows == -1).all()
+
+
+def test_padding_of_an_extend_has_no_keys_and_is_kept_nowhere():
+    batch = pack_extend(extend_of(([11, 12], 2, [1], False), ([5], 0, [2], False)), BUCKETS).batch
+    assert batch.token_ids.shape == (1, 48)
+    assert batch.kv_lens.shape == (1, 4)
+    assert (batch.slots[0, 3:] == -1).all()
+    assert (batch.row_starts[0, 3:] > np.arange(3, 48)).all()
+    assert batch.cu_q_lens[0].tolist() == [0, 2, 3, 3, 3]
+    assert batch.kv_lens[0].tolist() == [2, 0, 0, 0]

@@ -23,7 +23,7 @@ def temporary_bytes(monkeypatch) -> dict[str, int]:
 
         monkeypatch.setattr(local, f"{name}_step", call)
 
-    for name in ("prefill", "decode", "migrate"):
+    for name in ("prefill", "decode", "extend", "migrate"):
         watch(name, getattr(local, f"{name}_step"))
     return found
 
@@ -40,6 +40,9 @@ def test_no_program_makes_a_second_pool(tmp_path, temporary_bytes, instances):
     driver.decode(instances, {0: ["a"]}, steps=1)
     driver.decode(instances, {0: ["a", "b"]}, steps=1)
     programs = {"prefill", "decode of 1 rows", "decode of 4 rows"}
+    if len(instances) == 1:
+        driver.extend(0, {"a": 1, "b": 1})
+        programs.add("extend")
     if len(instances) > 1:
         driver.migrate("a", 0, 1, 4)
         programs.add("migrate")

@@ -11,6 +11,8 @@ from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
     DecodeSubBatch,
+    ExtendInput,
+    ExtendIteration,
     InstanceTable,
     MigrateIteration,
     PrefillInput,
@@ -30,8 +32,8 @@ LIMITS = RuntimeLimits(max_model_len=256, max_num_batched_tokens=64, max_num_seq
 
 @dataclasses.dataclass(frozen=True)
 class TransparentModel:
-    """Times that show what they were made of: a prefill takes tokens / instances, a step 1 + keys / 1000, all in
-    seconds.
+    """Times that show what they were made of, in seconds: a prefill takes tokens / instances, and for chunks new x past
+    tokens / 1000 more; a step 1 + keys / 1000.
     """
 
     @property
@@ -40,7 +42,7 @@ class TransparentModel:
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
         assert strategy.tp == SHAPE.tp
-        return totals.num_tokens / strategy.sp
+        return totals.num_tokens / strategy.sp + totals.new_times_past / 1000.0
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
         return 1.0 + totals.busiest_keys / 1000.0 + 0.0 * totals.num_rows
@@ -110,6 +112,28 @@ def test_a_prefill_takes_what_the_cost_model_says_of_its_group():
     now_s, completion = next_completion(runtime)
     assert now_s == completion.elapsed_s == 8.0
     assert [token.request_id for token in completion.tokens] == ["0/0", "0/1"]
+
+
+def test_an_extend_takes_what_a_prefill_of_its_chunks_after_their_past_does():
+    spans: list[Span] = []
+    runtime = simulated(on_span=spans.append)
+    inputs = tuple(
+        ExtendInput(
+            request(name, 100),
+            np.zeros(num_new, np.int32),
+            num_past,
+            np.arange(num_new, dtype=np.int32),
+            InstanceTable(1, np.zeros(25, np.int32), num_past + num_new),
+            (),
+            is_sampled,
+        )
+        for name, num_new, num_past, is_sampled in (("a", 1, 100, True), ("b", 20, 50, False), ("c", 4, 0, True))
+    )
+    runtime.submit(ExtendIteration(0, Group((1,)), inputs))
+    now_s, completion = next_completion(runtime)
+    assert now_s == pytest.approx(25.0 + (100 + 20 * 50) / 1000.0)
+    assert [token.request_id for token in completion.tokens] == ["a", "c"]
+    assert [(span.kind, span.num_requests, span.num_steps) for span in spans] == [("extend", 3, 1)]
 
 
 def test_a_decode_step_counts_the_keys_of_its_fullest_instance():

@@ -40,6 +40,24 @@ def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
     runtime.close()
 
 
+def test_no_chunk_of_any_size_builds_or_loads_anything_after_a_warm_up(tmp_path):
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    limits = {"max_num_seqs": 2, "max_num_batched_tokens": 128, "num_slots": 512}
+    chunks = {"policy": "chunked", "chunk_tokens": 100, "warm_up": True}
+    runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=1, **limits, **chunks)
+    driver = Driver(runtime)
+    for name, asked in (("greedy", ASKED["greedy"]), ("penalised", ASKED["penalised"])):
+        driver.add(name, range(2, 150), SamplingParams(max_tokens=None, **asked))
+    for chunk_tokens in (100, 1):
+        driver.extend(0, {"greedy": chunk_tokens})
+    driver.extend(0, {"greedy": 2, "penalised": 98})
+    driver.extend(0, {"greedy": -1, "penalised": -1})
+    driver.extend(0, {"greedy": 1, "penalised": 1})
+    driver.decode((0,), {0: ["greedy", "penalised"]}, steps=2)
+    assert runtime.num_recompiles == 0
+    runtime.close()
+
+
 def test_without_a_warm_up_every_executable_is_counted(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
     # Sizes of its own: the process remembers what other tests have compiled.

@@ -13,7 +13,7 @@ from loongjax_profiling.simulate.workload.synthetic import synthesize
 from tests.profiling.simulate.systems import arriving, cluster, system, workloads
 
 ELASTIC = ("simple", "esp")
-RIGID = ("static", "replicated", "disaggregated")
+RIGID = ("static", "replicated", "chunked", "disaggregated")
 CROWDED = cluster(4, num_slots=64, page_size=4, max_num_batched_tokens=64, max_num_seqs=4)
 """Memory for four requests of the longest kind, if for that."""
 ROOMY = cluster(4, num_slots=4096, page_size=16, max_num_batched_tokens=1024, max_num_seqs=8)
