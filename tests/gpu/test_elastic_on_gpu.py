@@ -11,6 +11,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from loongjax.core.cluster import Group
+from loongjax.core.sampling import SamplingParams
 from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.local import LocalRuntime
 from needle.prompts import PromptWriter
@@ -48,6 +49,20 @@ def test_every_dop_gives_the_tokens_of_transformers(runtime, dop):
     driver.prefill(range(dop), {"r": [(0, 0, -1)] if dop == 1 else [(0, 0, 64), (last, 64, -1)]})
     driver.decode(range(dop), {last: ["r"]}, steps=12)
     golden.check(driver, "r", 3)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 512])
+def test_a_prompt_in_chunks_gives_the_tokens_of_transformers(runtime, chunk_tokens):
+    golden, driver = Golden("gqa"), Driver(runtime)
+    poison_pool(runtime)
+    driver.add("r", golden.prompt(2), SamplingParams(temperature=0.0, max_tokens=None, logprobs=0))
+    num_left = len(golden.prompt(2))
+    while num_left:
+        driver.extend(0, {"r": min(chunk_tokens, num_left)})
+        num_left -= min(chunk_tokens, num_left)
+    driver.extend(0, {"r": 1})
+    driver.decode((0,), {0: ["r"]}, steps=11)
+    golden.check(driver, "r", 2)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
