@@ -13,6 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from loongjax.core.cluster import Group
 from loongjax.models.config import ModelConfig
 from loongjax.models.sharding import abstract_params
+from loongjax.pallas_kernels.extend_attention import api as extend_api
+from loongjax.pallas_kernels.kv_update import api as kv_update_api
+from loongjax.pallas_kernels.prefill_attention import api as prefill_api
 from loongjax.parallel.mesh import DeviceGrid
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.kv_pool import KV_POOL_SPEC
@@ -150,6 +153,16 @@ def test_an_extend_sums_by_kernels_and_tells_how_they_went(tp):
     assert num_kernels(module) == sums_of_tp(lowering) + 1
     assert lowering.collectives(module) == set()
     assert_in_one_order(module)
+
+
+def test_an_extend_attends_and_keeps_its_keys_by_kernels_where_there_are_some(monkeypatch):
+    """In the text there is a function of two for the keys before, one of one for the chunks among themselves, and one
+    kernel a layer that keeps their keys."""
+    for api in (extend_api, prefill_api):
+        monkeypatch.setattr(api, "default_variant", lambda *arguments, **settings: "triton")
+    monkeypatch.setattr(kv_update_api, "is_triton_usable", lambda: True)
+    lowering = Lowering(2, num_instances=1)
+    assert num_kernels(lowering.extend(128)) == sums_of_tp(lowering) + 1 + 2 + 1 + NUM_LAYERS
 
 
 def test_without_peers_there_are_only_xlas_collectives():
