@@ -115,12 +115,12 @@ class Database:
     def __init__(self, path: pathlib.Path, *, create: bool = False) -> None:
         if not create and not path.is_file():
             raise ConfigError(f"there is no database {path}: `loongjax profile iteration --db {path}` makes one")
-        if create:
-            path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            if create:
+                path.parent.mkdir(parents=True, exist_ok=True)
             # Every statement is its own transaction: a point is on disk at once.
             self._connection = sqlite3.connect(path, isolation_level=None)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{path} cannot be opened as a database of points: {error}") from None
         try:
             self._open(path)

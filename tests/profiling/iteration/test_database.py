@@ -127,6 +127,12 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(path):
     assert path.read_bytes() == before
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be opened"):
+        Database(tmp_path / "file" / "points.sqlite", create=True)
+
+
 def test_a_database_of_something_else_is_refused(path):
     with sqlite3.connect(path) as connection:
         connection.execute("CREATE TABLE points (x)")
