@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,7 @@ def test_a_variant_that_fails_leaves_the_others_their_rows(tmp_path, capsys):
     rows = {row["variant"]: row for row in json.loads(out.read_text())["rows"]}
     assert "variant must be None or one of" in rows["star"]["error"]
     assert "wings" in rows["loop+wings"]["error"]
-    assert rows["ring"]["tflops_a_gpu"] > 0
+    assert math.isfinite(rows["ring"]["tflops_a_gpu"])
     assert "Traceback" in capsys.readouterr().err
 
 
