@@ -32,13 +32,22 @@ from loongjax_profiling.simulate.workload.synthetic import synthesize
 from loongjax_profiling.simulate.workload.zipf import ZipfLengths
 
 SystemName = Literal[
-    "esp", "simple", "static-sp4tp2", "static-tp8", "replicated-tp2x4", "prefill-first-tp8", "disaggregated"
+    "esp",
+    "simple",
+    "static-sp4tp2",
+    "static-tp8",
+    "replicated-tp2x4",
+    "prefill-first-tp8",
+    "chunked-tp8",
+    "disaggregated",
 ]
 TARGET_ATTAINMENT = 0.9
 _TPOT_SLO_S = 0.05
 _LEAST_TTFT_SLO_S = 15.0
 _TTFT_FACTOR = 25.0
 
+ZIPF_CHUNK_TOKENS = 512
+"""Of one iteration of chunked-tp8: the paper's block for LightLLM with SplitFuse, as those of the datasets."""
 ZIPF_GOODPUT = {
     1.0: {"esp": 1.122, "static-tp8": 0.405, "static-sp4tp2": 0.481, "replicated-tp2x4": 0.360},
     1.2: {"esp": 2.925, "static-tp8": 1.355, "static-sp4tp2": 1.478, "replicated-tp2x4": 1.289},
@@ -60,6 +69,8 @@ class Dataset:
     """Mean time per output token."""
     capacity: dict[str, float]
     """What the paper's machines did: requests a second."""
+    chunk_tokens: int
+    """Tokens of one iteration of chunked-tp8, tuned by the authors to the ratio of prompts to outputs."""
 
 
 DATASETS = {
@@ -68,28 +79,32 @@ DATASETS = {
         per_token_s=0.092,
         input_s=0.020,
         output_s=0.320,
-        capacity={"esp": 24.866, "prefill-first-tp8": 6.224, "disaggregated": 10.060},
+        capacity={"esp": 24.866, "prefill-first-tp8": 6.224, "chunked-tp8": 22.073, "disaggregated": 10.060},
+        chunk_tokens=256,
     ),
     "leval": Dataset(
         lengths=LEvalLengths(),
         per_token_s=0.0035,
         input_s=0.0018,
         output_s=0.320,
-        capacity={"esp": 2.249, "prefill-first-tp8": 1.144, "disaggregated": 0.415},
+        capacity={"esp": 2.249, "prefill-first-tp8": 1.144, "chunked-tp8": 1.226, "disaggregated": 0.415},
+        chunk_tokens=2048,
     ),
     "lv-eval": Dataset(
         lengths=LvEvalLengths(),
         per_token_s=0.0025,
         input_s=0.0025,
         output_s=0.365,
-        capacity={"esp": 0.201, "prefill-first-tp8": 0.090},
+        capacity={"esp": 0.201, "prefill-first-tp8": 0.090, "chunked-tp8": 0.082},
+        chunk_tokens=16_384,
     ),
     "mixed": Dataset(
         lengths=MixedLengths(),
         per_token_s=0.070,
         input_s=0.090,
         output_s=0.360,
-        capacity={"esp": 0.516, "prefill-first-tp8": 0.208},
+        capacity={"esp": 0.516, "prefill-first-tp8": 0.208, "chunked-tp8": 0.144},
+        chunk_tokens=2048,
     ),
 }
 
@@ -124,8 +139,8 @@ class PaperConfig:
             )
 
 
-def paper_system(name: SystemName) -> SimulatedSystem:
-    """A system of eight A800 GPUs."""
+def paper_system(name: SystemName, chunk_tokens: int = ZIPF_CHUNK_TOKENS) -> SimulatedSystem:
+    """A system of eight A800 GPUs, with iterations of so many tokens if it cuts prompts into chunks."""
     cluster_name, policy = {
         "esp": ("a800-4xtp2", "esp"),
         "simple": ("a800-4xtp2", "simple"),
@@ -133,9 +148,10 @@ def paper_system(name: SystemName) -> SimulatedSystem:
         "static-tp8": ("a800-1xtp8", "static"),
         "replicated-tp2x4": ("a800-4xtp2", "replicated"),
         "prefill-first-tp8": ("a800-1xtp8", "prefill-first"),
+        "chunked-tp8": ("a800-1xtp8", "chunked"),
         "disaggregated": ("a800-4xtp2", "disaggregated"),
     }[name]
-    scheduling = SchedulingConfig(policy=policy)  # pyright: ignore[reportArgumentType]
+    scheduling = SchedulingConfig(policy=policy, chunk_tokens=chunk_tokens)  # pyright: ignore[reportArgumentType]
     return SimulatedSystem(cluster=PRESETS[cluster_name], scheduling=scheduling, cost_model=a800_model())
 
 
@@ -147,7 +163,7 @@ def zipf_wish(request: WorkloadRequest) -> ServiceLevel:
 
 
 def sustained_rate(
-    name: SystemName,
+    system: SimulatedSystem,
     lengths: LengthDistribution,
     is_good: Callable[[ServingMetrics], bool],
     config: PaperConfig,
@@ -160,7 +176,7 @@ def sustained_rate(
     def is_sustained(rate: float) -> bool:
         num_requests = max(20, round(rate * config.duration_s))
         workload = synthesize(lengths, rate=rate, num_requests=num_requests, seed=config.seed)
-        return is_good(ServingMetrics.of(simulate(paper_system(name), workload, slo=slo)))
+        return is_good(ServingMetrics.of(simulate(system, workload, slo=slo)))
 
     return highest_rate(is_sustained, start=start, precision=config.precision)
 
@@ -172,7 +188,7 @@ def compare_zipf(config: PaperConfig) -> list[dict[str, Any]]:
         published = ZIPF_GOODPUT.get(alpha, {})
         for name in config.systems:
             rate = sustained_rate(
-                name,
+                paper_system(name),
                 ZipfLengths(alpha),
                 lambda metrics: metrics.slo_attainment >= TARGET_ATTAINMENT,
                 config,
@@ -196,7 +212,8 @@ def compare_datasets(config: PaperConfig) -> list[dict[str, Any]]:
 
         for name in config.systems:
             published = dataset.capacity.get(name)
-            rate = sustained_rate(name, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
+            system = paper_system(name, dataset.chunk_tokens)
+            rate = sustained_rate(system, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
             rows.append(_row(dataset_name, name, rate, published))
     return rows
 
@@ -206,14 +223,11 @@ def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConf
     rows = compare_zipf(config) if figure == "paper-zipf" else compare_datasets(config)
     print(f"{'workload':<12}{'system':<20}{'requests/s':>12}{'paper':>10}{'esp ahead':>12}{'paper':>10}")
     for row in rows:
-        esp = next((r for r in rows if r["workload"] == row["workload"] and r["system"] == "esp"), row)
-        ahead = esp["rate"] / row["rate"] if row["rate"] else float("inf")
-        has_both = bool(row["paper_rate"] and esp["paper_rate"])
+        esp = next((r for r in rows if r["workload"] == row["workload"] and r["system"] == "esp"), None)
         published = f"{row['paper_rate']:.3f}" if row["paper_rate"] else "-"
-        published_ahead = f"{esp['paper_rate'] / row['paper_rate']:.2f}x" if has_both else "-"
+        aheads = [_ahead(esp, row, "rate"), _ahead(esp, row, "paper_rate")]
         print(
-            f"{row['workload']:<12}{row['system']:<20}{row['rate']:>12.3f}{published:>10}"
-            f"{f'{ahead:.2f}x':>12}{published_ahead:>10}"
+            f"{row['workload']:<12}{row['system']:<20}{row['rate']:>12.3f}{published:>10}{aheads[0]:>12}{aheads[1]:>10}"
         )
     if config.out is not None:
         about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seed": config.seed}
@@ -224,6 +238,11 @@ def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConf
 
 def _is_within(latency: Distribution | None, limit_s: float) -> bool:
     return latency is not None and latency.mean <= limit_s
+
+
+def _ahead(esp: dict[str, Any] | None, row: dict[str, Any], name: str) -> str:
+    """How many times a system's rate elastic sequence parallelism reaches, where both are known and above 0."""
+    return f"{esp[name] / row[name]:.2f}x" if esp is not None and esp[name] and row[name] else "-"
 
 
 def _row(workload: str, system: str, rate: float, paper_rate: float | None) -> dict[str, Any]:

@@ -46,6 +46,14 @@ def test_every_system_of_the_paper_can_be_built():
         assert paper_system(name).cluster.num_instances in (1, 4)  # pyright: ignore[reportArgumentType]
 
 
+def test_prompts_are_cut_into_the_papers_chunks():
+    chunks = {name: dataset.chunk_tokens for name, dataset in DATASETS.items()}
+    assert chunks == {"sharegpt": 256, "leval": 2048, "lv-eval": 16_384, "mixed": 2048}
+    scheduling = paper_system("chunked-tp8", 256).scheduling
+    assert (scheduling.policy, scheduling.max_extend_tokens) == ("chunked", 256)
+    assert paper_system("chunked-tp8").scheduling.max_extend_tokens == 512
+
+
 def test_the_command_prints_the_rates_beside_the_papers_and_writes_them(
     tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -65,6 +73,7 @@ def test_the_command_prints_the_rates_beside_the_papers_and_writes_them(
     printed = capsys.readouterr().out
     assert "replicated-tp2x4" in printed
     assert "0.360" in printed
+    assert "1.00x" not in printed, "nobody is compared to a system that did not run"
     rows = json.loads(out.read_text())["rows"]
     assert [row["system"] for row in rows] == ["static-tp8", "replicated-tp2x4"]
     assert all(row["rate"] > 0.1 for row in rows)
