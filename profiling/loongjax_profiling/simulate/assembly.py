@@ -12,8 +12,9 @@ from loongjax.costmodel.model_file import load
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.cluster import MODELS, PRESETS, ClusterSpec
-from loongjax_profiling.simulate.config import A800, SimulateConfig, WorkloadName
+from loongjax_profiling.simulate.config import A800, SimulateConfig
 from loongjax_profiling.simulate.simulation import SimulatedSystem
+from loongjax_profiling.simulate.workload.config import WorkloadConfig, WorkloadName
 from loongjax_profiling.simulate.workload.lengths import LengthDistribution
 from loongjax_profiling.simulate.workload.leval import LEvalLengths
 from loongjax_profiling.simulate.workload.lveval import LvEvalLengths
@@ -80,7 +81,7 @@ def choose_lengths(name: WorkloadName, zipf_alpha: float) -> LengthDistribution:
             return MooncakeLengths()
 
 
-def make_workload(config: SimulateConfig) -> list[WorkloadRequest]:
+def make_workload(config: WorkloadConfig) -> list[WorkloadRequest]:
     """The requests, in order of arrival.
 
     Raises:
@@ -97,6 +98,6 @@ def make_workload(config: SimulateConfig) -> list[WorkloadRequest]:
     )
 
 
-def service_level(config: SimulateConfig) -> ServiceLevel:
+def service_level(config: WorkloadConfig) -> ServiceLevel:
     """What every request wishes for."""
     return ServiceLevel(ttft_s=config.ttft_slo_s, tpot_s=config.tpot_slo_s)

@@ -8,16 +8,16 @@ from typing import Literal
 
 from loongjax.config import SchedulingConfig
 from loongjax.errors import ConfigError
+from loongjax_profiling.simulate.workload.config import WorkloadConfig
 
 ClusterName = Literal["a800-4xtp2", "a800-1xtp8", "h200-8xtp1"]
 ModelName = Literal["llama2-7b", "llama3-8b"]
-WorkloadName = Literal["sharegpt", "leval", "lv-eval", "mixed", "zipf", "mooncake"]
 A800 = "a800"
 """The cost model that comes with the simulator, instead of a file's path."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SimulateConfig(SchedulingConfig):
+class SimulateConfig(WorkloadConfig, SchedulingConfig):
     """A workload on a simulated cluster: the engine and its scheduler as they are, on a virtual clock.
 
     `loongjax simulate paper-zipf` and `loongjax simulate paper-datasets` compare policies as in the paper's evaluation.
@@ -51,26 +51,6 @@ class SimulateConfig(SchedulingConfig):
     """Requests that one master decodes at a time, and requests of one prefill."""
     pod_size: int = 16
     """Instances that one scheduler looks after; a router splits larger clusters."""
-    workload: WorkloadName = "sharegpt"
-    """Distribution of prompt and output lengths."""
-    zipf_alpha: float = 1.2
-    """Exponent of the workload zipf."""
-    rate: float = 1.0
-    """Requests a second."""
-    num_requests: int = 1000
-    """How many requests come; of a trace: at most so many."""
-    cv: float = 1.0
-    """Coefficient of variation of the gaps between arrivals; 1: Poisson, above: burstier."""
-    trace: pathlib.Path | None = None
-    """A file in Mooncake's format to play instead, JSON lines with timestamp, input_length and output_length."""
-    trace_speed: float = 1.0
-    """How many times faster than recorded the trace is played."""
-    ttft_slo_s: float | None = None
-    """Time to the first token that every request wishes for, in seconds."""
-    tpot_slo_s: float | None = None
-    """Time per output token that every request wishes for, in seconds."""
-    seed: int = 0
-    """Of lengths and arrivals."""
     step_by_step: bool = False
     """Ask the policy after every single decode step: the same result, slowly."""
     timeline_s: float = 120.0
@@ -79,10 +59,7 @@ class SimulateConfig(SchedulingConfig):
     """Folder for records.jsonl, metrics.json and timeline.png."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_requests < 1:
-            raise ConfigError(f"--num-requests must be at least 1, got {self.num_requests}")
-        if self.seed < 0:
-            raise ConfigError(f"--seed must be at least 0, got {self.seed}")
+        WorkloadConfig.__post_init__(self)
+        SchedulingConfig.__post_init__(self)
         if not self.timeline_s >= 0.0:
             raise ConfigError(f"--timeline-s must be at least 0, got {self.timeline_s}: 0 draws nothing")

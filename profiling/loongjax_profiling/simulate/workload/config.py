@@ -1,0 +1,47 @@
+"""Which requests come, and when: what all commands that play a workload are told of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Literal
+
+from loongjax.errors import ConfigError
+
+WorkloadName = Literal["sharegpt", "leval", "lv-eval", "mixed", "zipf", "mooncake"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkloadConfig:
+    """A distribution of lengths and a process of arrivals, or a trace.
+
+    Raises:
+        ConfigError: settings that cannot work.
+    """
+
+    workload: WorkloadName = "sharegpt"
+    """Distribution of prompt and output lengths."""
+    zipf_alpha: float = 1.2
+    """Exponent of the workload zipf."""
+    rate: float = 1.0
+    """Requests a second."""
+    num_requests: int = 1000
+    """How many requests come; of a trace: at most so many."""
+    cv: float = 1.0
+    """Coefficient of variation of the gaps between arrivals; 1: Poisson, above: burstier."""
+    trace: pathlib.Path | None = None
+    """A file in Mooncake's format to play instead, JSON lines with timestamp, input_length and output_length."""
+    trace_speed: float = 1.0
+    """How many times faster than recorded the trace is played."""
+    ttft_slo_s: float | None = None
+    """Time to the first token that every request wishes for, in seconds."""
+    tpot_slo_s: float | None = None
+    """Time per output token that every request wishes for, in seconds."""
+    seed: int = 0
+    """Of lengths and arrivals."""
+
+    def __post_init__(self) -> None:
+        if self.num_requests < 1:
+            raise ConfigError(f"--num-requests must be at least 1, got {self.num_requests}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed must be at least 0, got {self.seed}")
