@@ -11,6 +11,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loongjax.core.cluster import Group
+from loongjax.core.iteration import RecoverIteration
+from loongjax.engine.binding import Flight
+from loongjax.engine.flights import Flights
 from loongjax.engine.live_request import LiveRequest
 
 MAX_FAILURES = 2
@@ -36,3 +39,9 @@ def recovery_failed(group: Group, error: str) -> str:
 def recovery_overdue(group: Group) -> str:
     """Why the engine ends when a recovery does not."""
     return f"the devices of instances {group.instances} did not answer within {RECOVERY_TIMEOUT_S:g} s after a failure"
+
+
+def overdue_recoveries(flights: Flights, now_s: float) -> list[Flight]:
+    """Recoveries that do not come back, in order of submission."""
+    overdue = flights.overdue(now_s, RECOVERY_TIMEOUT_S)
+    return [flight for flight in overdue if isinstance(flight.iteration, RecoverIteration)]

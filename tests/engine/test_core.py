@@ -363,7 +363,7 @@ def test_an_engine_outlives_a_request_that_always_fails_with_nothing_beside_it()
 
 def test_a_lost_page_is_told_when_idle_and_costs_nobody_an_answer(caplog: pytest.LogCaptureFixture) -> None:
     core = dataclasses.replace(CLUSTER, checks=False).core()
-    core._kv_cache._pools[1].allocate(3)
+    core._state.kv_cache._pools[1].allocate(3)
     request = CLUSTER.request("a", 20)
     core.add(request)
     run(core).check(request)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import jax
 import pytest
 
-import loongjax.engine.core as engine_core
 import loongjax.runtime.local as local
 from loongjax.core.iteration import Completion, RecoverIteration
 from loongjax.core.request import FinishReason, Request, RequestEvent
+from loongjax.engine import failures
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
 from loongjax.runtime.local import LocalRuntime
@@ -209,7 +209,7 @@ def test_an_engine_whose_devices_answer_nothing_can_be_closed(tmp_path, cache_di
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
     core = make_core(small_runtime(checkpoint, cache_dir, num_instances=1, max_num_seqs=1, num_slots=64))
     answers = threading.Event()
-    monkeypatch.setattr(engine_core, "RECOVERY_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(failures, "RECOVERY_TIMEOUT_S", 0.2)
     monkeypatch.setattr(local, "pack_prefill", FailsFor(local.pack_prefill, len(Golden("gqa").prompt(1))))
     monkeypatch.setattr(LocalRuntime, "_check_devices", lambda runtime, group: answers.wait(60.0))
     add_golden(core, [1])
