@@ -32,7 +32,7 @@ from loongjax.costmodel.migration_time import MigrationTime
 from loongjax.costmodel.model import FittedModel, StrategyTimes
 from loongjax.costmodel.prefill_time import PaperPrefillTime
 from loongjax.costmodel.work import Strategy
-from loongjax_profiling.simulate.cluster import MODELS
+from loongjax_profiling.model_shapes import MODEL_SHAPES
 
 _TOKEN_S = {2: 3.0e-5, 8: 1.5e-5}
 """B of one instance, by its GPUs."""
@@ -53,7 +53,7 @@ def a800_model(max_instances: int | None = None) -> FittedModel:
     sizes = {tp: max_instances or most for tp, most in _MAX_INSTANCES.items()}
     return FittedModel(
         provenance=Provenance(
-            hardware="8 x A800, coefficients derived from LoongServe's published times", model=MODELS["llama2-7b"]
+            hardware="8 x A800, coefficients derived from LoongServe's published times", model=MODEL_SHAPES["llama2-7b"]
         ),
         strategies={
             Strategy(sp, tp): StrategyTimes(paper_prefill=_prefill(sp, tp), decode=_decode(sp, tp))

@@ -10,8 +10,9 @@ from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_file import load
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax_profiling.model_shapes import MODEL_SHAPES
 from loongjax_profiling.simulate.a800 import a800_model
-from loongjax_profiling.simulate.cluster import MODELS, PRESETS, ClusterSpec
+from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec
 from loongjax_profiling.simulate.config import A800, SimulateConfig
 from loongjax_profiling.simulate.simulation import SimulatedSystem
 from loongjax_profiling.simulate.workload.config import WorkloadConfig, WorkloadName
@@ -61,7 +62,7 @@ def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel
     logger.warning(
         "times are estimates: a roofline of %s for %s; --cost-model takes measured ones", rates.name, config.model
     )
-    return RooflineModel(rates=rates, model=MODELS[config.model])
+    return RooflineModel(rates=rates, model=MODEL_SHAPES[config.model])
 
 
 def choose_lengths(name: WorkloadName, zipf_alpha: float) -> LengthDistribution:

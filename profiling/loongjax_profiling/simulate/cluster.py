@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 from loongjax.core.cluster import ClusterShape
-from loongjax.costmodel.model_shape import ModelShape
 from loongjax.errors import ConfigError
 from loongjax.runtime.protocol import RuntimeLimits
 
@@ -85,25 +84,3 @@ PRESETS = {
     ),
 }
 """Known clusters by name."""
-
-MODELS = {
-    "llama2-7b": ModelShape(
-        hidden_size=4096,
-        num_layers=32,
-        num_q_heads=32,
-        num_kv_heads=32,
-        head_dim=128,
-        intermediate_size=11008,
-        vocab_size=32000,
-    ),
-    "llama3-8b": ModelShape(
-        hidden_size=4096,
-        num_layers=32,
-        num_q_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        intermediate_size=14336,
-        vocab_size=128256,
-    ),
-}
-"""Known model shapes by name."""
