@@ -1,0 +1,1 @@
+"""`loongjax replay`: a workload on the real engine, and the same workload simulated."""

@@ -1,0 +1,153 @@
+"""Before the clock starts: every program that greedy requests may need is built and run once on every group."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+import tqdm
+
+from loongjax.core.cluster import ClusterShape, Group
+from loongjax.core.iteration import (
+    DecodeInput,
+    DecodeIteration,
+    DecodeSubBatch,
+    ExtendInput,
+    ExtendIteration,
+    InstanceTable,
+    Iteration,
+    MigrateIteration,
+    PrefillInput,
+    PrefillIteration,
+)
+from loongjax.core.request import Request
+from loongjax.core.sampling import SamplingParams
+from loongjax.errors import EngineError
+from loongjax.runtime.buckets import Buckets, fit
+from loongjax.runtime.local import LocalRuntime
+from loongjax.runtime.packing import sample_capacity
+from loongjax.runtime.program_calls import ProgramKey
+
+TIMEOUT_S = 600.0
+"""An iteration that takes longer, its compilation included, will not come back."""
+REQUEST = Request(
+    request_id="rehearsal",
+    prompt_token_ids=(0,),
+    sampling=SamplingParams(temperature=0.0, ignore_eos=True),
+    max_tokens=1 << 20,
+    seed=0,
+)
+
+
+def rehearse(runtime: LocalRuntime, *, max_extend_tokens: int | None, progress: bool = False) -> int:
+    """Runs iterations of every bucket on every group, on a pool that nobody uses yet.
+
+    On GPUs one compilation serves all groups of a size, so these come first and side by side.
+
+    Args:
+        runtime: at rest.
+        max_extend_tokens: of the largest extend; None: there are none.
+        progress: whether to show bars.
+
+    Returns:
+        How many iterations that took.
+
+    Raises:
+        EngineError: one of them failed.
+    """
+    buckets = Buckets.for_limits(
+        max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
+        max_num_seqs=runtime.limits.max_num_seqs,
+        num_pages=runtime.shape.num_pages,
+    )
+    num_instances = runtime.shape.num_instances
+    runtime.compile([key for dop in range(1, num_instances + 1) for key in _programs(dop, buckets)])
+    scenes = _Scenes(runtime.shape, buckets, runtime.limits.max_num_seqs, max_extend_tokens)
+    groups = [
+        Group.of(chosen)
+        for dop in range(1, num_instances + 1)
+        for chosen in itertools.combinations(range(num_instances), dop)
+    ]
+    num_iterations = 0
+    for group in tqdm.tqdm(groups, desc="Rehearsing", unit="group", disable=not progress):
+        for iteration in scenes.of(group):
+            numbered = dataclasses.replace(iteration, iteration_id=-1 - num_iterations)
+            runtime.submit(numbered)
+            completions = runtime.completions(TIMEOUT_S)
+            if not completions or completions[0].error is not None:
+                reason = completions[0].error if completions else f"it did not end within {TIMEOUT_S:.0f} s"
+                raise EngineError(f"the rehearsal failed, at a {type(iteration).__name__} on {group}: {reason}")
+            num_iterations += 1
+    return num_iterations
+
+
+def _programs(dop: int, buckets: Buckets) -> Iterator[ProgramKey]:
+    for num_tokens in buckets.num_tokens:
+        yield ProgramKey("prefill", dop, num_tokens)
+    for num_rows in buckets.num_rows:
+        if num_rows <= sample_capacity(dop, buckets):
+            yield ProgramKey("head", dop, num_rows)
+        yield ProgramKey("sample", dop, num_rows)
+        yield ProgramKey("decode", dop, num_rows)
+    if dop == 2:
+        yield ProgramKey("migrate", dop)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scenes:
+    shape: ClusterShape
+    buckets: Buckets
+    max_num_seqs: int
+    max_extend_tokens: int | None
+
+    def of(self, group: Group) -> Iterator[Iteration]:
+        """One iteration a bucket of what this group may be given; they read and write the pool's first page."""
+        dop = group.dop
+        for num_tokens in self.buckets.num_tokens:
+            yield _prefill(group, 1, num_tokens * dop)
+        for num_rows in self.buckets.num_rows:
+            num_requests = min(num_rows * dop, self.max_num_seqs)
+            if fit(-(-num_requests // dop), self.buckets.num_rows) == num_rows:
+                yield _prefill(group, num_requests, 1)
+            for continues in (False, True):
+                yield _decode(group, num_rows, continues=continues)
+        if dop == 2:
+            source, target = group.instances
+            slots = np.zeros(1, np.int32)
+            yield MigrateIteration(0, source, target, slots, slots)
+        if dop == 1 and self.max_extend_tokens is not None:
+            yield from self._extends(group, self.max_extend_tokens)
+
+    def _extends(self, group: Group, max_extend_tokens: int) -> Iterator[Iteration]:
+        largest = fit(min(max_extend_tokens, self.buckets.num_tokens[-1]), self.buckets.num_tokens)
+        for num_tokens in self.buckets.num_tokens[: self.buckets.num_tokens.index(largest) + 1]:
+            for num_rows in self.buckets.num_rows:
+                num_requests = min(num_rows, num_tokens)
+                if fit(num_requests, self.buckets.num_rows) == num_rows:
+                    yield _extend(group, num_requests, num_tokens - num_requests + 1)
+
+
+def _prefill(group: Group, num_requests: int, num_tokens: int) -> PrefillIteration:
+    """Of requests of so many tokens each, whose keys nobody keeps."""
+    item = PrefillInput(REQUEST, np.zeros(num_tokens, np.int32), (), False)
+    return PrefillIteration(0, group, (item,) * num_requests)
+
+
+def _decode(group: Group, num_requests: int, *, continues: bool) -> DecodeIteration:
+    master = group.instances[0]
+    table = InstanceTable(master, np.zeros(1, np.int32), 1 + continues)
+    item = DecodeInput(REQUEST, (), int(continues), 0, (table,))
+    return DecodeIteration(0, group, (DecodeSubBatch(master, (item,) * num_requests),), continues)
+
+
+def _extend(group: Group, num_requests: int, first_len: int) -> ExtendIteration:
+    """Of one chunk of so many tokens, and tokens by themselves."""
+    (instance,) = group.instances
+    table = InstanceTable(instance, np.zeros(1, np.int32), 1)
+    inputs = [
+        ExtendInput(REQUEST, np.zeros(length, np.int32), 0, np.zeros(length, np.int32), table, (), True)
+        for length in (first_len, *[1] * (num_requests - 1))
+    ]
+    return ExtendIteration(0, group, tuple(inputs))
