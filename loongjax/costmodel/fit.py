@@ -84,14 +84,19 @@ def held_out(works: Sequence[Hashable], sizes: np.ndarray) -> np.ndarray:
 def _fit_strategy(
     strategy: Strategy, prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], padding: Padding
 ) -> StrategyTimes:
-    fresh = [point for point in prefills if point.work.new_times_past == 0]
+    fresh = [point for point in prefills if not point.work.past_lens]
     for kind, count in (("prefills without past tokens", len(fresh)), ("decode steps", len(decodes))):
         if count < LEAST_POINTS:
             raise ConfigError(
                 f"{strategy} has {count} {kind}, and a fit needs at least {LEAST_POINTS}: measure more of them"
             )
     paper, paper_errors = _fit_paper(fresh)
-    refined, refined_errors = _fit_refined(strategy, prefills, padding)
+    refined, refined_errors = _fit_refined(
+        strategy, [point for point in prefills if point.work.decode_keys == 0], padding
+    )
+    per_extend_key_s, extend_errors = _fit_extend(
+        strategy, [point for point in prefills if point.work.decode_keys > 0], refined
+    )
     decode, decode_errors = _fit_decode(strategy, decodes, padding)
     return StrategyTimes(
         paper_prefill=paper,
@@ -100,6 +105,8 @@ def _fit_strategy(
         refined_prefill_errors=refined_errors,
         decode=decode,
         decode_errors=decode_errors,
+        per_extend_key_s=per_extend_key_s,
+        extend_errors=extend_errors,
     )
 
 
@@ -132,6 +139,24 @@ def _fit_refined(
         token_buckets=padding.token_buckets,
     )
     return refined, _errors(refined.seconds(totals), measured_s, kept_out)
+
+
+def _fit_extend(
+    strategy: Strategy, points: Sequence[PrefillPoint], refined: RefinedPrefillTime
+) -> tuple[float | None, FitErrors | None]:
+    """What a key of a decode takes beside chunks: what they take without it is known; None without points.
+
+    The k >= 0 that minimises sum(((refined + k keys - measured) / measured)^2).
+    """
+    if not points:
+        return None, None
+    totals = PrefillTotals.of([point.work for point in points])
+    measured_s, kept_out = _measured_and_held_out(points, totals.decode_keys)
+    without_keys_s, keys = refined.seconds(totals), totals.decode_keys / strategy.sp
+    left, relative_keys = (measured_s - without_keys_s) / measured_s, keys / measured_s
+    seen = ~kept_out
+    per_key_s = max(0.0, float(left[seen] @ relative_keys[seen] / (relative_keys[seen] @ relative_keys[seen])))
+    return per_key_s, _errors(without_keys_s + per_key_s * keys, measured_s, kept_out)
 
 
 def _fit_decode(strategy: Strategy, points: Sequence[DecodePoint], padding: Padding) -> tuple[DecodeTime, FitErrors]:

@@ -8,6 +8,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
+from loongjax.costmodel.coefficients import check_coefficients
 from loongjax.costmodel.decode_time import DecodeTime
 from loongjax.costmodel.measurement import Provenance
 from loongjax.costmodel.migration_time import MigrationTime
@@ -29,7 +30,7 @@ class CostModel(Protocol):
         ...
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        """Times of prefills: float64, of the totals' broadcast shape."""
+        """Times of prefills and extends: float64, of the totals' broadcast shape."""
         ...
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
@@ -66,10 +67,24 @@ class StrategyTimes:
     paper_prefill_errors: FitErrors | None = None
     refined_prefill_errors: FitErrors | None = None
     decode_errors: FitErrors | None = None
+    per_extend_key_s: float | None = None
+    """In seconds a key that an extend reads for its decodes, on the instance; None: as long as in a decode step."""
+    extend_errors: FitErrors | None = None
+
+    def __post_init__(self) -> None:
+        check_coefficients(self)
 
     @property
     def prefill(self) -> PaperPrefillTime | RefinedPrefillTime:
         return self.refined_prefill or self.paper_prefill
+
+    def prefill_s(self, totals: PrefillTotals) -> np.ndarray:
+        """As `CostModel.prefill_s`: the prefill's form, and then reading the keys of decodes, as even as they can be.
+
+        Reading is added, as in a decode step: a prefill so small that it takes its floor is busy reading weights.
+        """
+        per_key_s = self.decode.per_key_s if self.per_extend_key_s is None else self.per_extend_key_s
+        return self.prefill.seconds(totals) + per_key_s / self.decode.sp * totals.decode_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,10 +105,10 @@ class FittedModel:
         return "fitted"
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        return self.times(strategy).prefill.seconds(totals)
+        return self.times(strategy).prefill_s(totals)
 
     def paper_prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        """As `prefill_s`, in the paper's form."""
+        """As `prefill_s`, in the paper's form, which knows no decodes beside chunks."""
         return self.times(strategy).paper_prefill.seconds(totals)
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:

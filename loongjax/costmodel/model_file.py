@@ -20,7 +20,7 @@ from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
 
 FORMAT = "loongjax cost model"
-VERSION = 1
+VERSION = 2
 
 
 def save(model: FittedModel, path: pathlib.Path) -> None:

@@ -101,13 +101,16 @@ class RooflineModel:
         return "roofline"
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        """The longest of computing, reading the weights, and passing the keys around the ring; and the overheads."""
+        """The longest of computing, reading the weights, and passing the keys around the ring; then reading the keys
+        of decodes beside chunks, over the instances; and the overheads.
+        """
         sp, tp = strategy.sp, strategy.tp
         compute = self.model.prefill_flops(totals) / (sp * tp * self.rates.flops_per_s)
         ring_bytes = (sp - 1) / sp * totals.num_tokens * self.model.device_kv_bytes_per_token(tp)
         bound = np.maximum(compute, np.maximum(self._weights_s(tp), ring_bytes / self.rates.link_bytes_per_s))
+        keys = totals.decode_keys / sp * self._key_s(tp)
         rank_tokens = np.ceil(totals.num_tokens / sp)
-        return bound + self._all_reduces_s(tp, rank_tokens) + self._overheads_s(tp, sp - 1)
+        return bound + keys + self._all_reduces_s(tp, rank_tokens) + self._overheads_s(tp, sp - 1)
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
         """The weights read once or the rows computed, whichever is longer; the fullest instance's keys read; the
@@ -115,7 +118,7 @@ class RooflineModel:
         """
         sp, tp = strategy.sp, strategy.tp
         compute = self.model.decode_row_flops * totals.busiest_rows / (tp * self.rates.flops_per_s)
-        keys = totals.busiest_keys * self.model.device_kv_bytes_per_token(tp) / self.rates.memory_bytes_per_s
+        keys = totals.busiest_keys * self._key_s(tp)
         own = np.maximum(compute, self._weights_s(tp)) + keys + self._all_reduces_s(tp, totals.busiest_rows)
         overheads = self._overheads_s(tp, 2 if sp > 1 else 0)
         if sp == 1:
@@ -141,6 +144,10 @@ class RooflineModel:
 
     def _weights_s(self, tp: int) -> float:
         return self.model.weight_bytes / tp / self.rates.memory_bytes_per_s
+
+    def _key_s(self, tp: int) -> float:
+        """Reading a token's keys and values, in all layers."""
+        return self.model.device_kv_bytes_per_token(tp) / self.rates.memory_bytes_per_s
 
     def _all_reduces_s(self, tp: int, rows: np.ndarray) -> np.ndarray:
         """Two sums over an instance's devices a layer: each device sends 2 (tp - 1) / tp of the activations."""

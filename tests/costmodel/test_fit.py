@@ -68,6 +68,56 @@ def test_without_measured_chunks_a_pair_costs_what_it_costs_within_a_prompt():
     assert form.per_new_times_past_s == 2.0 * form.per_squared_token_s > 0.0
 
 
+EXTENDS = [
+    PrefillWork(new_lens=(chunk, *[1] * rows), past_lens=(past, *[context] * rows))
+    for chunk in (100, 500)
+    for past in (0, 8192)
+    for rows in (1, 30)
+    for context in (2000, 30_000)
+]
+
+
+def with_extends(per_key_s: float) -> Measurements:
+    """Measurements with extends on one instance, whose decodes take so long a key."""
+    whole = measurements((ONE,))
+    extends = tuple(
+        PrefillPoint(
+            strategy=ONE,
+            work=work,
+            measured_s=refined(1).seconds(work.totals).item() + per_key_s * work.decode_keys,
+        )
+        for work in EXTENDS
+    )
+    return dataclasses.replace(whole, prefills=whole.prefills + extends)
+
+
+def test_what_a_key_of_a_decode_takes_in_an_extend_is_found_without_moving_anything_else():
+    plain, times = (fit(points, PADDING).times(ONE) for points in (measurements((ONE,)), with_extends(7e-7)))
+    assert times.per_extend_key_s == pytest.approx(7e-7, rel=1e-6)
+    assert times.extend_errors is not None
+    assert times.extend_errors.held_out is not None
+    assert times.extend_errors.held_out.largest < 1e-6
+    without_extends = dataclasses.replace(times, per_extend_key_s=None, extend_errors=None)
+    assert without_extends == plain
+
+
+def test_without_measured_extends_a_key_of_a_decode_takes_what_it_takes_in_a_decode_step():
+    times = fit(measurements((ONE,)), PADDING).times(ONE)
+    assert times.per_extend_key_s is None
+    extend = PrefillTotals.of([PrefillWork(new_lens=(500, 1), past_lens=(0, 30_000))])
+    expected = refined(1).seconds(extend).item() + 30_000 * decode(1).per_key_s
+    assert times.prefill_s(extend).item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_extends_that_are_shorter_than_their_chunks_make_keys_cost_nothing_rather_than_less():
+    whole = with_extends(0.0)
+    fast = tuple(
+        dataclasses.replace(point, measured_s=0.9 * point.measured_s) if point.work.decode_keys else point
+        for point in whole.prefills
+    )
+    assert fit(dataclasses.replace(whole, prefills=fast), PADDING).times(ONE).per_extend_key_s == 0.0
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6))
 def test_with_noise_held_out_points_are_met_about_as_closely_as_the_noise(seed):

@@ -42,7 +42,7 @@ def test_a_loaded_model_predicts_the_same(model, path):
 
 def test_the_file_tells_where_the_times_come_from_and_how_good_they_are(path):
     raw = json.loads(path.read_text())
-    assert (raw["format"], raw["version"]) == ("loongjax cost model", 1)
+    assert (raw["format"], raw["version"]) == ("loongjax cost model", 2)
     assert raw["provenance"]["hardware"] == "4 x NVIDIA H200"
     assert raw["provenance"]["commit"] == "0123abc"
     assert raw["provenance"]["model"]["num_kv_heads"] == 32
@@ -96,9 +96,9 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("3", 'no "format"'),
         ('{"format": "another"}', 'no "format"'),
         ('{"format": "loongjax cost model"}', "version is None"),
-        ('{"format": "loongjax cost model", "version": 2}', "version is 2, and this program reads 1"),
+        ('{"format": "loongjax cost model", "version": 1}', "version is 1, and this program reads 2: fit again"),
         ('{"format": "loongjax cost model", "version": true}', "version is True"),
-        ('{"format": "loongjax cost model", "version": 1}', "lacks.*provenance"),
+        ('{"format": "loongjax cost model", "version": 2}', "lacks.*provenance"),
     ],
 )
 def test_a_file_that_is_no_cost_model_is_refused(text, message, tmp_path):

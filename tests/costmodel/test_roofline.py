@@ -94,6 +94,27 @@ def test_a_ring_that_moves_longer_than_it_computes_takes_as_long_as_it_moves():
     assert seconds == pytest.approx(3000 * 524_288 / 1e9)
 
 
+def test_an_extend_reads_the_keys_of_its_decodes_on_top_of_its_chunk():
+    # 100 decodes of 4096 keys of 512 KiB at 4.3 TB/s: 50 ms, where 512 x 8192 pairs of the chunk take 3.4 ms.
+    chunk = PrefillWork(new_lens=(512,), past_lens=(8192,))
+    extend = PrefillWork(new_lens=(512, *[1] * 100), past_lens=(8192, *[4096] * 100))
+    flops = 2 * 6_476_005_376 * 612 + 4 * 4096 * 32 * (512 * 8192 + (512**2 + 100) / 2)
+    keys_s = 100 * 4096 * 524_288 / 4.3e12
+    assert keys_s == pytest.approx(0.0499, rel=1e-3)
+    seconds = H200.prefill_s(Strategy(1), extend.totals).item()
+    assert seconds == pytest.approx(flops / 643e12 + keys_s + 32 * 20e-6)
+    assert seconds > 4 * H200.prefill_s(Strategy(1), chunk.totals).item()
+
+
+@given(st.integers(1, 150), st.integers(1, 50_000), st.sampled_from([1, 2, 4]))
+def test_an_extend_of_decodes_alone_takes_as_long_as_the_decode_step(num_rows, context, tp):
+    # As long as both read the weights and do not compute for longer than that.
+    extend = PrefillWork(new_lens=(1,) * num_rows, past_lens=(context,) * num_rows)
+    step = DecodeTotals.of([DecodeWork(rows=(num_rows,), keys=(num_rows * context,))])
+    strategy = Strategy(1, tp)
+    np.testing.assert_allclose(H200.prefill_s(strategy, extend.totals), H200.decode_s(strategy, step), rtol=1e-12)
+
+
 def test_a_decode_step_reads_the_weights_and_the_keys_once():
     # 1 x 128K on 4 devices: 0.8 + 4.0 ms, and launches and sums.
     work = DecodeTotals.of([DecodeWork(rows=(1,), keys=(131_072,))])

@@ -10,6 +10,7 @@ from hypothesis import given
 
 from loongjax.costmodel.decode_time import DecodeTime
 from loongjax.costmodel.migration_time import MigrationTime
+from loongjax.costmodel.model import StrategyTimes
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
@@ -45,10 +46,43 @@ def test_the_papers_form_is_a_constant_tokens_and_squares():
 
 
 def test_the_refined_form_pads_the_tokens_of_one_rank():
-    # 401 tokens on 2 ranks: 201 on one, padded to 256; 0.004 + 256 * 2e-5 + 1e-9 * (400^2 + 1) + 3e-9 * 1 * 10000
-    work = PrefillWork(new_lens=(400, 1), past_lens=(0, 10_000_000))
-    expected = 0.004 + 256 * 2e-5 + 1e-9 * 160_001 + 3e-9 * 10_000_000
+    # 402 tokens on 2 ranks: 201 on one, padded to 256; squares of 400 and 2; 2 x 5e6 pairs with past tokens
+    work = PrefillWork(new_lens=(400, 2), past_lens=(0, 5_000_000))
+    expected = 0.004 + 256 * 2e-5 + 1e-9 * 160_004 + 3e-9 * 10_000_000
     assert REFINED.seconds(work.totals).item() == pytest.approx(expected)
+
+
+EXTEND = PrefillWork(new_lens=(300, 1, 1), past_lens=(1000, 40_000, 60_000))
+"""302 tokens, 151 on one of 2 ranks, padded to 256; 50,000 keys of decodes on each."""
+EXTEND_WITHOUT_KEYS_S = 0.004 + 256 * 2e-5 + 1e-9 * (90_000 + 2) + 3e-9 * 300_000
+
+
+@pytest.mark.parametrize(("per_extend_key_s", "key_s"), [(None, 1e-8), (4e-8, 4e-8), (0.0, 0.0)])
+def test_an_extend_is_its_prefill_and_the_keys_of_its_decodes(per_extend_key_s, key_s):
+    times = StrategyTimes(
+        paper_prefill=PAPER, refined_prefill=REFINED, decode=DECODE, per_extend_key_s=per_extend_key_s
+    )
+    # The longer of that and the floor of 0.01, which is reading weights, and then the keys.
+    expected = max(EXTEND_WITHOUT_KEYS_S, 0.01) + 50_000 * key_s
+    assert times.prefill_s(EXTEND.totals).item() == pytest.approx(expected)
+
+
+def test_an_extend_in_the_papers_form_takes_the_keys_of_its_decodes_as_well():
+    times = StrategyTimes(paper_prefill=PAPER, decode=dataclasses.replace(DECODE, sp=1))
+    # 0.02 + 1e-4 x 302 + 1e-9 (300^2 + 2 + 2 x 300 x 1000) + 1e-8 x 100,000
+    expected = 0.02 + 0.0302 + 1e-9 * 690_002 + 0.001
+    assert times.prefill_s(EXTEND.totals).item() == pytest.approx(expected)
+
+
+def test_prompts_alone_take_what_their_form_says():
+    times = StrategyTimes(paper_prefill=PAPER, refined_prefill=REFINED, decode=DECODE)
+    totals = PrefillTotals.of_sums([10, 5000, 70_000], [100, 25e6, 49e8])
+    np.testing.assert_array_equal(times.prefill_s(totals), REFINED.seconds(totals))
+
+
+def test_a_negative_time_of_a_key_is_refused():
+    with pytest.raises(ConfigError, match="per_extend_key_s"):
+        StrategyTimes(paper_prefill=PAPER, decode=DECODE, per_extend_key_s=-1e-9)
 
 
 def test_the_refined_form_is_never_below_its_floor():

@@ -1,6 +1,11 @@
 import numpy as np
 import pytest
 
+from loongjax.core.cluster import Group
+from loongjax.core.iteration import ExtendInput, ExtendIteration, InstanceTable
+from loongjax.core.request import Request
+from loongjax.core.sampling import SamplingParams
+from loongjax.costmodel.iteration_work import work_of
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 
@@ -11,6 +16,31 @@ def test_totals_of_a_prefill_are_sums_over_its_requests():
     assert work.squared_lens == 9 + 25
     assert work.new_times_past == 30
     assert work.totals.twice_num_pairs.item() == 34 + 60
+
+
+def test_requests_of_one_token_read_their_keys_and_chunks_compute_with_theirs():
+    work = PrefillWork(new_lens=(512, 1, 2, 1), past_lens=(8192, 4000, 10, 96))
+    assert work.new_times_past == 512 * 8192 + 2 * 10
+    assert work.decode_keys == 4000 + 96
+    assert work.totals.decode_keys.item() == 4096
+    np.testing.assert_array_equal(PrefillTotals.of([work, PrefillWork(new_lens=(1,))]).decode_keys, [4096, 0])
+
+
+def test_a_prompt_of_one_token_reads_no_keys():
+    assert PrefillWork(new_lens=(1, 1), past_lens=(0, 7)).decode_keys == 7
+
+
+def test_an_extend_is_the_work_of_its_chunks_and_the_keys_of_its_decodes():
+    def item(name: str, num_tokens: int, position: int) -> ExtendInput:
+        request = Request(
+            request_id=name, prompt_token_ids=(0,) * 8192, sampling=SamplingParams(), max_tokens=9, seed=0
+        )
+        slots = np.arange(num_tokens, dtype=np.int32)
+        table = InstanceTable(0, np.zeros(1, np.int32), position + num_tokens)
+        return ExtendInput(request, slots, position, slots, table, (), False)
+
+    iteration = ExtendIteration(0, Group((0,)), (item("chunk", 512, 1024), item("decode", 1, 9000)))
+    assert work_of(iteration) == PrefillWork(new_lens=(512, 1), past_lens=(1024, 9000))
 
 
 def test_twice_the_pairs_of_a_prompt_are_those_of_its_chunks():

@@ -32,8 +32,8 @@ LIMITS = RuntimeLimits(max_model_len=256, max_num_batched_tokens=64, max_num_seq
 
 @dataclasses.dataclass(frozen=True)
 class TransparentModel:
-    """Times that show what they were made of, in seconds: a prefill takes tokens / instances, and for chunks new x past
-    tokens / 1000 more; a step 1 + keys / 1000.
+    """Times that show what they were made of, in seconds: a prefill takes tokens / instances, and more for new x past
+    tokens of chunks / 1000 and for keys of decodes beside them / 10; a step 1 + keys / 1000.
     """
 
     @property
@@ -42,7 +42,7 @@ class TransparentModel:
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
         assert strategy.tp == SHAPE.tp
-        return totals.num_tokens / strategy.sp + totals.new_times_past / 1000.0
+        return totals.num_tokens / strategy.sp + totals.new_times_past / 1000.0 + totals.decode_keys / 10.0
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
         return 1.0 + totals.busiest_keys / 1000.0 + 0.0 * totals.num_rows
@@ -114,7 +114,7 @@ def test_a_prefill_takes_what_the_cost_model_says_of_its_group():
     assert [token.request_id for token in completion.tokens] == ["0/0", "0/1"]
 
 
-def test_an_extend_takes_what_a_prefill_of_its_chunks_after_their_past_does():
+def test_an_extend_takes_what_its_chunks_do_after_their_past_and_reading_the_keys_of_its_decodes():
     spans: list[Span] = []
     runtime = simulated(on_span=spans.append)
     inputs = tuple(
@@ -131,7 +131,7 @@ def test_an_extend_takes_what_a_prefill_of_its_chunks_after_their_past_does():
     )
     runtime.submit(ExtendIteration(0, Group((1,)), inputs))
     now_s, completion = next_completion(runtime)
-    assert now_s == pytest.approx(25.0 + (100 + 20 * 50) / 1000.0)
+    assert now_s == pytest.approx(25.0 + 20 * 50 / 1000.0 + 100 / 10.0)
     assert [token.request_id for token in completion.tokens] == ["a", "c"]
     assert [(span.kind, span.num_requests, span.num_steps) for span in spans] == [("extend", 3, 1)]
 
