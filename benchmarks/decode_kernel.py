@@ -154,6 +154,8 @@ def main() -> None:
         try:
             row |= measure(Case(kv_lens=kv_lens, heads=heads, page_size=page_size), tuning)
             row["of_copy"] = round(row["bytes_per_second"] / copy_rate, 4)
+            for trace in (row[name] for name in row if name.startswith("trace") and isinstance(row[name], dict)):
+                trace["of_copy"] = round(trace["bytes_per_second"] / copy_rate, 4)
         except Exception as error:
             traceback.print_exc()
             row["error"] = repr(error)[:300]

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -24,12 +26,13 @@ from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, trit
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
-from loongjax_profiling.kernels.timing import device_seconds
+from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
 from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
 CASES = [(512, 32768, (32, 8)), (512, 131072, (32, 8)), (4, 131072, (32, 8)), (512, 32768, (32, 32))]
 """New tokens, keys before them, heads."""
+SAMPLES = 9
 TUNINGS = [
     TUNING,
     PagedTuning(block=64, stages=2, num_warps=8, programs_per_processor=2),
@@ -73,15 +76,44 @@ def prefill(num_keys: int, num_kv_heads: int) -> tuple[Attend, tuple[jax.Array, 
     return attend, (k, v)
 
 
-def measure(attend: Attend, keys: Any, num_new: int, num_q_heads: int, flops: float) -> float:
-    """Seconds of one call, each on the output of the one before."""
+def timer(attend: Attend, keys: Any, num_new: int, num_q_heads: int, flops: float) -> SlopeTimer:
+    """Of one call, each on the output of the one before."""
     q = random_normal(1, num_new, num_q_heads, HEAD_DIM)
 
     def repeat(num: int) -> Callable[[], jax.Array]:
         run = jax.jit(lambda keys, q: jax.lax.fori_loop(0, num, lambda _, q: attend(keys, q), q))
         return lambda: run(keys, q)
 
-    return device_seconds(repeat, max(4, round(0.01 / (flops / 400e12))))
+    return SlopeTimer(repeat, max(4, round(0.01 / (flops / 400e12))))
+
+
+def compare(
+    num_new: int, num_keys: int, heads: tuple[int, int], tunings: Sequence[PagedTuning]
+) -> list[dict[str, Any]]:
+    """One row a variant, timed in turn; one that fails says why, and does not stop the others."""
+    num_q_heads, num_kv_heads = heads
+    flops = 4.0 * num_new * num_keys * num_q_heads * HEAD_DIM
+    variants: dict[str, Callable[[], tuple[Attend, Any]]] = {
+        "prefill_attention": lambda: prefill(num_keys, num_kv_heads)
+    }
+    for tuning, page_size in [(MOSAIC_TUNING, 16), (MOSAIC_TUNING, 64), *itertools.product(tunings, (16, 1))]:
+        implementation = "triton" if isinstance(tuning, PagedTuning) else "mosaic_gpu"
+        name = f"{implementation}, page size {page_size}, {dataclasses.astuple(tuning)}"
+        variants[name] = functools.partial(extend, num_keys, num_kv_heads, page_size, tuning)
+    rows, timers = {}, {}
+    for name, make in variants.items():
+        rows[name] = {"new": num_new, "keys": num_keys, "heads": f"{num_q_heads}/{num_kv_heads}", "variant": name}
+        try:
+            timers[name] = timer(*make(), num_new, num_q_heads, flops)
+        except Exception as error:
+            traceback.print_exc()
+            rows[name]["error"] = repr(error)[:300]
+    sample_in_turn(list(timers.values()), SAMPLES)
+    for name, timed in timers.items():
+        rows[name] |= {"us": round(timed.seconds * 1e6, 1), "tflops": round(flops / timed.seconds / 1e12, 1)}
+        if "prefill_attention" in timers:
+            rows[name]["of_prefill"] = round(timers["prefill_attention"].seconds / timed.seconds, 4)
+    return list(rows.values())
 
 
 def main() -> None:
@@ -90,49 +122,19 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
-    rows = []
-    for number, (num_new, num_keys, (num_q_heads, num_kv_heads)) in enumerate(CASES):
-        flops = 4.0 * num_new * num_keys * num_q_heads * HEAD_DIM
-        variants: dict[str, Callable[[], tuple[Attend, Any]]] = {
-            "prefill_attention": lambda n=num_keys, k=num_kv_heads: prefill(n, k)
-        }
-        tunings = [(MOSAIC_TUNING, page_size) for page_size in (16, 64)]
-        chosen = TUNINGS if args.tune and number == 0 else TUNINGS[:1]
-        tunings += [(tuning, page_size) for tuning in chosen for page_size in (16, 1)]
-        for tuning, page_size in tunings:
-            implementation = "triton" if isinstance(tuning, PagedTuning) else "mosaic_gpu"
-            name = f"{implementation}, page size {page_size}, {dataclasses.astuple(tuning)}"
-            variants[name] = lambda n=num_keys, k=num_kv_heads, p=page_size, t=tuning: extend(n, k, p, t)
-        prefill_s = None
-        for name, make in variants.items():
-            row: dict[str, Any] = {
-                "new": num_new,
-                "keys": num_keys,
-                "heads": f"{num_q_heads}/{num_kv_heads}",
-                "variant": name,
-            }
-            try:
-                seconds = measure(*make(), num_new, num_q_heads, flops)
-            except Exception as error:
-                traceback.print_exc()
-                row["error"] = repr(error)[:300]
-            else:
-                row |= {"us": round(seconds * 1e6, 1), "tflops": round(flops / seconds / 1e12, 1)}
-                if name == "prefill_attention":
-                    prefill_s = seconds
-                elif prefill_s is not None:
-                    row["of_prefill"] = round(prefill_s / seconds, 4)
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    result = {
+    result: dict[str, Any] = {
         "command": "python -m benchmarks.extend_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
         "jax": jax.__version__,
         "commit": args.commit,
-        "rows": rows,
+        "rows": [],
     }
-    if args.out:
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    for number, (num_new, num_keys, heads) in enumerate(CASES):
+        rows = compare(num_new, num_keys, heads, TUNINGS if args.tune and number == 0 else TUNINGS[:1])
+        result["rows"] += rows
+        print(*map(json.dumps, rows), sep="\n", flush=True)
+        if args.out:
+            args.out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

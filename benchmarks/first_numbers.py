@@ -21,9 +21,9 @@ import numpy as np
 from loongjax.config import EngineConfig
 from loongjax.core.request import Request, RequestEvent
 from loongjax.core.sampling import SamplingParams
+from loongjax.engine.build import choose_policy
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
-from loongjax.scheduler.build import build_policy
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import SHAPES
@@ -53,7 +53,7 @@ def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, f
         eos_token_ids=(),
         default_sampling={},
     )
-    policy = build_policy(config, shape=runtime.shape, max_num_seqs=config.max_num_seqs)
+    policy = choose_policy(config, runtime.shape, runtime.limits, runtime.spec)
     core = EngineCore(runtime, policy, info=info, kv_bytes_per_token=runtime.num_kv_bytes_per_token)
     return core, {"ready_s": ready_s}
 

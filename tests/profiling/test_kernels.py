@@ -19,6 +19,7 @@ from loongjax_profiling.kernels.dense import causal, prefill_cases, ring_step, z
 from loongjax_profiling.kernels.paged import decode_cases, extend_cases, update_cases
 from loongjax_profiling.kernels.profile import select
 from loongjax_profiling.kernels.table import format_table, format_target, measure, to_json
+from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
 
 LOONGJAX = Path(sys.executable).with_name("loongjax")
 
@@ -178,6 +179,47 @@ def test_a_case_that_fails_is_a_row_that_says_why_and_the_rest_goes_on():
     failed, measured = measure([make_case(work="a", build=broken), make_case(work="b", build=works)])
     assert failed.error == "RuntimeError: no such kernel"
     assert (measured.error, measured.method) in ((None, "slope"), ("too short to be timed", None))
+
+
+def test_variants_of_the_same_work_keep_their_order_beside_one_that_fails():
+    def broken():
+        raise RuntimeError("no such kernel")
+
+    def works():
+        return chain(lambda keys, q, i: jnp.tanh(q @ keys), jnp.ones((300, 300)), jnp.ones((300, 300)))
+
+    cases = [make_case(variant=name, build=broken if name == "b" else works) for name in "abc"]
+    rows = measure([*cases, make_case(work="other", build=works)])
+    assert [(row.case.work, row.case.variant) for row in rows] == [
+        ("p", "a"),
+        ("p", "b"),
+        ("p", "c"),
+        ("other", "ours"),
+    ]
+    assert rows[1].error == "RuntimeError: no such kernel"
+
+
+def test_timers_in_turn_give_as_many_slopes_each_in_another_order_every_round():
+    calls = []
+
+    def repeat(name):
+        def make(num):
+            def call():
+                calls.append((name, num))
+                return jnp.zeros(1)
+
+            return call
+
+        return make
+
+    timers = [SlopeTimer(repeat(name), 3) for name in "abc"]
+    assert calls == [(name, num) for name in "abc" for num in (3, 6)]
+    calls.clear()
+    sample_in_turn(timers, 6)
+    rounds = ["".join(name for name, num in calls[i : i + 6] if num == 6) for i in range(0, len(calls), 6)]
+    assert len(rounds) == 6
+    assert {"".join(sorted(order)) for order in rounds} == {"abc"}
+    assert len(set(rounds)) > 1
 
 
 def make_case(**settings) -> Case:

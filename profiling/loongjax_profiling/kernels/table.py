@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from tqdm import tqdm
 
 from loongjax_profiling.kernels.case import Case, Comparison, Row, as_record
 from loongjax_profiling.kernels.device_trace import device_times
-from loongjax_profiling.kernels.timing import device_seconds
+from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -20,29 +21,47 @@ EXPECTED = {"gpu": {"B": 4e12, "FLOP": 5e14}, "cpu": {"B": 1e8, "FLOP": 1e10}}
 """A second, by platform: only to guess how many repetitions are long enough to time."""
 TARGET_S = 0.01
 MAX_REPETITIONS = 64
-TRACED_S = 3e-5
-"""On a GPU, what is expected to be shorter is traced: launching it may take as long."""
+MIN_TRACED_REPETITIONS = 8
+SAMPLES = 5
 
 
 def measure(cases: Sequence[Case]) -> list[Row]:
-    """One row a case, with a progress bar. What fails becomes a row that says why, and the rest goes on."""
-    return [_measure(case) for case in tqdm(cases, desc="Kernels", unit="case", disable=None)]
+    """One row a case, with a progress bar. What fails becomes a row that says why, and the rest goes on.
+
+    Variants that do the same work, next to each other in `cases`, are timed in turn.
+    """
+    rows: list[Row] = []
+    with tqdm(total=len(cases), desc="Kernels", unit="case", disable=None) as bar:
+        for _, group in itertools.groupby(cases, lambda case: (case.op, case.work)):
+            rows += _measure(list(group))
+            bar.update(len(rows) - bar.n)
+    return rows
 
 
-def _measure(case: Case) -> Row:
+def _measure(cases: Sequence[Case]) -> list[Row]:
+    """Of the same work. On a GPU what moves bytes is traced, as the copy is timed by events: slopes hold launches."""
     is_gpu = jax.default_backend() == "gpu"
-    expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
-    repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
-    try:
-        if is_gpu and expected_s < TRACED_S:
-            return Row(case=case, seconds=device_times(case.build(), MAX_REPETITIONS).span_s, method="trace")
-        seconds = device_seconds(case.build(), repetitions)
-    except Exception as error:
-        logger.warning("%s, %s, %s: %s", case.op, case.work, case.variant, error)
-        return Row(case=case, error=f"{type(error).__name__}: {error}"[:300])
-    if seconds <= 0.0:
-        return Row(case=case, error="too short to be timed")
-    return Row(case=case, seconds=seconds, method="slope")
+    rows: dict[int, Row] = {}
+    timers: dict[int, SlopeTimer] = {}
+    for i, case in enumerate(cases):
+        expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
+        repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
+        try:
+            if is_gpu and case.unit == "B":
+                traced = device_times(case.build(), max(MIN_TRACED_REPETITIONS, repetitions))
+                rows[i] = Row(case=case, seconds=traced.period_s, method="trace")
+            else:
+                timers[i] = SlopeTimer(case.build(), repetitions)
+        except Exception as error:
+            logger.warning("%s, %s, %s: %s", case.op, case.work, case.variant, error)
+            rows[i] = Row(case=case, error=f"{type(error).__name__}: {error}"[:300])
+    sample_in_turn(list(timers.values()), SAMPLES)
+    for i, timer in timers.items():
+        if timer.seconds <= 0.0:
+            rows[i] = Row(case=cases[i], error="too short to be timed")
+        else:
+            rows[i] = Row(case=cases[i], seconds=timer.seconds, method="slope")
+    return [rows[i] for i in range(len(cases))]
 
 
 def compare(rows: Sequence[Row], copy_rate: float) -> list[Comparison | None]:

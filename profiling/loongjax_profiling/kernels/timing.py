@@ -2,32 +2,63 @@
 
 from __future__ import annotations
 
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 
 
-def device_seconds(repeat: Callable[[int], Callable[[], jax.Array]], num: int, samples: int = 5) -> float:
-    """Seconds of one repetition: the slope between `num` and twice as many dependent ones inside one jitted program.
+class SlopeTimer:
+    """Times one repetition of an op: the slope between `num` and twice as many dependent ones, each one jitted program.
+
+    Compiles both and runs them once.
 
     Args:
         repeat: makes a jitted call of so many dependent repetitions.
         num: repetitions of the shorter program.
-        samples: the median of so many slopes is returned.
     """
-    short, long = repeat(num), repeat(2 * num)
-    for call in (short, long):
-        jax.block_until_ready(call())
 
-    def seconds(call: Callable[[], jax.Array]) -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(call())
-        return time.perf_counter() - started
+    def __init__(self, repeat: Callable[[int], Callable[[], jax.Array]], num: int) -> None:
+        self._num = num
+        self._short, self._long = repeat(num), repeat(2 * num)
+        for call in (self._short, self._long):
+            jax.block_until_ready(call())
+        self._slopes: list[float] = []
 
-    return statistics.median((seconds(long) - seconds(short)) / num for _ in range(samples))
+    def sample(self) -> None:
+        """Takes one more slope."""
+        self._slopes.append((_elapsed_s(self._long) - _elapsed_s(self._short)) / self._num)
+
+    @property
+    def seconds(self) -> float:
+        """The median of the slopes."""
+        return statistics.median(self._slopes)
+
+
+def sample_in_turn(timers: Sequence[SlopeTimer], samples: int) -> None:
+    """So many slopes of each, in another order every round: a GPU's clock falls under load, and rises behind what takes
+    less power, so what always comes first or behind the same rival is not timed fairly.
+    """
+    rng = random.Random(0)
+    for _ in range(samples):
+        for timer in rng.sample(timers, len(timers)):
+            timer.sample()
+
+
+def device_seconds(repeat: Callable[[int], Callable[[], jax.Array]], num: int, samples: int = 5) -> float:
+    """Seconds of one repetition, by `samples` slopes of a `SlopeTimer`."""
+    timer = SlopeTimer(repeat, num)
+    sample_in_turn([timer], samples)
+    return timer.seconds
+
+
+def _elapsed_s(call: Callable[[], jax.Array]) -> float:
+    started = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - started
 
 
 def copy_bytes_per_second(num_bytes: int = 2 << 30) -> float:
