@@ -37,6 +37,21 @@ TOKEN_ID = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HostTimes:
+    """What the host of a real engine adds to the times of iterations, in seconds; `loongjax replay` measures it."""
+
+    turnaround_s: float = 0.0
+    """From a result or an arrival to the submission of what follows from it. A decode that goes on is submitted ahead,
+    and does not wait for that."""
+    decode_begin_s: float = 0.0
+    """How much longer the first step of a decode takes than those that go on with it."""
+
+
+NO_HOST = HostTimes()
+"""Iterations follow each other without a gap."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Span:
     """One thing that a group did, from its beginning to its end on the virtual clock."""
 
@@ -77,6 +92,7 @@ class SimulatedRuntime:
         limits: RuntimeLimits,
         cost_model: CostModel,
         *,
+        host: HostTimes = NO_HOST,
         start_s: float = 0.0,
         on_span: Callable[[Span], None] = lambda span: None,
     ) -> None:
@@ -86,12 +102,14 @@ class SimulatedRuntime:
             shape: the cluster.
             limits: of iterations.
             cost_model: says how long each takes.
+            host: what comes on top of that.
             start_s: what the clock shows, in seconds.
             on_span: is told of each iteration when it is over.
         """
         self._shape = shape
         self._limits = limits
         self._cost_model = cost_model
+        self._host = host
         self._on_span = on_span
         self._clock_s = start_s
         self._busy_until_s: dict[InstanceId, float] = dict.fromkeys(shape.all_instances, start_s)
@@ -143,9 +161,13 @@ class SimulatedRuntime:
 
     def submit(self, iteration: Iteration) -> None:
         instances = iteration.group.instances
-        begin_s = max([self._clock_s, *[self._busy_until_s[instance] for instance in instances]])
+        is_decode = isinstance(iteration, DecodeIteration)
+        turnaround_s = 0.0 if is_decode and iteration.continues else self._host.turnaround_s
+        begin_s = max([self._clock_s + turnaround_s, *[self._busy_until_s[instance] for instance in instances]])
         work = work_of(iteration)
         end_s = begin_s + self._duration_s(iteration, work)
+        if is_decode and not iteration.continues:
+            end_s += self._host.decode_begin_s
         run = _Run(iteration, work, self._clock_s, begin_s, np.asarray([end_s]), tokens=_tokens(iteration))
         self._runs[iteration.iteration_id] = run
         self._schedule(run)

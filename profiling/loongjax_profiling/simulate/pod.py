@@ -10,7 +10,7 @@ from loongjax.core.sampling import SamplingParams
 from loongjax.costmodel.model import CostModel
 from loongjax.engine.client import EngineStats, ModelInfo
 from loongjax.engine.core import EngineCore
-from loongjax.runtime.simulated import TOKEN_ID, SimulatedRuntime, Span
+from loongjax.runtime.simulated import NO_HOST, TOKEN_ID, HostTimes, SimulatedRuntime, Span
 from loongjax.scheduler.policy import Policy
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import VOCAB_SIZE, ClusterSpec
@@ -47,6 +47,8 @@ class Pod:
         cost_model: CostModel,
         *,
         step_by_step: bool = False,
+        run_ahead: bool = False,
+        host: HostTimes = NO_HOST,
         start_s: float = 0.0,
         on_span: Callable[[Span], None] = lambda span: None,
         checks: bool = False,
@@ -58,13 +60,19 @@ class Pod:
             policy: decides.
             cost_model: says how long iterations take.
             step_by_step: whether the policy is asked after every decode step, instead of letting decodes jump.
+            run_ahead: whether each decode step is submitted before the one before it has ended, as by a real engine,
+                and step by step therefore; else whoever comes waits for the step in flight alone.
+            host: what the host adds to the times of iterations.
             start_s: what its clock shows.
             on_span: is told of each iteration when it is over.
             checks: see `EngineCore`.
         """
         self.cluster = cluster
         self.limits = cluster.limits
-        self._runtime = SimulatedRuntime(cluster.shape, self.limits, cost_model, start_s=start_s, on_span=on_span)
+        self._host = host
+        self._runtime = SimulatedRuntime(
+            cluster.shape, self.limits, cost_model, host=host, start_s=start_s, on_span=on_span
+        )
         self._core = EngineCore(
             self._runtime,
             policy,
@@ -76,8 +84,8 @@ class Pod:
                 default_sampling={},
             ),
             max_queue_len=UNLIMITED,
-            run_ahead=False,
-            jump=not step_by_step,
+            run_ahead=run_ahead,
+            jump=not (step_by_step or run_ahead),
             checks=checks,
         )
         self._progress: dict[str, _Progress] = {}
@@ -120,14 +128,16 @@ class Pod:
         """
         records: list[RequestRecord] = []
         while not self._core.is_idle and not (self._core.is_settled and self._runtime.next_event_s > time_s):
-            for event in self._core.step(None):
+            events = self._core.step(None)
+            told_s = self.now_s + self._host.turnaround_s  # the host learns of a result before clients do
+            for event in events:
                 progress = self._progress[event.request_id]
                 if event.token_ids and progress.first_token_s is None:
-                    progress.first_token_s = self.now_s
+                    progress.first_token_s = told_s
                 progress.num_tokens += len(event.token_ids)
                 if event.finish_reason is not None:
                     del self._progress[event.request_id]
-                    records.append(_record(progress, self.now_s, event.error))
+                    records.append(_record(progress, told_s, event.error))
         return records
 
     def stats(self) -> EngineStats:
@@ -135,7 +145,7 @@ class Pod:
         return self._core.stats()
 
 
-def _record(progress: _Progress, now_s: float, error: str | None) -> RequestRecord:
+def _record(progress: _Progress, complete_s: float, error: str | None) -> RequestRecord:
     job = progress.job
     return RequestRecord(
         request_id=job.request_id,
@@ -143,7 +153,7 @@ def _record(progress: _Progress, now_s: float, error: str | None) -> RequestReco
         output_len=progress.num_tokens,
         issue_s=job.request.arrival_s,
         first_token_s=progress.first_token_s,
-        complete_s=now_s,
+        complete_s=complete_s,
         ttft_slo_s=job.slo.ttft_s,
         tpot_slo_s=job.slo.tpot_s,
         error=error,

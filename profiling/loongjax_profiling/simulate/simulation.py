@@ -14,7 +14,7 @@ from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.errors import ConfigError
-from loongjax.runtime.simulated import Span
+from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax.scheduler.build import build_policy, max_request_tokens
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import ClusterSpec
@@ -44,6 +44,10 @@ class SimulatedSystem:
     """Instances of a pod; a smaller cluster is a single one."""
     step_by_step: bool = False
     """Ask the policy after every decode step, instead of letting decodes jump."""
+    run_ahead: bool = False
+    """Step by step, and each decode step is submitted before the one before it has ended, as by a real engine."""
+    host: HostTimes = NO_HOST
+    """What the host adds to the times of iterations."""
     checks: bool = False
     """Check every plan, and the integrity of all state after every step. For tests."""
 
@@ -74,6 +78,8 @@ class SimulatedSystem:
             policy,
             self.cost_model,
             step_by_step=self.step_by_step,
+            run_ahead=self.run_ahead,
+            host=self.host,
             on_span=rename,
             checks=self.checks,
         )
