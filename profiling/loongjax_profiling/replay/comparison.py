@@ -5,11 +5,12 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
 from loongjax.costmodel.model import CostModel
-from loongjax.runtime.simulated import Span
+from loongjax.runtime.simulated import HostTimes, Span
 from loongjax_profiling.metrics import Distribution, ServingMetrics
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.replay.traced_runtime import TracedIteration
@@ -43,6 +44,63 @@ class LatencyComparison:
         return difference_s / self.measured_s if difference_s else 0.0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IterationComparison:
+    """The iterations of one kind and degree of parallelism."""
+
+    kind: str
+    """As of `TracedIteration`, with decodes that begin apart from those that continue."""
+    dop: int
+    num_measured: int
+    measured_s: float
+    """Mean time of those that the engine ran."""
+    predicted_s: float | None
+    """Mean of what the cost model says of the very same; None: nothing."""
+    mean_relative_error: float | None
+    """Mean of |predicted - measured| / measured over them."""
+    turnaround_s: float | None
+    """Mean time between the end of an iteration and the submission of one of these, where there was such a wait; None:
+    nowhere."""
+
+    @property
+    def relative_error(self) -> float | None:
+        """(predicted - measured) / measured, of the means: where many results come at once, single times say little."""
+        return None if self.predicted_s is None else self.predicted_s / self.measured_s - 1.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SimulatedIterations:
+    """What a simulation ran of one kind and degree of parallelism."""
+
+    kind: str
+    dop: int
+    num_simulated: int
+    """Steps of decodes, and other iterations."""
+    simulated_s: float
+    """Their mean time."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayComparison:
+    """Everything compared."""
+
+    host: HostTimes
+    """What the simulation took the host to add."""
+    latencies: tuple[LatencyComparison, ...]
+    latencies_without_host: tuple[LatencyComparison, ...]
+    """The same, simulated as if the host added nothing: what it matters."""
+    iterations: tuple[IterationComparison, ...]
+    simulated_iterations: tuple[SimulatedIterations, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Numbers and objects that `json` can write."""
+        errors = {
+            name: [dataclasses.asdict(row) | {"relative_error": row.relative_error} for row in getattr(self, name)]
+            for name in ("latencies", "latencies_without_host")
+        }
+        return dataclasses.asdict(self) | errors
+
+
 def compare_latencies(
     measured: Sequence[RequestRecord], simulated: Sequence[RequestRecord]
 ) -> tuple[LatencyComparison, ...]:
@@ -68,37 +126,6 @@ def compare_latencies(
 
 def _succeeded(records: Iterable[RequestRecord]) -> set[str]:
     return {record.request_id for record in records if record.error is None and record.first_token_s is not None}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IterationComparison:
-    """The iterations of one kind and degree of parallelism."""
-
-    kind: str
-    """As of `TracedIteration`, with decodes that begin apart from those that continue."""
-    dop: int
-    num_measured: int
-    measured_s: float
-    """Mean time of those that the engine ran."""
-    predicted_s: float | None
-    """Mean of what the cost model says of the very same; None: nothing."""
-    mean_relative_error: float | None
-    """Mean of |predicted - measured| / measured over them."""
-    turnaround_s: float | None
-    """Mean time between the end of an iteration and the submission of one of these, where there was such a wait; None:
-    nowhere."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SimulatedIterations:
-    """What a simulation ran of one kind and degree of parallelism."""
-
-    kind: str
-    dop: int
-    num_simulated: int
-    """Steps of decodes, and other iterations."""
-    simulated_s: float
-    """Their mean time."""
 
 
 def compare_iterations(

@@ -35,11 +35,14 @@ class ReplayConfig(WorkloadConfig, EngineConfig):
     """Requests that may wait; one more is refused."""
     num_requests: int = 60
     """How many requests come; of a trace: at most so many."""
+    num_calibration_requests: int = 12
+    """Requests of another seed that are played first, to measure what the host adds to the times of iterations; 0: the
+    simulation takes it to add nothing."""
     seed: int = 0
     """Of lengths, arrivals and token ids."""
     limit_s: float | None = None
-    """Ends the replay after so many seconds of it; what has ended by then is compared. None: it ends with its last
-    request."""
+    """Ends the replay after so many seconds of it, and the calibration before it likewise; what has ended by then is
+    compared. None: it ends with its last request."""
     out: pathlib.Path = pathlib.Path("replay")
     """Folder for the records of both sides, the iterations of the engine, and comparison.json."""
     commit: Annotated[str | None, tyro.conf.arg(metavar="SHA")] = None
@@ -50,5 +53,9 @@ class ReplayConfig(WorkloadConfig, EngineConfig):
         EngineConfig.__post_init__(self)
         if self.checkpoint is not None and self.random_weights is not None:
             raise ConfigError("a checkpoint and --random-weights are two models: give one of them")
+        if self.num_calibration_requests < 0:
+            raise ConfigError(
+                f"--num-calibration-requests must be at least 0, got {self.num_calibration_requests}: 0 is for none"
+            )
         if self.limit_s is not None and not self.limit_s > 0.0:
             raise ConfigError(f"--limit-s must be above 0, got {self.limit_s}: leave it out for all requests")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -12,17 +13,25 @@ import tqdm
 
 from loongjax.core.request import Request
 from loongjax.errors import ConfigError
-from loongjax.runtime.simulated import Span
+from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.provenance import checked_out_commit
-from loongjax_profiling.records import write_records
-from loongjax_profiling.replay.comparison import compare_iterations, compare_latencies, summarize_spans
+from loongjax_profiling.records import RequestRecord, write_records
+from loongjax_profiling.replay.comparison import (
+    ReplayComparison,
+    compare_iterations,
+    compare_latencies,
+    summarize_spans,
+)
 from loongjax_profiling.replay.config import ReplayConfig
-from loongjax_profiling.replay.engine import ReplayEngine, build_replay_engine
+from loongjax_profiling.replay.engine import ReplayEngine
+from loongjax_profiling.replay.host_times import measure_host_times
 from loongjax_profiling.replay.player import Playback, Player, make_requests
-from loongjax_profiling.replay.report import ReplayComparison, write_comparison, write_iterations
+from loongjax_profiling.replay.report import format_comparison, write_comparison, write_iterations
+from loongjax_profiling.replay.traced_runtime import TracedIteration
 from loongjax_profiling.simulate.assembly import make_workload, service_level
 from loongjax_profiling.simulate.report import describe
 from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
+from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
 
 def replay(config: ReplayConfig, command_line: str) -> int:
@@ -37,60 +46,119 @@ def replay(config: ReplayConfig, command_line: str) -> int:
 
     Raises:
         ConfigError: what cannot be replayed.
-        EngineError: the engine failed.
+        EngineError: the engine failed; the records of requests that had ended are written.
         KeyboardInterrupt: Ctrl-C ended it; what had ended by then was compared and written down.
     """
-    workload, wish = make_workload(config), service_level(config)
+    workload = make_workload(config)
     try:
         config.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out {config.out} cannot be made: {error}") from None
-    engine = build_replay_engine(config)
+    engine = ReplayEngine(config)
     print(f"{engine.hardware}: ready after {engine.ready_s:.1f} s, {engine.cluster}", flush=True)
-    requests = make_requests(workload, vocab_size=engine.core.info.vocab_size, slo=wish, seed=config.seed)
-    playback, num_recompiles = _play(engine, config, requests)
-    iterations = [each for each in engine.runtime.iterations if each.error is None]
-    tp = engine.cluster.tp
+    try:
+        host = _calibrate(engine, config)
+        num_before = engine.runtime.num_recompiles
+        playback = _play(engine, config, _requests(engine, config, workload))
+        num_recompiles = engine.runtime.num_recompiles - num_before
+    finally:
+        engine.close()
+    iterations = engine.runtime.take_iterations()
     write_iterations(
-        engine.runtime.iterations, engine.cost_model, tp, playback.begin_s, config.out / "iterations.jsonl"
+        iterations, engine.cost_model, engine.cluster.tp, playback.begin_s, config.out / "iterations.jsonl"
     )
-    print(f"played {len(playback.records)} of {len(workload)} requests, and {num_recompiles} compilations", flush=True)
+    print(f"played {len(playback.records)} of {len(workload)} requests; {num_recompiles} compilations", flush=True)
 
-    spans: list[Span] = []
-    begin_s = time.perf_counter()
-    simulated = simulate(
-        SimulatedSystem(cluster=engine.cluster, scheduling=config, cost_model=engine.cost_model),
-        workload[: playback.num_sent],
-        slo=lambda request: wish,
-        on_span=spans.append,
-        progress=sys.stderr.isatty(),
-    )
-    print(f"simulated in {time.perf_counter() - begin_s:.1f} s", flush=True)
-    write_records(simulated, config.out / "simulated.jsonl")
-    comparison = ReplayComparison(
-        latencies=compare_latencies(playback.records, simulated),
-        iterations=compare_iterations(iterations, engine.cost_model, tp),
-        simulated_iterations=summarize_spans(spans),
-    )
+    comparison = _compare(engine, config, playback, iterations, workload[: playback.num_sent], host)
     about = _about(config, engine, playback) | {"command": command_line, "num_recompiles": num_recompiles}
     write_comparison(comparison, about, config.out / "comparison.json")
-    print(f"{comparison}\n{config.out}/")
+    print(f"{format_comparison(comparison)}\n{config.out}/")
     if playback.is_interrupted:
         raise KeyboardInterrupt
     return int(any(record.error is not None for record in playback.records))
 
 
-def _play(engine: ReplayEngine, config: ReplayConfig, requests: Sequence[Request]) -> tuple[Playback, int]:
-    """What came of it, and how many programs were built meanwhile. Writes the records, however it ends."""
-    num_before = engine.runtime.num_recompiles
+def _calibrate(engine: ReplayEngine, config: ReplayConfig) -> HostTimes:
+    """What the host adds, measured on other requests."""
+    if config.num_calibration_requests == 0:
+        return NO_HOST
+    other = dataclasses.replace(config, seed=config.seed + 1, num_requests=config.num_calibration_requests)
+    player = Player(engine.new_core(), engine.runtime.now_s)
+    playback = player.play(_requests(engine, other, make_workload(other)), limit_s=config.limit_s)
+    if playback.is_interrupted:
+        raise KeyboardInterrupt
+    iterations = [each for each in engine.runtime.take_iterations() if each.error is None]
+    host = measure_host_times(iterations, engine.cost_model, engine.cluster.tp)
+    print(
+        f"calibrated on {len(playback.records)} requests: a turnaround takes {1000.0 * host.turnaround_s:.3f} ms, and "
+        f"the first step of a decode {1000.0 * host.decode_begin_s:.3f} ms more than later ones",
+        flush=True,
+    )
+    return host
+
+
+def _requests(engine: ReplayEngine, config: ReplayConfig, workload: Sequence[WorkloadRequest]) -> list[Request]:
+    return make_requests(workload, vocab_size=engine.info.vocab_size, slo=service_level(config), seed=config.seed)
+
+
+def _play(engine: ReplayEngine, config: ReplayConfig, requests: Sequence[Request]) -> Playback:
+    """Writes the records, however it ends."""
     with tqdm.tqdm(total=len(requests), desc="Replaying", unit="request", disable=not sys.stderr.isatty()) as bar:
-        player = Player(engine.core, engine.runtime.now_s, on_end=bar.update)
+        player = Player(engine.new_core(), engine.runtime.now_s, on_end=bar.update)
         try:
-            playback = player.play(requests, limit_s=config.limit_s)
-            return playback, engine.runtime.num_recompiles - num_before
+            return player.play(requests, limit_s=config.limit_s)
         finally:
             write_records(player.records, config.out / "measured.jsonl")
-            engine.core.close()
+
+
+def _compare(
+    engine: ReplayEngine,
+    config: ReplayConfig,
+    playback: Playback,
+    iterations: Sequence[TracedIteration],
+    workload: Sequence[WorkloadRequest],
+    host: HostTimes,
+) -> ReplayComparison:
+    begin_s = time.perf_counter()
+    spans: list[Span] = []
+    simulated = _simulate(engine, config, workload, host, spans)
+    print(f"simulated in {time.perf_counter() - begin_s:.1f} s", flush=True)
+    write_records(simulated, config.out / "simulated.jsonl")
+    without_host = _simulate(engine, config, workload, NO_HOST, [])
+    return ReplayComparison(
+        host=host,
+        latencies=compare_latencies(playback.records, simulated),
+        latencies_without_host=compare_latencies(playback.records, without_host),
+        iterations=compare_iterations(
+            [each for each in iterations if each.error is None], engine.cost_model, engine.cluster.tp
+        ),
+        simulated_iterations=summarize_spans(spans),
+    )
+
+
+def _simulate(
+    engine: ReplayEngine,
+    config: ReplayConfig,
+    workload: Sequence[WorkloadRequest],
+    host: HostTimes,
+    spans: list[Span],
+) -> list[RequestRecord]:
+    wish = service_level(config)
+    return simulate(
+        SimulatedSystem(
+            cluster=engine.cluster,
+            scheduling=dataclasses.replace(config, explain=None),  # the file tells what the engine decided
+            cost_model=engine.cost_model,
+            pod_size=engine.cluster.num_instances,
+            step_by_step=True,
+            run_ahead=config.run_ahead,
+            host=host,
+        ),
+        workload,
+        slo=lambda request: wish,
+        on_span=spans.append,
+        progress=sys.stderr.isatty(),
+    )
 
 
 def _about(config: ReplayConfig, engine: ReplayEngine, playback: Playback) -> dict[str, Any]:

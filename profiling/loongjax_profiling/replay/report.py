@@ -9,51 +9,33 @@ from collections.abc import Sequence
 from typing import Any
 
 from loongjax.costmodel.model import CostModel
-from loongjax_profiling.replay.comparison import (
-    LATENCIES,
-    IterationComparison,
-    LatencyComparison,
-    SimulatedIterations,
-)
+from loongjax_profiling.replay.comparison import LATENCIES, ReplayComparison
 from loongjax_profiling.replay.traced_runtime import TracedIteration
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplayComparison:
-    """Everything compared."""
-
-    latencies: tuple[LatencyComparison, ...]
-    iterations: tuple[IterationComparison, ...]
-    simulated_iterations: tuple[SimulatedIterations, ...]
-
-    def as_json(self) -> dict[str, Any]:
-        """Numbers and objects that `json` can write."""
-        return dataclasses.asdict(self) | {
-            "latencies": [dataclasses.asdict(row) | {"relative_error": row.relative_error} for row in self.latencies]
-        }
-
-    def __str__(self) -> str:
-        lines = [f"{'latency (ms)':<22}{'':>6}{'measured':>12}{'simulated':>12}{'error':>10}"]
-        for row in self.latencies:
-            lines.append(
-                f"{LATENCIES[row.latency]:<22}{row.statistic:>6}{_ms(row.measured_s)}{_ms(row.simulated_s)}"
-                f"{row.relative_error:>+10.1%}"
-            )
-        lines.append(
-            f"\n{'iterations (ms)':<22}{'DoP':>6}{'number':>12}{'measured':>12}{'predicted':>12}{'mean |error|':>14}"
-            f"{'turnaround':>12}"
-        )
-        for each in self.iterations:
-            error = "-" if each.mean_relative_error is None else f"{each.mean_relative_error:.1%}"
-            lines.append(
-                f"{each.kind:<22}{each.dop:>6}{each.num_measured:>12}{_ms(each.measured_s)}{_ms(each.predicted_s)}"
-                f"{error:>14}{_ms(each.turnaround_s)}"
-            )
-        for each in self.simulated_iterations:
-            lines.append(
-                f"simulated {each.kind:<12}{each.dop:>6}{each.num_simulated:>12}{'':>12}{_ms(each.simulated_s)}"
-            )
-        return "\n".join(lines)
+def format_comparison(comparison: ReplayComparison) -> str:
+    """The comparison as tables."""
+    lines = [
+        f"{'latency (ms)':<22}{'':>6}{'measured':>12}{'simulated':>12}{'error':>10}{'error without host':>22}",
+        *[
+            f"{LATENCIES[row.latency]:<22}{row.statistic:>6}{_ms(row.measured_s)}{_ms(row.simulated_s)}"
+            f"{row.relative_error:>+10.1%}{bare.relative_error:>+22.1%}"
+            for row, bare in zip(comparison.latencies, comparison.latencies_without_host, strict=True)
+        ],
+        "",
+        f"{'iterations (ms)':<22}{'DoP':>6}{'measured':>12}{'predicted':>12}{'error':>10}"
+        f"{'number':>9}{'turnaround':>12}",
+        *[
+            f"{each.kind:<22}{each.dop:>6}{_ms(each.measured_s)}{_ms(each.predicted_s)}{_percent(each.relative_error)}"
+            f"{each.num_measured:>9}{_ms(each.turnaround_s)}"
+            for each in comparison.iterations
+        ],
+        *[
+            f"{each.kind + ', simulated':<22}{each.dop:>6}{'':>12}{_ms(each.simulated_s)}{each.num_simulated:>19}"
+            for each in comparison.simulated_iterations
+        ],
+    ]
+    return "\n".join(lines)
 
 
 def write_iterations(
@@ -76,6 +58,10 @@ def write_iterations(
 def write_comparison(comparison: ReplayComparison, about: dict[str, Any], path: pathlib.Path) -> None:
     """One JSON object: the comparison, and under "about" where it comes from."""
     path.write_text(json.dumps(comparison.as_json() | {"about": about}, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def _percent(error: float | None) -> str:
+    return f"{'-':>10}" if error is None else f"{error:>+10.1%}"
 
 
 def _ms(seconds: float | None) -> str:

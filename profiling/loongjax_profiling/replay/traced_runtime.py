@@ -69,8 +69,7 @@ class TracedRuntime:
         self._in_flight: dict[int, _InFlight] = {}
         self._last_end_s: dict[InstanceId, float] = {}
         self._news_s: float | None = None
-        self.iterations: list[TracedIteration] = []
-        """In order of their ends as the engine was told of them."""
+        self._iterations: list[TracedIteration] = []
 
     @property
     def shape(self) -> ClusterShape:
@@ -106,6 +105,11 @@ class TracedRuntime:
     def close(self, *, waits: bool = True) -> None:
         self._inner.close(waits=waits)
 
+    def take_iterations(self) -> list[TracedIteration]:
+        """Those that have ended since the last call, in the order in which the engine was told of them."""
+        taken, self._iterations = self._iterations, []
+        return taken
+
     def _note(self, completion: Completion) -> float:
         flight = self._in_flight.pop(completion.iteration_id)
         iteration = flight.iteration
@@ -114,7 +118,7 @@ class TracedRuntime:
         free_s = max([self._last_end_s.get(instance, flight.submitted_s) for instance in instances])
         self._last_end_s.update(dict.fromkeys(instances, end_s))
         is_behind = free_s > flight.submitted_s
-        self.iterations.append(
+        self._iterations.append(
             TracedIteration(
                 kind=type(iteration).__name__.removesuffix("Iteration").lower(),
                 group=iteration.group,
