@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
@@ -30,6 +29,9 @@ class CorrectorConfig:
     """An observation that is off by more than this factor, after correction, counts as if by this much; above 1."""
     max_factor: float = 8.0
     """Corrections stay between its inverse and this; above 1."""
+    prior: float = 1.0
+    """How much the belief that predictions are right weighs against what other strategies show: as much as so many of
+    them, long observed. Above 0; inf: nothing is learned from others."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.weight <= 1.0:
@@ -38,30 +40,57 @@ class CorrectorConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 1.0):
                 raise ConfigError(f"{name} of a correction must be a finite number above 1, got {value}: try 2")
+        if not self.prior > 0.0:
+            raise ConfigError(f"prior of a correction must be above 0, got {self.prior}: try 1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Evidence:
+    """What was observed, as exponential weights leave it: those of all observations there ever were sum to 1."""
+
+    log_sum: float = 0.0
+    """Weighted sum of the logarithms of actual over predicted times."""
+    weight: float = 0.0
+    """Sum of the weights: 0 of nothing, towards 1 of much."""
 
 
 class Corrector:
-    """A factor for each strategy and kind: the exponentially weighted geometric mean of actual over predicted times.
+    """A factor for each strategy and kind, from its own observations as far as they go, and else from those of others.
 
-    In logarithms, so that twice as long and half as long cancel. One observation moves a factor by at most
-    max_surprise ** weight: a stall or a compilation hardly shows, a lasting change is followed.
+    Its own are the exponentially weighted geometric mean of actual over predicted times. In logarithms, so that twice
+    as long and half as long cancel; one observation moves a factor by at most max_surprise ** weight: a stall or a
+    compilation hardly shows, a lasting change is followed.
+
+    What weight its observations leave is given to what other strategies of the kind show, and to 1 (partial pooling, as
+    in hierarchical models: Gelman and Hill 2007, chapter 12). With sums L and weights W of the logarithms observed:
+
+        log factor = L_own + (1 - W_own) L_others / (W_others + prior)
+
+    So a strategy that was never tried is taken to be off like those that were, the less the fewer they are, and one
+    that is tried often goes by itself.
     """
 
-    def __init__(
-        self, config: CorrectorConfig | None = None, *, factors: Mapping[tuple[Kind, Strategy], float] | None = None
-    ) -> None:
-        """`factors`: to go on from, as another corrector's `factors` gave them."""
+    def __init__(self, config: CorrectorConfig | None = None) -> None:
         self._config = config or CorrectorConfig()
-        self._log_factors = {key: self._bounded(math.log(factor)) for key, factor in (factors or {}).items()}
+        self._own: dict[tuple[Kind, Strategy], _Evidence] = {}
+        self._of_kind: dict[Kind, _Evidence] = {}
+        """Sums over the strategies."""
+
+    def copy(self) -> Corrector:
+        """One that has learned the same, and goes on apart."""
+        other = Corrector(self._config)
+        other._own = dict(self._own)
+        other._of_kind = dict(self._of_kind)
+        return other
 
     @property
     def factors(self) -> dict[tuple[Kind, Strategy], float]:
-        """What was learned: a factor for each kind and strategy that was observed."""
-        return {key: math.exp(log_factor) for key, log_factor in self._log_factors.items()}
+        """A factor for each kind and strategy that was observed."""
+        return {(kind, strategy): self.factor(kind, strategy) for kind, strategy in self._own}
 
     def factor(self, kind: Kind, strategy: Strategy) -> float:
-        """What to multiply predictions by; 1 before anything was observed."""
-        return math.exp(self._log_factors.get((kind, strategy), 0.0))
+        """What to multiply predictions by; 1 before anything of the kind was observed."""
+        return math.exp(self._log_factor(kind, strategy))
 
     def predicted_over_actual(self, kind: Kind, strategy: Strategy) -> float:
         """How far the uncorrected predictions are off: above 1 they are too long."""
@@ -74,15 +103,32 @@ class Corrector:
         """
         if not (0.0 < predicted_s < math.inf and 0.0 < actual_s < math.inf):
             return
-        old = self._log_factors.get((kind, strategy), 0.0)
-        most = math.log(self._config.max_surprise)
-        surprise = math.log(actual_s) - math.log(predicted_s) - old
-        new = old + self._config.weight * min(max(surprise, -most), most)
-        self._log_factors[kind, strategy] = self._bounded(new)
+        weight, expected = self._config.weight, self._log_factor(kind, strategy)
+        surprise = _within(math.log(actual_s) - math.log(predicted_s) - expected, self._config.max_surprise)
+        credible = _within(expected + surprise, self._config.max_factor)
+        old = self._own.get((kind, strategy), _NOTHING)
+        self._own[kind, strategy] = _Evidence(
+            (1.0 - weight) * old.log_sum + weight * credible, (1.0 - weight) * old.weight + weight
+        )
+        of_kind = [evidence for (other, _), evidence in self._own.items() if other == kind]
+        self._of_kind[kind] = _Evidence(
+            math.fsum(evidence.log_sum for evidence in of_kind), math.fsum(evidence.weight for evidence in of_kind)
+        )
 
-    def _bounded(self, log_factor: float) -> float:
-        bound = math.log(self._config.max_factor)
-        return min(max(log_factor, -bound), bound)
+    def _log_factor(self, kind: Kind, strategy: Strategy) -> float:
+        own = self._own.get((kind, strategy), _NOTHING)
+        whole = self._of_kind.get(kind, _NOTHING)
+        others = (whole.log_sum - own.log_sum) / (whole.weight - own.weight + self._config.prior)
+        return own.log_sum + (1.0 - own.weight) * others
+
+
+_NOTHING = _Evidence()
+
+
+def _within(log_factor: float, most: float) -> float:
+    """The closest to it between the logarithms of 1 / most and most."""
+    bound = math.log(most)
+    return min(max(log_factor, -bound), bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,7 +67,7 @@ class EspPolicy:
 
     def observe(self, observations: Sequence[Observation]) -> None:
         """Corrects the cost model, and learns how long outputs are. See `Policy.observe`."""
-        self._corrector = Corrector(factors=self._corrector.factors)
+        self._corrector = self._corrector.copy()
         self._model = CorrectedModel(base=self._base_model, corrector=self._corrector)
         for observation in observations:
             if isinstance(observation, IterationEnded):
