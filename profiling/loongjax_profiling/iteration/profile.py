@@ -32,15 +32,13 @@ from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database, Point, Run, System
 from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
-from loongjax_profiling.iteration.waves import programs_of, waves_of
+from loongjax_profiling.iteration.pace import CompilePace
+from loongjax_profiling.iteration.waves import compile_cost, programs_of, waves_of
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import named_shape
 
 logger = logging.getLogger(__name__)
-
-COMPILE_SHARE = 0.7
-"""Of the time left, at most so much goes into the next programs."""
 
 
 class CompilingRuntime(Runtime, Protocol):
@@ -78,6 +76,7 @@ class _Profile:
         self._system = System(device=devices[0].device_kind, model=cost_shape(spec))
         self._estimate = RooflineModel(rates=DeviceRates.of_device(self._system.device), model=self._system.model)
         self._agenda = Agenda(command, self._model, num_devices=self._num_devices, platform=self._platform)
+        self._pace = CompilePace(num_compile_threads())
         self._num_measured = 0
         self._num_not_reached = 0
         self.num_failed = 0
@@ -124,32 +123,33 @@ class _Profile:
             )
             run_id = self._database.begin_run(self._system, self._run_of(runtime))
             needs = functools.partial(programs_of, buckets=_buckets_of(runtime))
-            num_compiled = 0
-            missing: set[ProgramKey] = set()
+            compiled: set[ProgramKey] = set()
             with tqdm(total=num_cases, desc=f"Iterations, tp{tp}", unit="point", disable=None) as bar:
-                for wave in waves_of(fitting, needs, self._expected_s, size=num_compile_threads()):
-                    compiled = self._compile(runtime, wave.programs, deadline_s)
-                    num_compiled += len(compiled)
-                    missing |= set(wave.programs) - compiled
-                    for case in wave.cases:
+                for wave in waves_of(
+                    fitting, needs, self._expected_s, width=lambda: self._pace.width(deadline_s - time.monotonic())
+                ):
+                    needed = dict.fromkeys(itertools.chain.from_iterable(map(needs, wave)))
+                    compiled |= self._compile(runtime, [key for key in needed if key not in compiled], deadline_s)
+                    for case in wave:
                         expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
-                        if time.monotonic() + expected_s > deadline_s or not missing.isdisjoint(needs(case)):
+                        if time.monotonic() + expected_s > deadline_s or not compiled.issuperset(needs(case)):
                             self._num_not_reached += 1
                         else:
                             self._measure(meter, case, run_id)
                         bar.update()
-            print(
-                f"tp{tp}: {num_compiled} programs compiled; over after {time.monotonic() - started_s:.1f} s", flush=True
-            )
+            print(f"tp{tp}: over after {time.monotonic() - started_s:.1f} s", flush=True)
         finally:
             runtime.close()
 
     def _compile(self, runtime: CompilingRuntime, keys: Sequence[ProgramKey], deadline_s: float) -> set[ProgramKey]:
-        """Programs that are there in time; a wave that all time was spent on would be measured no more."""
-        left_s = deadline_s - time.monotonic()
-        if not keys or left_s <= 0.0:
+        """Compiles these, and returns which of them are there; what would come too late is not begun."""
+        started_s = time.monotonic()
+        left_s = deadline_s - started_s
+        if not keys or left_s <= self._pace.expected_s(compile_cost(keys)):
             return set()
-        return runtime.compile(keys, timeout_s=None if math.isinf(left_s) else COMPILE_SHARE * left_s)
+        compiled = runtime.compile(keys, timeout_s=self._pace.timeout_s(left_s))
+        self._pace.note(compile_cost(compiled), time.monotonic() - started_s)
+        return compiled
 
     def _measure(self, meter: Meter, case: Case, run_id: int) -> None:
         try:

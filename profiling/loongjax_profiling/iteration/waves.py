@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from loongjax.parallel.striped import local_length
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.program_calls import ProgramKey
 from loongjax_profiling.iteration.case import Case
 
-WAVE_SIZE = 16
-"""Programs that are compiled side by side before anything else is measured."""
+LIGHT_COST = 0.1
+"""Of a program without layers, of which a model's has 1: about what it takes to compile beside that."""
+HEAVY_PROGRAMS = ("prefill", "decode")
+"""Those with all layers of the model."""
+
+Needs = Callable[[Case], tuple[ProgramKey, ...]]
+"""The programs of a case."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Wave:
-    """Programs, and the points that need no others but these and those of waves before."""
-
-    programs: tuple[ProgramKey, ...]
-    """In the order in which points need them."""
-    cases: tuple[Case, ...]
+def compile_cost(programs: Iterable[ProgramKey]) -> float:
+    """What these take to compile, about, in programs of the model."""
+    return sum((1.0 if key.name in HEAVY_PROGRAMS else LIGHT_COST for key in programs), 0.0)
 
 
 def programs_of(case: Case, buckets: Buckets) -> tuple[ProgramKey, ...]:
@@ -41,55 +41,61 @@ def programs_of(case: Case, buckets: Buckets) -> tuple[ProgramKey, ...]:
 
 def waves_of(
     passes: Sequence[Sequence[Case]],
-    needs: Callable[[Case], tuple[ProgramKey, ...]],
+    needs: Needs,
     expected_s: Callable[[Case], float],
     *,
-    size: int = WAVE_SIZE,
-) -> Iterator[Wave]:
-    """All cases, pass after pass, in waves of at most `size` new programs, or of one case that needs more.
+    width: Callable[[], float],
+) -> Iterator[tuple[Case, ...]]:
+    """All cases, pass after pass, in waves: what those of one need is compiled before they are measured.
 
     Args:
         passes: after each of them a measurement that ends there is useful.
         needs: the programs of a case.
         expected_s: how long a case takes; within a wave, short ones come first.
-        size: of a wave.
+        width: asked before each wave: how much its new programs may cost, unless its first cases need more.
     """
-    compiled: set[ProgramKey] = set()
+    have: set[ProgramKey] = set()
     for cases in passes:
-        programs: list[ProgramKey] = []
         chosen: list[Case] = []
-        for new, bundle in _in_turns(cases, needs, expected_s, frozenset(compiled)):
-            if programs and len(programs) + len(new) > size:
-                yield Wave(programs=tuple(programs), cases=tuple(sorted(chosen, key=expected_s)))
-                programs, chosen = [], []
-            programs += new
+        cost, most = 0.0, width()
+        for new_cost, bundle in _in_turns(cases, needs, expected_s, have):
+            if cost and cost + new_cost > most:
+                yield tuple(sorted(chosen, key=expected_s))
+                chosen = []
+                cost, most = 0.0, width()
+            cost += new_cost
             chosen += bundle
-            compiled.update(new)
         if chosen:
-            yield Wave(programs=tuple(programs), cases=tuple(sorted(chosen, key=expected_s)))
+            yield tuple(sorted(chosen, key=expected_s))
 
 
 def _in_turns(
-    cases: Sequence[Case],
-    needs: Callable[[Case], tuple[ProgramKey, ...]],
-    expected_s: Callable[[Case], float],
-    compiled: Set[ProgramKey],
-) -> Iterator[tuple[list[ProgramKey], list[Case]]]:
-    """(new programs, cases that need these), from each kind and strategy in turn, the largest gain a program first."""
-    have = set(compiled)
+    cases: Sequence[Case], needs: Needs, expected_s: Callable[[Case], float], have: set[ProgramKey]
+) -> Iterator[tuple[float, list[Case]]]:
+    """(cost of new programs, cases that need these), from each kind and strategy in turn, the least cost a case first.
+
+    Those of whose programs only light ones are new do not wait for a turn. `have` takes in what was new.
+    """
     bundles: dict[tuple, dict[frozenset[ProgramKey], list[Case]]] = collections.defaultdict(dict)
     for case in cases:
         bundles[case.kind, case.strategy].setdefault(frozenset(needs(case)), []).append(case)
+
+    def rank(owner: tuple, needed: frozenset[ProgramKey]) -> tuple[float, float]:
+        ready = bundles[owner][needed]
+        return compile_cost(needed - have) / len(ready), sum(map(expected_s, ready)) / len(ready)
+
     while bundles:
-        for owner in list(bundles):
+        bests = {owner: min(rank(owner, needed) for needed in mine) for owner, mine in bundles.items()}
+        for owner in sorted(bests, key=bests.__getitem__):
             mine = bundles[owner]
-            costs = {
-                needed: (len(needed - have) / len(ready), sum(map(expected_s, ready)) / len(ready))
-                for needed, ready in mine.items()
-            }
-            cheapest = min(costs, key=costs.__getitem__)
-            ready = mine.pop(cheapest)
-            yield [key for key in needs(ready[0]) if key not in have], ready
-            have |= cheapest
+            is_first = True
+            while mine:
+                cheapest = min(mine, key=lambda needed: rank(owner, needed))
+                if not is_first and compile_cost(cheapest - have) >= 1.0:
+                    break
+                is_first = False
+                cost = compile_cost(cheapest - have)
+                have |= cheapest
+                yield cost, mine.pop(cheapest)
             if not mine:
                 del bundles[owner]

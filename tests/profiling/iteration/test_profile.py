@@ -18,6 +18,7 @@ from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database
 from loongjax_profiling.iteration.grids import build_grid
+from loongjax_profiling.iteration.waves import compile_cost
 from tests.profiling.iteration.scripted_runtime import ScriptedRuntime
 
 NUM_DEVICES = 8
@@ -214,6 +215,21 @@ def test_points_whose_programs_are_not_compiled_in_time_are_left_for_another_run
     builds.compile_in_time = lambda keys, timeout_s: set(keys)
     run(db, tp=(1,))
     assert {case.kind for case in points_in(db)} == {"prefill", "decode"}
+
+
+def test_programs_that_would_come_too_late_are_not_begun(builds, db, capsys, monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(profile.time, "monotonic", lambda: clock[0])
+
+    def compile_slowly(keys, timeout_s):
+        clock[0] += 100.0 * compile_cost(keys)
+        return set(keys)
+
+    builds.compile_in_time = compile_slowly
+    run(db, tp=(1,), grid=("tp-base",), limit_s=200.0)
+    assert 100.0 < clock[0] < 200.0
+    assert len({case.kind for case in points_in(db)}) == 1, "there was no time for another program of the model"
+    assert "were not reached within --limit-s" in capsys.readouterr().out
 
 
 def test_each_program_is_compiled_once(builds, db):

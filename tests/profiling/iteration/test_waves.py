@@ -1,6 +1,7 @@
-"""Waves: each program once, each point after its programs, and the points that cost least compilation first."""
+"""Waves: each point once and in its pass, and those that cost least compilation first."""
 
 import collections
+import itertools
 
 import hypothesis
 import hypothesis.strategies as st
@@ -11,7 +12,7 @@ from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.program_calls import ProgramKey
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.grids import build_grid
-from loongjax_profiling.iteration.waves import programs_of, waves_of
+from loongjax_profiling.iteration.waves import compile_cost, programs_of, waves_of
 
 BUCKETS = Buckets.for_limits(max_num_batched_tokens=1 << 30, max_num_seqs=1024, num_pages=1000)
 ALL_CASES = build_grid("analytical-model", num_devices=4).cases
@@ -21,20 +22,33 @@ def needs(case):
     return programs_of(case, BUCKETS)
 
 
+def num_tokens(case):
+    return case.num_tokens
+
+
 @hypothesis.given(
-    st.lists(st.lists(st.sampled_from(ALL_CASES), unique=True, max_size=12), max_size=4), st.integers(1, 8)
+    st.lists(st.lists(st.sampled_from(ALL_CASES), unique=True, max_size=12), max_size=4),
+    st.lists(st.integers(1, 8), min_size=1, max_size=5),
 )
 @hypothesis.settings(max_examples=20, deadline=None)
-def test_every_case_comes_once_in_its_pass_and_every_program_once_and_before(passes, size):
+def test_every_case_comes_once_in_its_pass_and_waves_need_no_more_than_asked_for(passes, widths):
     known = set()
     passes = [[case for case in cases if not (case in known or known.add(case))] for cases in passes]
-    compiled, measured = [], []
-    for wave in waves_of(passes, needs, lambda case: case.num_tokens, size=size):
-        compiled += wave.programs
-        measured += wave.cases
-        assert len(wave.programs) <= max(size, 3)
-        assert all(key in compiled for case in wave.cases for key in needs(case))
-    assert len(compiled) == len(set(compiled))
+    asked = []
+
+    def width():
+        asked.append(widths[len(asked) % len(widths)])
+        return asked[-1]
+
+    compiled, measured = set(), []
+    for wave in waves_of(passes, needs, num_tokens, width=width):
+        most = asked[-1]
+        assert list(map(num_tokens, wave)) == sorted(map(num_tokens, wave))
+        new = set(itertools.chain.from_iterable(map(needs, wave))) - compiled
+        first = min(compile_cost(set(needs(case)) - compiled) for case in wave)
+        assert compile_cost(new) <= max(most, first + 1.2) + 1e-9
+        compiled |= new
+        measured += wave
     begin = 0
     for cases in passes:
         assert collections.Counter(measured[begin : begin + len(cases)]) == collections.Counter(cases)
@@ -44,10 +58,10 @@ def test_every_case_comes_once_in_its_pass_and_every_program_once_and_before(pas
 
 def test_the_first_wave_pays_for_more_points_than_it_has_programs():
     grid = build_grid("analytical-model", num_devices=2)
-    cases = [[case for case in cases if case.strategy.tp == 1] for cases in grid.passes]
-    waves = list(waves_of(cases, needs, lambda case: case.num_tokens))
-    assert len(waves[0].cases) > 2 * len(waves[0].programs)
-    assert {(case.kind, case.strategy) for case in waves[0].cases} == {
+    passes = [[case for case in cases if case.strategy.tp == 1] for cases in grid.passes]
+    wave = next(waves_of(passes, needs, num_tokens, width=lambda: 16))
+    assert len(wave) > 2 * len(set(itertools.chain.from_iterable(map(needs, wave))))
+    assert {(case.kind, case.strategy) for case in wave} == {
         ("prefill", Strategy(1)),
         ("prefill", Strategy(2)),
         ("decode", Strategy(1)),
@@ -62,9 +76,19 @@ def test_the_program_that_serves_most_points_comes_first():
         Case(kind="decode", strategy=Strategy(1), batch_size=16, input_len=length, num_masters=1)
         for length in (10, 100, 1000)
     ]
-    [first, second] = waves_of([[rare, *frequent]], needs, lambda case: case.num_tokens, size=2)
-    assert first.cases == tuple(frequent)
-    assert second.cases == (rare,)
+    [first, second] = waves_of([[rare, *frequent]], needs, num_tokens, width=lambda: 1)
+    assert first == tuple(frequent)
+    assert second == (rare,)
+
+
+def test_points_whose_model_program_is_there_come_before_the_next_one():
+    alone = Case(kind="prefill", strategy=Strategy(1), batch_size=1, input_len=60)
+    batched = Case(kind="prefill", strategy=Strategy(1), batch_size=4, input_len=15)
+    decode = Case(kind="decode", strategy=Strategy(1), batch_size=1, input_len=10, num_masters=1)
+    # The decode shares the sampler of one row with the prefill, the batch its model program.
+    waves = list(waves_of([[alone, decode, batched]], needs, num_tokens, width=lambda: 1))
+    order = list(itertools.chain.from_iterable(waves))
+    assert abs(order.index(alone) - order.index(batched)) == 1
 
 
 @pytest.mark.parametrize(
