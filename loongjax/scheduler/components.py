@@ -23,16 +23,33 @@ def find_components(draft: Draft) -> list[Component]:
 
     Busy ones are among them. Instances that prefill are not, nor are requests with keys there: those stand still.
     """
+    components = _tied_together(draft) if draft.straddling else _each_alone(draft)
+    for component in components:
+        component.requests.sort(key=order_of)
+    components.sort(key=lambda component: component.requests[0].order)
+    return components
+
+
+def _each_alone(draft: Draft) -> list[Component]:
+    """Those of instances that share no request, which is most of the time."""
+    prefilling = draft.prefilling
+    return [
+        Component({instance}, residents.copy())
+        for instance, residents in enumerate(draft.residents)
+        if residents and instance not in prefilling
+    ]
+
+
+def _tied_together(draft: Draft) -> list[Component]:
     root = list(range(draft.shape.num_instances))
     stalled: set[str] = set()
     for instance in draft.prefilling:
-        stalled.update(request.request_id for request in draft.residents[instance])
-    for residents in draft.residents:
-        for request in residents:
-            if len(request.kv) > 1 and request.request_id not in stalled:
-                first = _find(root, request.kv[0][0])
-                for instance, _ in request.kv[1:]:
-                    root[_find(root, instance)] = first
+        stalled.update([request.request_id for request in draft.residents[instance]])
+    for request in draft.straddling:
+        if request.request_id not in stalled:
+            first = _find(root, request.kv[0][0])
+            for instance, _ in request.kv[1:]:
+                root[_find(root, instance)] = first
     components: dict[int, Component] = {}
     for instance, residents in enumerate(draft.residents):
         if residents and instance not in draft.prefilling:
@@ -43,10 +60,7 @@ def find_components(draft: Draft) -> list[Component]:
                 for request in residents
                 if request.kv[-1][0] == instance and (not stalled or request.request_id not in stalled)
             ]
-    for component in components.values():
-        component.requests.sort(key=order_of)
-    occupied = [component for component in components.values() if component.requests]
-    return sorted(occupied, key=lambda component: component.requests[0].order)
+    return [component for component in components.values() if component.requests]
 
 
 order_of = operator.attrgetter("order")

@@ -30,18 +30,25 @@ class Draft:
         """Instances that will be idle soon."""
         self.residents: list[list[RunningView]] = [[] for _ in view.instances]
         """Requests with keys on an instance."""
-        self.num_newest = [0] * len(view.instances)
-        """Requests whose newest token lies on an instance."""
+        self.straddling: list[RunningView] = []
+        """Requests with keys on more than one instance."""
         self._growth_pages = view.shape.num_pages_for(growth_tokens)
         self._iterations: list[Plan] = []
         self._preempted: list[str] = []
-        residents, num_newest = self.residents, self.num_newest
+        residents = self.residents
         for request in view.running:
             kv = request.kv
-            if kv:
-                num_newest[kv[-1][0]] += 1
+            if len(kv) == 1:
+                residents[kv[0][0]].append(request)
+            elif kv:
+                self.straddling.append(request)
                 for instance, _ in kv:
                     residents[instance].append(request)
+        self.num_newest = [len(requests) for requests in residents]
+        """Requests whose newest token lies on an instance."""
+        for request in self.straddling:
+            for instance, _ in request.kv[:-1]:
+                self.num_newest[instance] -= 1
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -76,6 +83,7 @@ class Draft:
         assert not request.is_in_flight, request
         self._preempted.append(request.request_id)
         self.num_newest[request.kv[-1][0]] -= 1
+        self.straddling = [other for other in self.straddling if other is not request]
         for instance, num_tokens in request.kv:
             self.free[instance] += self.shape.num_pages_for(num_tokens)
             self.residents[instance] = [other for other in self.residents[instance] if other is not request]

@@ -244,10 +244,11 @@ class Dispatcher:
 
     def _until_over_s(self, site: Site) -> float:
         """In how many seconds the last decode of the group is expected to end: the paper's AvgLat_d - exec_time."""
-        generated = np.array([request.num_output_tokens for request in site.requests], np.int64)
-        prompts = [request.num_tokens - request.num_output_tokens for request in site.requests]
-        limits = np.array([request.max_total_tokens for request in site.requests], np.int64) - np.array(prompts)
-        num_steps = float(np.max(self._lengths.expected_left(generated, limits)))
+        generated = [request.num_output_tokens for request in site.requests]
+        limits = [
+            request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in site.requests
+        ]
+        num_steps = max(self._lengths.expected_left(generated, limits))
         return site.ready_s + max(0.0, num_steps) * step_s(site, self._times)
 
 

@@ -42,16 +42,27 @@ class MemoryAdmission:
     def __init__(
         self, view: ClusterView, candidates: Sequence[WaitingView], lengths: OutputLengths, admission: Admission
     ) -> None:
+        running = [request for request in view.running if request.kv]
         self._page_size = view.shape.page_size
         self._lengths = lengths
         self._admission: Admission = admission
         self._capacity = view.shape.num_instances * view.shape.num_slots
-        self._held, self._left = self._demands(_running_table([request for request in view.running if request.kv]))
+        self.most: list[int] = [
+            (request.max_total_tokens + self._page_size) * request.keeps_kv for request in candidates
+        ]
+        """Slots that each candidate may take in the end, and if there is room for all of them, no less than that."""
+        self._most = sum([request.max_total_tokens for request in running]) + self._page_size * len(running)
+        # Nobody takes more than its full length and the rest of a page; mostly that is all there is to know.
+        if self._most + sum(self.most) > self._capacity:
+            self._look_closer(running, candidates)
+
+    def _look_closer(self, running: Sequence[RunningView], candidates: Sequence[WaitingView]) -> None:
+        columns = zip(_running_columns(running), _waiting_columns(candidates), strict=True)
+        held, left = self._demands(np.array([mine + theirs for mine, theirs in columns], np.int64))
+        self._held, self._candidates_held = np.split(held, [len(running)])
+        self._left, self._candidates_left = np.split(left, [len(running)])
         self._most = int(self._held.sum() + self._left.sum())
-        held, left = self._demands(_waiting_table(candidates))
-        self._candidates_held, self._candidates_left = held, left
-        self.most: list[int] = (held + left).tolist()
-        """Slots that each candidate may take in the end."""
+        self.most = (self._candidates_held + self._candidates_left).tolist()
 
     @property
     def num_free(self) -> int:
@@ -68,10 +79,10 @@ class MemoryAdmission:
         return peak_tokens(held, left) <= self._capacity
 
     def _demands(
-        self, table: Int[np.ndarray, "requests 3"]
+        self, table: Int[np.ndarray, "3 requests"]
     ) -> tuple[Int[np.ndarray, " requests"], Int[np.ndarray, " requests"]]:
         """Slots held, in whole pages, and tokens still to come; the last token of an output never gets a slot."""
-        num_tokens, max_total_tokens, num_output_tokens = table.T
+        num_tokens, max_total_tokens, num_output_tokens = table
         num_prompt_tokens = num_tokens - num_output_tokens
         final = max_tokens = max_total_tokens - num_prompt_tokens
         if self._admission == "quantile":
@@ -80,21 +91,19 @@ class MemoryAdmission:
         return -(-num_tokens // self._page_size) * self._page_size, left
 
 
-def _running_table(requests: Sequence[RunningView]) -> Int[np.ndarray, "requests 3"]:
+def _running_columns(requests: Sequence[RunningView]) -> tuple[list[int], list[int], list[int]]:
     """Tokens with keys, most tokens ever, and generated tokens that have keys: at rest, all but the newest."""
-    columns = (
+    return (
         [request.num_tokens for request in requests],
         [request.max_total_tokens for request in requests],
         [request.num_output_tokens - (not request.is_in_flight) for request in requests],
     )
-    return np.array(columns, np.int64).T
 
 
-def _waiting_table(requests: Sequence[WaitingView]) -> Int[np.ndarray, "requests 3"]:
+def _waiting_columns(requests: Sequence[WaitingView]) -> tuple[list[int], list[int], list[int]]:
     """As for running ones, as if their prefill were over; of one that keeps no keys, nothing."""
-    columns = (
+    return (
         [request.num_tokens * request.keeps_kv for request in requests],
         [request.max_total_tokens * request.keeps_kv for request in requests],
         [request.num_output_tokens * request.keeps_kv for request in requests],
     )
-    return np.array(columns, np.int64).T

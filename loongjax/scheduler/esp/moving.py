@@ -112,10 +112,12 @@ class Mover:
 
     def _weight_of_steps(self, requests: Sequence[RunningView]) -> float:
         """The shares of their outputs that these requests are still expected to generate, summed up."""
-        generated = np.array([request.num_output_tokens for request in requests], np.int64)
-        room = np.array([request.max_total_tokens - request.num_tokens for request in requests], np.int64)
-        left = np.maximum(self._lengths.expected_left(generated, generated + room), 0.0)
-        return float(np.sum(left / np.maximum(generated + left, 1.0)))
+        generated = [request.num_output_tokens for request in requests]
+        limits = [request.num_output_tokens + request.max_total_tokens - request.num_tokens for request in requests]
+        expected = self._lengths.expected_left(generated, limits)
+        left = [max(num_tokens, 0.0) for num_tokens in expected]
+        shares = [more / max(done + more, 1.0) for done, more in zip(generated, left, strict=True)]
+        return float(np.sum(shares))
 
     def _may_move(self, request: RunningView) -> bool:
         may_now = self._fairness.may_migrate(request, self._min_tokens_between_migrations)

@@ -52,11 +52,13 @@ class Outlook:
         self.until_free_s = times.until_free_s(view)
         """In seconds, by instance."""
         decoding = {instance for component in self.components for instance in component.instances}
-        by_room = sorted(draft.idle, key=lambda instance: (-draft.room(instance), instance))
-        self.vacant = [instance for instance in by_room if instance not in decoding and instance not in barred]
+        self.vacant = [instance for instance in draft.idle if instance not in decoding and instance not in barred]
+        self.vacant.sort(key=lambda instance: (-draft.room(instance), instance))
         """Idle instances on which nobody waits for a next token, those with most room first."""
         sites = [self._site(component, view.now_s) for component in self.components]
-        self.decodes = [site for site in sites if site.ready_s < math.inf and not _meets(site.instances, barred)]
+        self.decodes = [site for site in sites if site.ready_s < math.inf]
+        if barred:
+            self.decodes = [site for site in self.decodes if not _meets(site.instances, barred)]
         """Decode groups, those first that are cheapest to pause for each instance."""
         self.decodes.sort(key=lambda site: (site.pause_weight / len(site.instances), site.instances))
         self.emptied = self._emptied(draft, barred)

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 
 from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason
-from loongjax.costmodel.corrector import CorrectedModel, Corrector
+from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
-from loongjax.costmodel.work import DecodeTotals, PrefillTotals, PrefillWork
+from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
@@ -29,11 +29,12 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Sink
 from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.predictions import Predictions
 from loongjax.scheduler.esp.prefill import PrefillPlanner
 from loongjax.scheduler.esp.scaling import CostModelRules
-from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.times import Times, kind_of
 from loongjax.scheduler.fairness import Fairness
-from loongjax.scheduler.observation import IterationEnded, Observation
+from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.view import ClusterView
 
 
@@ -50,7 +51,7 @@ class EspPolicy:
         self._config = config
         self._base_model = cost_model
         self._corrector = Corrector()
-        self._model = CorrectedModel(base=cost_model, corrector=self._corrector)
+        self._predictions = Predictions(cost_model)
         self._can_migrate = _knows_migration(cost_model)
         self._explain = explain
         self._lengths = OutputLengths()
@@ -68,11 +69,12 @@ class EspPolicy:
     def observe(self, observations: Sequence[Observation]) -> None:
         """Corrects the cost model, and learns how long outputs are. See `Policy.observe`."""
         self._corrector = self._corrector.copy()
-        self._model = CorrectedModel(base=self._base_model, corrector=self._corrector)
+        self._correct([ended for ended in observations if isinstance(ended, IterationEnded)])
         for observation in observations:
-            if isinstance(observation, IterationEnded):
-                self._correct(observation)
-            elif observation.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            if isinstance(observation, RequestEnded) and observation.finish_reason in (
+                FinishReason.STOP,
+                FinishReason.LENGTH,
+            ):
                 self._lengths.add(observation.num_output_tokens)
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
@@ -80,7 +82,7 @@ class EspPolicy:
         draft = Draft(view, self._config.growth_tokens)
         if not draft.idle:
             return ()
-        times = Times(self._model, view.shape.tp)
+        times = Times(self._base_model, view.shape.tp, corrector=self._corrector, predictions=self._predictions)
         components = None
         if view.waiting:
             components = PrefillPlanner(
@@ -108,14 +110,18 @@ class EspPolicy:
         self._fairness.prune(view.running, view.waiting)
         return draft.plans
 
-    def _correct(self, ended: IterationEnded) -> None:
-        if isinstance(ended.work, PrefillWork):
-            predicted_s = self._base_model.prefill_s(ended.strategy, PrefillTotals.of([ended.work]))
-            kind = "prefill"
-        else:
-            predicted_s = self._base_model.decode_s(ended.strategy, DecodeTotals.of([ended.work]))
-            kind = "decode"
-        self._corrector.observe(kind, ended.strategy, predicted_s=float(predicted_s[0]), actual_s=ended.elapsed_s)
+    def _correct(self, iterations: Sequence[IterationEnded]) -> None:
+        alike: dict[tuple[Kind, Strategy], list[PrefillWork | DecodeWork]] = {}
+        for ended in iterations:
+            alike.setdefault((kind_of(ended.work), ended.strategy), []).append(ended.work)
+        predictions = {
+            (kind, strategy): iter(self._predictions.of_works(strategy, works))
+            for (kind, strategy), works in alike.items()
+        }
+        for ended in iterations:
+            kind, strategy = kind_of(ended.work), ended.strategy
+            predicted_s = next(predictions[kind, strategy])
+            self._corrector.observe(kind, strategy, predicted_s=predicted_s, actual_s=ended.elapsed_s)
 
 
 def _are_changed(components: Sequence[Component], draft: Draft) -> bool:

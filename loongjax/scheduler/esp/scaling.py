@@ -98,9 +98,9 @@ class CostModelRules:
 
     def _steps_left(self, requests: Sequence[RunningView]) -> float:
         """Steps until half of the requests' expected tokens are generated, at least one: the mean over requests."""
-        generated = np.array([request.num_output_tokens for request in requests], np.int64)
-        totals = np.array([request.max_total_tokens - request.num_tokens for request in requests], np.int64)
-        return max(1.0, float(np.mean(self._lengths.expected_left(generated, generated + totals))))
+        generated = [request.num_output_tokens for request in requests]
+        limits = [request.num_output_tokens + request.max_total_tokens - request.num_tokens for request in requests]
+        return max(1.0, float(np.mean(self._lengths.expected_left(generated, limits))))
 
     def _tell(
         self,

@@ -25,9 +25,10 @@ def senior_of(view: ClusterView) -> WaitingView | None:
         if oldest is None or first.order < oldest.order:
             oldest = first
         index = bisect.bisect_right(waiting, first.priority, lo=index, key=_priority)
-    if oldest is None or min([request.order for request in view.running], default=oldest.order) < oldest.order:
+    if oldest is None:
         return None
-    return oldest
+    order = oldest.order
+    return None if any(request.order < order for request in view.running) else oldest
 
 
 def _priority(request: WaitingView) -> int:

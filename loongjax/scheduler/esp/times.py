@@ -9,23 +9,43 @@ import numpy as np
 
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Migrate
+from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
+from loongjax.scheduler.esp.predictions import Predictions
 from loongjax.scheduler.view import ClusterView, FlightView, WaitingView
 
 
 class Times:
-    """A cost model for instances of `tp` devices."""
+    """A corrected cost model for instances of `tp` devices, while nothing is learned."""
 
-    def __init__(self, model: CostModel, tp: int) -> None:
+    def __init__(
+        self,
+        model: CostModel,
+        tp: int,
+        *,
+        corrector: Corrector | None = None,
+        predictions: Predictions | None = None,
+    ) -> None:
+        """Times of this model.
+
+        Args:
+            model: knows every strategy that the cluster can form.
+            tp: devices of an instance.
+            corrector: what to multiply the times of iterations by; None: nothing.
+            predictions: what the model was asked before; None: nothing.
+        """
         self._model = model
         self._tp = tp
-        self._known_batches: dict[tuple[int, int, int], float] = {}
-        self._known_steps: dict[tuple[int, int, int], float] = {}
+        self._corrector = corrector
+        self._predictions = Predictions(model) if predictions is None else predictions
+        self._factors: dict[tuple[Kind, Strategy], float] = {}
+        self._strategies: dict[int, Strategy] = {}
 
     def prefill_s(self, dop: int, totals: PrefillTotals) -> np.ndarray:
         """Of many batches on so many instances each: float64, of the totals' shape."""
-        return self._model.prefill_s(Strategy(dop, self._tp), totals)
+        strategy = self._strategy(dop)
+        return self._factor("prefill", strategy) * self._model.prefill_s(strategy, totals)
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""
@@ -40,10 +60,9 @@ class Times:
 
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
-        key = dop, num_rows, busiest_keys
-        if key not in self._known_steps:
-            self._known_steps[key] = float(self.step_s(dop, num_rows, busiest_keys, [1])[0])
-        return self._known_steps[key]
+        strategy = self._strategy(dop)
+        base_s = self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
+        return self._factor("decode", strategy) * base_s
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
@@ -61,7 +80,8 @@ class Times:
             busiest_rows=np.ceil(num_rows / masters),
             busiest_keys=np.full(len(masters), float(busiest_keys)),
         )
-        return self._model.decode_s(Strategy(dop, self._tp), totals)
+        strategy = self._strategy(dop)
+        return self._factor("decode", strategy) * self._model.decode_s(strategy, totals)
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
@@ -85,27 +105,41 @@ class Times:
         return left
 
     def _batch_s(self, dop: int, num_tokens: int, squared_lens: int) -> float:
-        key = dop, num_tokens, squared_lens
-        if key not in self._known_batches:
-            self._known_batches[key] = float(self.prefill_s(dop, PrefillTotals.of_sums(num_tokens, squared_lens))[0])
-        return self._known_batches[key]
+        strategy = self._strategy(dop)
+        return self._factor("prefill", strategy) * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
         durations = [math.inf] * len(flights)
-        alike: dict[tuple[type, int], list[int]] = {}
+        alike: dict[tuple[Kind, int], list[int]] = {}
         for index, flight in enumerate(flights):
+            work = flight.work
             if isinstance(flight.plan, Migrate):
                 durations[index] = self.migration_s(flight.plan.num_tokens)
-            elif flight.work is not None:
-                alike.setdefault((type(flight.work), flight.group.dop), []).append(index)
+            elif work is not None:
+                alike.setdefault((kind_of(work), flight.group.dop), []).append(index)
         for (kind, dop), indices in alike.items():
-            works = [flights[index].work for index in indices]
-            if kind is PrefillWork:
-                totals = PrefillTotals.of([work for work in works if isinstance(work, PrefillWork)])
-                seconds = self.prefill_s(dop, totals)
-            else:
-                totals = DecodeTotals.of([work for work in works if isinstance(work, DecodeWork)])
-                seconds = self._model.decode_s(Strategy(dop, self._tp), totals)
-            for index, duration_s in zip(indices, seconds.tolist(), strict=True):
-                durations[index] = duration_s
+            strategy = self._strategy(dop)
+            factor = self._factor(kind, strategy)
+            works = [work for index in indices if (work := flights[index].work) is not None]
+            for index, base_s in zip(indices, self._predictions.of_works(strategy, works), strict=True):
+                durations[index] = factor * base_s
         return durations
+
+    def _strategy(self, dop: int) -> Strategy:
+        strategy = self._strategies.get(dop)
+        if strategy is None:
+            strategy = self._strategies[dop] = Strategy(dop, self._tp)
+        return strategy
+
+    def _factor(self, kind: Kind, strategy: Strategy) -> float:
+        if self._corrector is None:
+            return 1.0
+        factor = self._factors.get((kind, strategy))
+        if factor is None:
+            factor = self._factors[kind, strategy] = self._corrector.factor(kind, strategy)
+        return factor
+
+
+def kind_of(work: PrefillWork | DecodeWork) -> Kind:
+    """As a corrector tells works apart: an extend counts as a prefill."""
+    return "prefill" if isinstance(work, PrefillWork) else "decode"

@@ -40,7 +40,7 @@ def test_what_is_left_is_the_mean_of_longer_outputs_within_the_limit(
 ):
     longer = [length for length in lengths if length > num_output_tokens]
     guess = sum(longer) / len(longer) - num_output_tokens if longer else max(1, num_output_tokens)
-    left = learned(lengths).expected_left(np.array([num_output_tokens]), np.array([num_output_tokens + num_more]))
+    left = learned(lengths).expected_left([num_output_tokens], [num_output_tokens + num_more])
     assert np.allclose(left, min(guess, num_more))
 
 

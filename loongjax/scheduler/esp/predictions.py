@@ -1,0 +1,70 @@
+"""A cost model's times of single batches, each asked for once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.costmodel.model import CostModel
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
+
+MAX_REMEMBERED = 1 << 14
+"""Times of a kind that are kept; then all are forgotten."""
+
+
+class Predictions:
+    """Times in seconds, before any correction, by the immutable values that they follow from.
+
+    A policy meets the same batch often: a flight whenever it is asked before that is over, and once more when it is. A
+    model answers for arrays, where a call for one number costs as much as for hundreds.
+    """
+
+    def __init__(self, model: CostModel) -> None:
+        self._model = model
+        self._works: dict[tuple[Strategy, PrefillWork | DecodeWork], float] = {}
+        self._prefills: dict[tuple[Strategy, int, int], float] = {}
+        self._steps: dict[tuple[Strategy, int, int], float] = {}
+
+    def of_works(self, strategy: Strategy, works: Sequence[PrefillWork | DecodeWork]) -> list[float]:
+        """Of each of these iterations."""
+        known = self._works
+        missing = [work for work in works if (strategy, work) not in known]
+        if missing:
+            if len(known) + len(missing) > MAX_REMEMBERED:
+                known.clear()
+                missing = list(works)
+            prefills = [work for work in missing if isinstance(work, PrefillWork)]
+            decodes = [work for work in missing if isinstance(work, DecodeWork)]
+            if prefills:
+                seconds = self._model.prefill_s(strategy, PrefillTotals.of(prefills)).tolist()
+                known.update(zip([(strategy, work) for work in prefills], seconds, strict=True))
+            if decodes:
+                seconds = self._model.decode_s(strategy, DecodeTotals.of(decodes)).tolist()
+                known.update(zip([(strategy, work) for work in decodes], seconds, strict=True))
+        return [known[strategy, work] for work in works]
+
+    def prefill_s(self, strategy: Strategy, num_tokens: int, squared_lens: int) -> float:
+        """Of a prefill, by the sums over its requests."""
+        key = strategy, num_tokens, squared_lens
+        seconds = self._prefills.get(key)
+        if seconds is None:
+            if len(self._prefills) >= MAX_REMEMBERED:
+                self._prefills.clear()
+            totals = PrefillTotals.of_sums(num_tokens, squared_lens)
+            seconds = self._prefills[key] = float(self._model.prefill_s(strategy, totals)[0])
+        return seconds
+
+    def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
+        """Of a decode step in which one instance has all rows."""
+        key = strategy, num_rows, busiest_keys
+        seconds = self._steps.get(key)
+        if seconds is None:
+            if len(self._steps) >= MAX_REMEMBERED:
+                self._steps.clear()
+            rows = np.array([float(num_rows)])
+            totals = DecodeTotals(
+                num_rows=rows, num_masters=np.ones(1), busiest_rows=rows, busiest_keys=np.array([float(busiest_keys)])
+            )
+            seconds = self._steps[key] = float(self._model.decode_s(strategy, totals)[0])
+        return seconds
