@@ -38,10 +38,12 @@ class LatencyComparison:
     simulated_s: float
 
     @property
-    def relative_error(self) -> float:
-        """(simulated - measured) / measured; 0 if both are 0."""
+    def relative_error(self) -> float | None:
+        """(simulated - measured) / measured; 0 if both are 0, None if only the measured one is."""
         difference_s = self.simulated_s - self.measured_s
-        return difference_s / self.measured_s if difference_s else 0.0
+        if difference_s == 0.0:
+            return 0.0
+        return difference_s / self.measured_s if self.measured_s else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

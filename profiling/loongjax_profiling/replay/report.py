@@ -19,7 +19,7 @@ def format_comparison(comparison: ReplayComparison) -> str:
         f"{'latency (ms)':<22}{'':>6}{'measured':>12}{'simulated':>12}{'error':>10}{'error without host':>22}",
         *[
             f"{LATENCIES[row.latency]:<22}{row.statistic:>6}{_ms(row.measured_s)}{_ms(row.simulated_s)}"
-            f"{row.relative_error:>+10.1%}{bare.relative_error:>+22.1%}"
+            f"{_percent(row.relative_error)}{_percent(bare.relative_error):>22}"
             for row, bare in zip(comparison.latencies, comparison.latencies_without_host, strict=True)
         ],
         "",

@@ -115,8 +115,11 @@ def simulate(
     )
     records: list[RequestRecord] = []
     with tqdm.tqdm(total=len(workload), unit="request", disable=not progress) as bar:
+        run_s = -math.inf
         for index, request in enumerate(workload):
-            records += router.run_until(request.arrival_s)
+            if request.arrival_s > run_s:  # who comes at the same moment is there when the policy is asked
+                run_s = request.arrival_s
+                records += router.run_until(run_s)
             job = Job(request_id=f"request-{index}", request=request, slo=slo(request))
             refused = router.add(job, request.arrival_s)
             records += [refused] if refused is not None else []

@@ -1,0 +1,89 @@
+"""What the host adds: measured from iterations, and put into a simulation. Times are worked out by hand."""
+
+import dataclasses
+
+import pytest
+
+from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
+from loongjax_profiling.replay.host_times import measure_host_times
+from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
+from tests.profiling.replay.iterations import traced_decode, traced_prefill, traced_recovery
+from tests.profiling.simulate.systems import RoundModel, arriving, cluster, system
+
+HOST = HostTimes(turnaround_s=0.003, decode_begin_s=0.02)
+
+
+def test_a_turnaround_is_the_mean_over_what_did_not_go_on():
+    iterations = [
+        traced_prefill(100, 0.1, turnaround_s=0.002),
+        traced_decode(0.01, continues=False, turnaround_s=0.004),
+        traced_decode(0.01, continues=True, turnaround_s=9.0),
+        traced_prefill(100, 0.1),
+    ]
+    assert measure_host_times(iterations, RoundModel(), 1).turnaround_s == pytest.approx(0.003)
+
+
+def test_a_decodes_begin_is_what_first_steps_take_beyond_the_prediction():
+    # Each is predicted to take 10 ms.
+    iterations = [
+        traced_decode(0.013, continues=False),
+        traced_decode(0.017, continues=False),
+        traced_decode(0.5, continues=True),
+        traced_prefill(100, 5.0),
+        traced_recovery(1.0),
+    ]
+    assert measure_host_times(iterations, RoundModel(), 1).decode_begin_s == pytest.approx(0.005)
+
+
+def test_first_steps_that_are_quicker_than_predicted_take_nothing_away():
+    assert measure_host_times([traced_decode(0.004, continues=False)], RoundModel(), 1).decode_begin_s == 0.0
+
+
+def test_nothing_measured_is_nothing_added():
+    assert measure_host_times([], RoundModel(), 1) == NO_HOST
+
+
+def one_instance(host: HostTimes, **options: bool) -> SimulatedSystem:
+    """Prefills take a millisecond a token, decode steps 10 ms."""
+    alone = system(cluster(num_instances=1), "replicated", cost_model=RoundModel())
+    return dataclasses.replace(alone, host=host, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"step_by_step": True}, {"run_ahead": True}])
+def test_a_lone_request_waits_for_the_host_where_a_real_one_would(options: dict[str, bool]):
+    (record,) = simulate(one_instance(HOST, **options), arriving((1.0, 100, 5)))
+    # Arrival, turnaround, prefill, and the turnaround in which the client is told.
+    assert record.first_token_s == pytest.approx(1.0 + 0.003 + 0.1 + 0.003)
+    # The first step begins a turnaround after the prefill and takes longer; the other three follow at once.
+    assert record.complete_s == pytest.approx(1.103 + 0.003 + 0.02 + 4 * 0.01 + 0.003)
+
+
+@pytest.mark.parametrize("options", [{}, {"step_by_step": True}, {"run_ahead": True}])
+def test_a_host_that_adds_nothing_changes_nothing_for_a_lone_request(options: dict[str, bool]):
+    workload = arriving((1.0, 100, 5))
+    assert simulate(one_instance(NO_HOST, **options), workload) == simulate(one_instance(NO_HOST), workload)
+
+
+@pytest.mark.parametrize("host", [NO_HOST, HOST])
+def test_jumps_change_nothing_with_any_host(host: HostTimes):
+    workload = arriving((0.0, 50, 40), (0.0, 70, 25), (0.2, 300, 30), (0.6, 20, 3), (2.0, 10, 50))
+    step_by_step = simulate(one_instance(host, step_by_step=True), workload)
+    assert simulate(one_instance(host), workload) == step_by_step
+
+
+def test_who_comes_while_a_decode_runs_ahead_waits_for_one_step_more():
+    # The first request decodes from 0.1 s on, a step each 10 ms; the second comes 4 ms into a step.
+    workload = arriving((0.0, 100, 50), (0.204, 30, 1))
+    waits = simulate(one_instance(NO_HOST, step_by_step=True), workload)[1]
+    waits_longer = simulate(one_instance(NO_HOST, run_ahead=True), workload)[1]
+    assert waits.first_token_s == pytest.approx(0.21 + 0.03)
+    assert waits_longer.first_token_s == pytest.approx(0.22 + 0.03)
+
+
+def test_spans_show_iterations_without_the_wait_before_them():
+    spans: list[Span] = []
+    simulate(one_instance(HOST), arriving((1.0, 100, 5)), on_span=spans.append)
+    assert [span.kind for span in spans] == ["prefill", "decode"]
+    prefill, decode = spans
+    assert prefill.end_s - prefill.begin_s == pytest.approx(0.1)
+    assert decode.begin_s - prefill.end_s == pytest.approx(0.003)
