@@ -71,6 +71,43 @@ def test_an_aborted_request_teaches_nothing() -> None:
 
 
 def test_a_request_that_keeps_no_keys_takes_no_memory() -> None:
-    view = cluster(1, waits=[waiting("echo", 0, 80, keeps_kv=False), waiting("w", 1, 80, max_total_tokens=90)])
+    waits = [waiting("echo", 0, 80, keeps_kv=False), waiting("w", 1, 80, max_total_tokens=90)]
+    for num_pages in (22, 1000):
+        view = cluster(1, num_pages=num_pages, waits=waits)
+        assert MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case").most[0] == 0
+
+
+def test_where_memory_is_short_a_request_counts_with_all_its_tokens_but_the_last() -> None:
+    view = cluster(1, num_pages=22, waits=[waiting("w", 1, 80, max_total_tokens=90)])
+    assert MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case").most == [80 + 9]
+
+
+SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=4)
+
+
+@given(runs=SIZES, waits=SIZES, num_pages=st.integers(1, 60))
+def test_what_fits_is_what_counting_step_by_step_finds_however_ample_memory_is(
+    runs: list[tuple[int, int]], waits: list[tuple[int, int]], num_pages: int
+):
+    """Pages hold 4 tokens; a running request at rest has keys of all its tokens but the newest."""
+    view = cluster(
+        2,
+        num_pages=num_pages,
+        runs=[
+            running(f"r{order}", order, (0, held), num_output_tokens=1, max_new_tokens=new)
+            for order, (held, new) in enumerate(runs)
+        ],
+        waits=[
+            waiting(f"w{order}", 10 + order, held, max_total_tokens=held + new)
+            for order, (held, new) in enumerate(waits)
+        ],
+        taken={0: 0},
+    )
     memory = MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case")
-    assert memory.most == [0, 80 + 9]
+    candidates = list(range(len(waits)))
+    held = [-(-count // 4) * 4 for count, _ in (*runs, *waits)]
+    left = [new - 1 for _, new in (*runs, *waits)]
+    does_fit = counted_peak(held, left) <= 2 * 4 * num_pages
+    assert memory.fits(candidates) == does_fit
+    if sum([memory.most[place] for place in candidates]) <= memory.num_free:
+        assert does_fit
