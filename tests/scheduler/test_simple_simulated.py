@@ -6,148 +6,91 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loongjax.core.cluster import ClusterShape
 from loongjax.core.plan import Decode, Migrate, Preempt, Prefill
 from loongjax.scheduler.simple import SimplePolicy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
-from tests.scheduler.toy_engine import ToyEngine
+from tests.scheduler.random_traces import (
+    RandomCluster,
+    check_kinds_of_plans,
+    check_that_all_end,
+    check_that_the_oldest_goes_on,
+    check_that_these_end,
+    check_that_twins_agree,
+    clusters,
+)
+from tests.scheduler.toy_engine import Job, ToyEngine
+
+CONFIGS = st.builds(
+    SimplePolicyConfig,
+    prefill_tokens_per_instance=st.sampled_from([1, 8, 64]),
+    max_requests_per_master=st.sampled_from([1, 3, 100]),
+    growth_tokens=st.sampled_from([0, 2, 16]),
+    max_prefills_before_decode=st.integers(1, 4),
+    max_overtakes=st.integers(0, 4),
+    max_lookahead=st.integers(0, 8),
+    max_migrated_tokens=st.sampled_from([0, 8, 1000]),
+    min_tokens_between_migrations=st.sampled_from([1, 4]),
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    shape: ClusterShape
+    cluster: RandomCluster
     config: SimplePolicyConfig
-    max_num_batched_tokens: int
-    max_num_seqs: int
 
     def engine(self) -> ToyEngine:
-        return ToyEngine(
-            SimplePolicy(self.config),
-            self.shape,
-            max_num_batched_tokens=self.max_num_batched_tokens,
-            max_num_seqs=self.max_num_seqs,
-        )
+        return self.cluster.engine(SimplePolicy(self.config))
 
 
-@st.composite
-def setups(draw: st.DrawFn) -> Setup:
-    """Pools from one longest request in the whole cluster upwards."""
-    page_size = draw(st.sampled_from([1, 4, 16]))
-    shape = ClusterShape(
-        num_instances=draw(st.integers(1, 5)),
-        num_pages=draw(st.integers(1, {1: 24, 4: 6, 16: 3}[page_size])),
-        page_size=page_size,
-    )
-    config = SimplePolicyConfig(
-        prefill_tokens_per_instance=draw(st.sampled_from([1, 8, 64])),
-        max_requests_per_master=draw(st.sampled_from([1, 3, 100])),
-        growth_tokens=draw(st.sampled_from([0, 2, 16])),
-        max_prefills_before_decode=draw(st.integers(1, 4)),
-        max_overtakes=draw(st.integers(0, 4)),
-        max_lookahead=draw(st.integers(0, 8)),
-        max_migrated_tokens=draw(st.sampled_from([0, 8, 1000])),
-        min_tokens_between_migrations=draw(st.sampled_from([1, 4])),
-    )
-    return Setup(
-        shape=shape,
-        config=config,
-        max_num_batched_tokens=shape.num_slots * draw(st.integers(1, 2)),
-        max_num_seqs=draw(st.sampled_from([1, 2, 16])),
-    )
+SETUPS = st.builds(Setup, clusters(), CONFIGS)
 
 
-def draw_lengths(rng: random.Random, engine: ToyEngine) -> tuple[int, int]:
+def add_request(engine: ToyEngine, rng: random.Random) -> Job:
     """A prompt and an output limit that together fit the empty cluster; the last token needs no slot."""
     num_slots = engine.shape.num_instances * engine.shape.num_slots
     total = num_slots + 1 if rng.random() < 0.2 else rng.randint(2, num_slots + 1)
     prompt = rng.randint(1, min(total - 1, num_slots))
-    return (prompt, 0) if rng.random() < 0.1 else (prompt, total - prompt)
+    return engine.add(prompt, 0 if rng.random() < 0.1 else total - prompt)
+
+
+def add_short_request(engine: ToyEngine, rng: random.Random) -> Job:
+    return engine.add(rng.randint(1, min(4, engine.shape.num_slots)), 1)
 
 
 @settings(max_examples=80, deadline=None)
-@given(setup=setups(), num_requests=st.integers(1, 14), seed=st.integers(0, 2**32))
+@given(setup=SETUPS, num_requests=st.integers(1, 14), seed=st.integers(0, 2**32))
 def test_every_request_ends_and_nothing_leaks(setup: Setup, num_requests: int, seed: int):
-    rng, engine = random.Random(seed), setup.engine()
-    budget = 0
-    has_aborts = rng.random() < 0.5
-    is_prefill_slow = rng.random() < 0.5
-    while num_requests or engine.in_flight:
-        if num_requests and (not engine.in_flight or rng.random() < 0.3):
-            num_requests -= 1
-            job = engine.add(*draw_lengths(rng, engine))
-            budget += 2 * (job.max_tokens + 1)
-        elif has_aborts and rng.random() < 0.05:
-            engine.abort(rng.choice(sorted(engine.jobs)))
-        else:
-            index = rng.randrange(len(engine.in_flight))
-            if is_prefill_slow and isinstance(engine.in_flight[index].plan, Prefill) and rng.random() < 0.9:
-                index = rng.randrange(len(engine.in_flight))
-            engine.complete(index)
-        engine.ask()
-        num_iterations = sum(not isinstance(plan, Preempt) for plan in engine.history)
-        assert num_iterations <= budget, "iterations without progress"
-    assert not engine.jobs
-    assert all(engine.cache.used_pages(instance) == 0 for instance in engine.shape.all_instances)
+    check_that_all_end(setup.engine(), random.Random(seed), add_request, num_requests=num_requests, max_computed=2)
 
 
 @settings(max_examples=30, deadline=None)
-@given(setup=setups(), seed=st.integers(0, 2**32))
+@given(setup=SETUPS, seed=st.integers(0, 2**32))
 def test_the_oldest_request_is_never_preempted_and_never_stands_still(setup: Setup, seed: int):
-    rng, engine = random.Random(seed), setup.engine()
-    num_still, oldest, num_generated = 0, "", -1
-    patience = 40 + 30 * engine.shape.num_instances
-    for _ in range(150):
-        while len(engine.jobs) < 8:
-            engine.add(*draw_lengths(rng, engine))
-        before = min(engine.jobs.values(), key=lambda job: job.order)
-        plans = engine.ask()
-        preempted = [name for plan in plans if isinstance(plan, Preempt) for name in plan.request_ids]
-        assert before.request_id not in preempted
-        engine.complete(rng.randrange(len(engine.in_flight)))
-        if (before.request_id, before.num_generated) != (oldest, num_generated):
-            num_still, oldest, num_generated = 0, before.request_id, before.num_generated
-        num_still += 1
-        assert num_still <= patience, f"{before} got no token in {num_still} completions"
+    patience = 40 + 30 * setup.cluster.shape.num_instances
+    check_that_the_oldest_goes_on(
+        setup.engine(), random.Random(seed), add_request, num_completions=150, patience=patience
+    )
 
 
 @settings(max_examples=20, deadline=None)
-@given(setup=setups(), seed=st.integers(0, 2**32))
+@given(setup=SETUPS, seed=st.integers(0, 2**32))
 def test_every_waiting_and_running_request_ends_under_endless_arrivals(setup: Setup, seed: int):
     rng, engine = random.Random(seed), setup.engine()
-    first = [engine.add(*draw_lengths(rng, engine)) for _ in range(4)]
-    budget = 60 * sum(job.max_tokens + 2 for job in first) * engine.shape.num_instances
-    while any(job.request_id in engine.jobs for job in first):
-        while len(engine.waiting) < 4:
-            engine.add(rng.randint(1, min(4, engine.shape.num_slots)), 1)
-        engine.ask()
-        engine.complete(rng.randrange(len(engine.in_flight)))
-        budget -= 1
-        assert budget > 0, [job for job in first if job.request_id in engine.jobs]
+    first = [add_request(engine, rng) for _ in range(4)]
+    check_that_these_end(engine, rng, first, add_short_request, patience=60)
 
 
 @settings(max_examples=20, deadline=None)
-@given(setup=setups(), num_requests=st.integers(1, 10), seed=st.integers(0, 2**32))
-def test_equal_questions_get_equal_answers(setup: Setup, num_requests: int, seed: int):
-    twin = setup.engine()
-    rng, engine = random.Random(seed), setup.engine()
-    for _ in range(num_requests):
-        lengths = draw_lengths(rng, engine)
-        engine.add(*lengths)
-        twin.add(*lengths)
-    engine.run()
-    twin.run()
-    assert engine.history == twin.history
+@given(setup=SETUPS, num_requests=st.integers(1, 10), seed=st.integers(0, 2**32))
+def test_equal_questions_get_equal_answers_also_from_copies(setup: Setup, num_requests: int, seed: int):
+    twins = setup.engine(), setup.engine()
+    for engine in twins:
+        rng = random.Random(seed)
+        for _ in range(num_requests):
+            add_request(engine, rng)
+    check_that_twins_agree(*twins)
 
 
 def test_the_simulation_reaches_every_kind_of_plan():
-    kinds: set[type] = set()
-    for seed in range(20):
-        rng = random.Random(seed)
-        shape = ClusterShape(num_instances=3, num_pages=8, page_size=4)
-        config = SimplePolicyConfig(prefill_tokens_per_instance=16, growth_tokens=2, min_tokens_between_migrations=4)
-        engine = ToyEngine(SimplePolicy(config), shape)
-        for _ in range(10):
-            engine.add(*draw_lengths(rng, engine))
-        engine.run()
-        kinds.update(type(plan) for plan in engine.history)
-    assert kinds == {Prefill, Decode, Migrate, Preempt}
+    config = SimplePolicyConfig(prefill_tokens_per_instance=16, growth_tokens=2, min_tokens_between_migrations=4)
+    check_kinds_of_plans(lambda: SimplePolicy(config), add_request, {Prefill, Decode, Migrate, Preempt})
