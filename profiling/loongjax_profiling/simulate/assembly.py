@@ -10,10 +10,12 @@ from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_file import load
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.runtime.simulated import NO_HOST
 from loongjax_profiling.model_shapes import MODEL_SHAPES
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec
 from loongjax_profiling.simulate.config import A800, SimulateConfig
+from loongjax_profiling.simulate.host_times import read_host_times
 from loongjax_profiling.simulate.simulation import SimulatedSystem
 from loongjax_profiling.simulate.workload.config import WorkloadConfig, WorkloadName
 from loongjax_profiling.simulate.workload.lengths import LengthDistribution
@@ -33,7 +35,7 @@ def assemble_system(config: SimulateConfig) -> SimulatedSystem:
     """What serves.
 
     Raises:
-        ConfigError: a cluster or a cost model that cannot be.
+        ConfigError: a cluster, a cost model or a file of host times that cannot be.
     """
     cluster = choose_cluster(config)
     return SimulatedSystem(
@@ -42,6 +44,8 @@ def assemble_system(config: SimulateConfig) -> SimulatedSystem:
         cost_model=choose_cost_model(config, cluster),
         pod_size=config.pod_size,
         step_by_step=config.step_by_step,
+        run_ahead=config.run_ahead,
+        host=NO_HOST if config.host is None else read_host_times(config.host),
     )
 
 

@@ -51,6 +51,12 @@ class SimulateConfig(WorkloadConfig, SchedulingConfig):
     """Requests that one master decodes at a time, and requests of one prefill."""
     pod_size: int = 16
     """Instances that one scheduler looks after; a router splits larger clusters."""
+    host: pathlib.Path | None = None
+    """File comparison.json of a `loongjax replay`: what the host of that engine adds to the times of iterations; None:
+    nothing."""
+    run_ahead: bool = False
+    """Submit each decode step before the one before it has ended, as a real engine does: who comes then waits for one
+    step more. Slow, for it goes step by step."""
     step_by_step: bool = False
     """Ask the policy after every single decode step: the same result, slowly."""
     timeline_s: float = 120.0

@@ -1,11 +1,17 @@
 """What the host adds: measured from iterations, and put into a simulation. Times are worked out by hand."""
 
 import dataclasses
+import json
+import pathlib
 
 import pytest
 
+from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.replay.host_times import measure_host_times
+from loongjax_profiling.simulate.assembly import assemble_system
+from loongjax_profiling.simulate.config import SimulateConfig
+from loongjax_profiling.simulate.host_times import read_host_times
 from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from tests.profiling.replay.iterations import traced_decode, traced_prefill, traced_recovery
 from tests.profiling.simulate.systems import RoundModel, arriving, cluster, system
@@ -87,3 +93,38 @@ def test_spans_show_iterations_without_the_wait_before_them():
     prefill, decode = spans
     assert prefill.end_s - prefill.begin_s == pytest.approx(0.1)
     assert decode.begin_s - prefill.end_s == pytest.approx(0.003)
+
+
+def write_host(path: pathlib.Path, content: object) -> pathlib.Path:
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_a_simulation_reads_host_times_from_a_replays_file(tmp_path: pathlib.Path):
+    path = write_host(tmp_path / "comparison.json", {"latencies": [], "host": dataclasses.asdict(HOST)})
+    assert read_host_times(path) == HOST
+    assert assemble_system(SimulateConfig(cost_model="a800", host=path, run_ahead=True)).host == HOST
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {},
+        [],
+        {"host": {}},
+        {"host": {"turnaround_s": 0.1}},
+        {"host": {"turnaround_s": 0.1, "decode_begin_s": 0.0, "more": 1.0}},
+        {"host": {"turnaround_s": -0.1, "decode_begin_s": 0.0}},
+        {"host": {"turnaround_s": "0.1", "decode_begin_s": 0.0}},
+        {"host": {"turnaround_s": True, "decode_begin_s": 0.0}},
+        {"host": {"turnaround_s": float("nan"), "decode_begin_s": 0.0}},
+    ],
+)
+def test_a_file_of_anything_else_is_refused(tmp_path: pathlib.Path, content: object):
+    with pytest.raises(ConfigError, match=r"--host .*comparison\.json"):
+        read_host_times(write_host(tmp_path / "comparison.json", content))
+
+
+def test_a_file_that_is_not_there_is_refused(tmp_path: pathlib.Path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_host_times(tmp_path / "comparison.json")
