@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -96,19 +97,27 @@ def _costs(
 ) -> Float[np.ndarray, "dops requests requests"]:
     """T of the batch of requests [begin, end] on 1, 2, ... instances; infinite where that may be no batch."""
     num_requests = len(lengths)
-    is_batch = np.triu(np.tri(num_requests, k=max_requests - 1, dtype=bool))
-    places = np.flatnonzero(is_batch)
+    places = _places_of_batches(num_requests, max_requests)
     num_tokens = _neighbour_sums(lengths).take(places)
     totals = PrefillTotals.of_sums(num_tokens, _neighbour_sums(lengths * lengths).take(places))
     weight = _neighbour_sums(weights).take(places)
-    costs = np.full((num_instances, num_requests, num_requests), np.inf)
-    for dop, cost in enumerate(costs.reshape(num_instances, -1), start=1):
+    most_of_any = num_tokens.max()
+    costs = np.full((num_instances, num_requests * num_requests), np.inf)
+    for dop, cost in enumerate(costs, start=1):
         most_tokens = dop * max_tokens_per_instance
         batch_costs = seconds(dop, totals) * weight
-        if num_tokens.max() > most_tokens:
+        if most_of_any > most_tokens:
             batch_costs[num_tokens > most_tokens] = np.inf
         cost[places] = batch_costs
-    return costs
+    return costs.reshape(num_instances, num_requests, num_requests)
+
+
+@functools.lru_cache(maxsize=64)
+def _places_of_batches(num_requests: int, max_requests: int) -> Int[np.ndarray, " batches"]:
+    """Where a flattened square of [begin, end] may be a batch. Shared: not to be written to."""
+    places = np.flatnonzero(np.triu(np.tri(num_requests, k=max_requests - 1, dtype=bool)))
+    places.flags.writeable = False
+    return places
 
 
 def _neighbour_sums(numbers: np.ndarray) -> np.ndarray:
