@@ -106,11 +106,14 @@ class RooflineModel:
         """
         sp, tp = strategy.sp, strategy.tp
         compute = self.model.prefill_flops(totals) / (sp * tp * self.rates.flops_per_s)
-        ring_bytes = (sp - 1) / sp * totals.num_tokens * self.model.device_kv_bytes_per_token(tp)
-        bound = np.maximum(compute, np.maximum(self._weights_s(tp), ring_bytes / self.rates.link_bytes_per_s))
-        keys = totals.decode_keys / sp * self._key_s(tp)
-        rank_tokens = np.ceil(totals.num_tokens / sp)
-        return bound + keys + self._all_reduces_s(tp, rank_tokens) + self._overheads_s(tp, sp - 1)
+        seconds = np.maximum(compute, self._weights_s(tp))
+        # A scheduler asks about thousands of batches at a time, so what is 0 for all of them is left out.
+        if sp > 1:
+            ring_token_s = (sp - 1) / sp * self.model.device_kv_bytes_per_token(tp) / self.rates.link_bytes_per_s
+            seconds = np.maximum(seconds, ring_token_s * totals.num_tokens)
+        if tp > 1:
+            seconds = seconds + self._all_reduces_s(tp, np.ceil(totals.num_tokens / sp))
+        return seconds + (totals.decode_keys * (self._key_s(tp) / sp) + self._overheads_s(tp, sp - 1))
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
         """The weights read once or the rows computed, whichever is longer; the fullest instance's keys read; the
@@ -119,7 +122,9 @@ class RooflineModel:
         sp, tp = strategy.sp, strategy.tp
         compute = self.model.decode_row_flops * totals.busiest_rows / (tp * self.rates.flops_per_s)
         keys = totals.busiest_keys * self._key_s(tp)
-        own = np.maximum(compute, self._weights_s(tp)) + keys + self._all_reduces_s(tp, totals.busiest_rows)
+        own = np.maximum(compute, self._weights_s(tp)) + keys
+        if tp > 1:
+            own = own + self._all_reduces_s(tp, totals.busiest_rows)
         overheads = self._overheads_s(tp, 2 if sp > 1 else 0)
         if sp == 1:
             return own + overheads
