@@ -31,37 +31,34 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: SimulateConfig) -> int:
-    """As `main`, of a configuration."""
-    from loongjax_profiling.metrics import ServingMetrics  # here: `--help` needs none of this
-    from loongjax_profiling.provenance import checked_out_commit
-    from loongjax_profiling.records import write_records
+    """As `main`, of a configuration. Ctrl-C keeps who has ended by then."""
+    from loongjax_profiling.records import RequestRecord  # here: `--help` needs none of this
     from loongjax_profiling.simulate.assembly import assemble_system, make_workload, service_level
-    from loongjax_profiling.simulate.report import describe, summary, write_metrics
+    from loongjax_profiling.simulate.report import write_report
     from loongjax_profiling.simulate.simulation import simulate
     from loongjax_profiling.simulate.timeline import Timeline
 
     system, workload, wish = assemble_system(config), make_workload(config), service_level(config)
-    middle_s = workload[-1].arrival_s / 2.0
+    middle_s = (workload[0].arrival_s + workload[-1].arrival_s) / 2.0
     try:
         config.out.mkdir(parents=True, exist_ok=True)  # now: not after an hour of simulation
     except OSError as error:
         raise ConfigError(f"--out {config.out} cannot be made: {error}") from None
     timeline = Timeline(begin_s=max(0.0, middle_s - config.timeline_s / 2.0), length_s=config.timeline_s)
+    records: list[RequestRecord] = []
     begin_s = time.perf_counter()
-    records = simulate(
-        system,
-        workload,
-        slo=lambda request: wish,
-        on_span=timeline.note,
-        progress=sys.stderr.isatty(),
-    )
-    wall_s = time.perf_counter() - begin_s
-    metrics = ServingMetrics.of(records)
-    write_records(records, config.out / "records.jsonl")
-    about = describe(config) | {"cost_model_source": system.cost_model.source, "commit": checked_out_commit()}
-    write_metrics(metrics, about, config.out / "metrics.json")
-    if config.timeline_s > 0.0:
-        timeline.draw(config.out / "timeline.png", title=f"{config.policy} on {system.cluster.num_instances} instances")
-    print(summary(metrics))
-    print(f"simulated in {wall_s:.1f} s, {metrics.duration_s / max(wall_s, 1e-9):.1f} times real time; {config.out}/")
+    try:
+        simulate(
+            system,
+            workload,
+            slo=lambda request: wish,
+            on_span=timeline.note,
+            on_record=records.append,
+            progress=sys.stderr.isatty(),
+        )
+    except KeyboardInterrupt:
+        write_report(config, system, records, timeline, wall_s=time.perf_counter() - begin_s, is_complete=False)
+        print(f"stopped early: {config.out}/ has {len(records)} of {len(workload)} requests, those that ended first")
+        raise
+    write_report(config, system, records, timeline, wall_s=time.perf_counter() - begin_s)
     return 0

@@ -51,6 +51,7 @@ class Pod:
         host: HostTimes = NO_HOST,
         start_s: float = 0.0,
         on_span: Callable[[Span], None] = lambda span: None,
+        on_record: Callable[[RequestRecord], None] = lambda record: None,
         checks: bool = False,
     ) -> None:
         """A pod at rest.
@@ -65,6 +66,7 @@ class Pod:
             host: what the host adds to the times of iterations.
             start_s: what its clock shows.
             on_span: is told of each iteration when it is over.
+            on_record: is told of each request when it has ended.
             checks: see `EngineCore`.
         """
         self.cluster = cluster
@@ -88,6 +90,7 @@ class Pod:
             jump=not (step_by_step or run_ahead),
             checks=checks,
         )
+        self._on_record = on_record
         self._progress: dict[str, _Progress] = {}
 
     @property
@@ -129,7 +132,7 @@ class Pod:
         records: list[RequestRecord] = []
         while not self._core.is_idle and not (self._core.is_settled and self._runtime.next_event_s > time_s):
             events = self._core.step(None)
-            told_s = self.now_s + self._host.turnaround_s  # the host learns of a result before clients do
+            told_s = self.now_s + self._host.telling_s
             for event in events:
                 progress = self._progress[event.request_id]
                 if event.token_ids and progress.first_token_s is None:
@@ -138,6 +141,7 @@ class Pod:
                 if event.finish_reason is not None:
                     del self._progress[event.request_id]
                     records.append(_record(progress, told_s, event.error))
+                    self._on_record(records[-1])
         return records
 
     def stats(self) -> EngineStats:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import tqdm
 
@@ -62,7 +62,12 @@ class SimulatedSystem:
         edges = [count * index // num_pods for index in range(num_pods + 1)]
         return [tuple(range(begin, end)) for begin, end in itertools.pairwise(edges)]
 
-    def build_pod(self, instances: tuple[InstanceId, ...], on_span: Callable[[Span], None]) -> Pod:
+    def build_pod(
+        self,
+        instances: tuple[InstanceId, ...],
+        on_span: Callable[[Span], None] = lambda span: None,
+        on_record: Callable[[RequestRecord], None] = lambda record: None,
+    ) -> Pod:
         """A pod at rest, of these instances of the cluster, which spans name."""
 
         def rename(span: Span) -> None:
@@ -81,6 +86,7 @@ class SimulatedSystem:
             run_ahead=self.run_ahead,
             host=self.host,
             on_span=rename,
+            on_record=on_record,
             checks=self.checks,
         )
 
@@ -97,6 +103,7 @@ def simulate(
     *,
     slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
     on_span: Callable[[Span], None] = lambda span: None,
+    on_record: Callable[[RequestRecord], None] = lambda record: None,
     progress: bool = False,
 ) -> list[RequestRecord]:
     """Records of all requests, in order of arrival.
@@ -106,25 +113,36 @@ def simulate(
         workload: in order of arrival.
         slo: what each request wishes for.
         on_span: is told of each iteration when it is over.
+        on_record: is told of each request when it has ended; what it was told stays true if the simulation is stopped.
         progress: whether to show a bar.
     """
-    router = Router(
-        system.parts(),
-        lambda instances: system.build_pod(instances, on_span),
-        LoadPredictor(system.cost_model, system.cluster.tp),
-    )
     records: list[RequestRecord] = []
     with tqdm.tqdm(total=len(workload), unit="request", disable=not progress) as bar:
+
+        def keep(record: RequestRecord) -> None:
+            records.append(record)
+            bar.update()
+            on_record(record)
+
+        router = Router(
+            system.parts(),
+            lambda instances: system.build_pod(instances, on_span, keep),
+            LoadPredictor(system.cost_model, system.cluster.tp),
+        )
         run_s = -math.inf
         for index, request in enumerate(workload):
-            if request.arrival_s > run_s:  # who comes at the same moment is there when the policy is asked
-                run_s = request.arrival_s
-                records += router.run_until(run_s)
-            job = Job(request_id=f"request-{index}", request=request, slo=slo(request))
-            refused = router.add(job, request.arrival_s)
-            records += [refused] if refused is not None else []
-            bar.update(len(records) - bar.n)
-        records += router.run_until(math.inf)
-        bar.update(len(records) - bar.n)
+            taken_s = request.arrival_s + system.host.intake_s
+            if taken_s > run_s:  # who comes at the same moment is there when the policy is asked
+                run_s = taken_s
+                router.run_until(run_s)
+            refused = router.add(Job(request_id=f"request-{index}", request=request, slo=slo(request)), run_s)
+            if refused is not None:
+                keep(refused)
+        router.run_until(math.inf)
     assert len(records) == len(workload), (len(records), len(workload))
+    return in_order_of_arrival(records)
+
+
+def in_order_of_arrival(records: Iterable[RequestRecord]) -> list[RequestRecord]:
+    """Records of one simulation, sorted as its workload is."""
     return sorted(records, key=lambda record: int(record.request_id.removeprefix("request-")))

@@ -10,7 +10,13 @@ from collections.abc import Iterable
 from loongjax.core.cluster import InstanceId
 from loongjax.runtime.simulated import Span
 
-COLORS = {"prefill": "tab:orange", "decode": "tab:blue", "migrate": "tab:red", "recover": "tab:gray"}
+COLORS = {
+    "prefill": "tab:orange",
+    "decode": "tab:blue",
+    "extend": "tab:green",
+    "migrate": "tab:red",
+    "recover": "tab:gray",
+}
 
 
 class Timeline:
@@ -29,7 +35,8 @@ class Timeline:
     def draw(self, path: pathlib.Path, *, title: str = "") -> None:
         """Writes a picture, of the format that the path's suffix names: instances downwards, time to the right.
 
-        Prefills are orange, decodes blue, migrations red; the darker, the more instances work together.
+        Prefills are orange, decodes blue, chunks of prompts beside decodes green, migrations red; the darker, the more
+        instances work together.
         """
         import matplotlib  # here: only this needs it
 
@@ -54,7 +61,9 @@ class Timeline:
         axes.set_ylabel("instance")
         axes.set_title(title)
         kinds = [kind for kind in COLORS if any(kind == shown for shown, _, _ in bars)]
-        axes.legend(handles=[Patch(color=COLORS[kind], label=kind) for kind in kinds], loc="upper right", ncols=4)
+        axes.legend(
+            handles=[Patch(color=COLORS[kind], label=kind) for kind in kinds], loc="upper right", ncols=len(kinds) or 1
+        )
         figure.savefig(path, dpi=120)
         plt.close(figure)
 

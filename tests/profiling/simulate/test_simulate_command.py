@@ -11,11 +11,12 @@ from loongjax.costmodel.model_file import save
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import Span
 from loongjax_profiling.metrics import ServingMetrics
-from loongjax_profiling.records import read_records
+from loongjax_profiling.records import RequestRecord, read_records
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.assembly import choose_cluster, choose_cost_model, make_workload
 from loongjax_profiling.simulate.command import main
 from loongjax_profiling.simulate.config import SimulateConfig
+from loongjax_profiling.simulate.report import summary
 from loongjax_profiling.simulate.timeline import Timeline
 
 FLAGS = ["--cost-model", "a800", "--workload", "sharegpt", "--rate", "4", "--num-requests", "12", "--policy", "simple"]
@@ -62,6 +63,60 @@ def test_a_fitted_file_gives_the_times(tmp_path: pathlib.Path):
     built_in = run(tmp_path / "a", "--timeline-s", "0")
     from_file = run(tmp_path / "b", "--timeline-s", "0", "--cost-model", str(tmp_path / "model.json"))
     assert (built_in / "records.jsonl").read_bytes() == (from_file / "records.jsonl").read_bytes()
+
+
+def test_what_a_fitted_model_was_measured_on_is_told_instead_of_the_rooflines_flags(tmp_path: pathlib.Path):
+    about = json.loads((run(tmp_path, "--timeline-s", "0") / "metrics.json").read_text())["about"]
+    assert about["cost_model_provenance"]["hardware"].startswith("8 x A800")
+    assert about["device"] is about["model"] is None
+    assert about["is_complete"] is True
+
+
+def test_ctrl_c_keeps_who_has_ended(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    whole = read_records(run(tmp_path / "whole") / "records.jsonl")
+    spans = []
+
+    def stop_in_the_middle(self: Timeline, span: Span):
+        spans.append(span)
+        if len(spans) == 15:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Timeline, "note", stop_in_the_middle)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    kept = read_records(tmp_path / "out" / "records.jsonl")
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert 0 < len(kept) < 12
+    assert [record for record in whole if record in kept] == kept, "in order of arrival, as if never stopped"
+    assert metrics["num_requests"] == len(kept)
+    assert metrics["about"]["is_complete"] is False
+    assert f"has {len(kept)} of 12 requests" in capsys.readouterr().out
+
+
+def test_chunks_of_prompts_are_drawn_too(tmp_path: pathlib.Path):
+    assert (run(tmp_path, "--policy", "chunked") / "timeline.png").read_bytes().startswith(PNG)
+
+
+def test_the_summary_says_why_requests_failed_and_speaks_of_wishes_only_if_there_were_any(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+):
+    run(tmp_path, "--timeline-s", "0", "--max-model-len", "16", "--num-requests", "3")
+    printed = capsys.readouterr().out
+    assert "3 failed" in printed
+    assert "the first that failed: the whole cluster cannot hold" in printed
+    assert "wishes" not in printed
+    run(tmp_path / "wishes", "--timeline-s", "0", "--num-requests", "3", "--ttft-slo-s", "100")
+    assert "100.00 % met their wishes" in capsys.readouterr().out
+
+
+def test_large_times_do_not_run_into_each_other():
+    record = RequestRecord(
+        request_id="request-0", prompt_len=1, output_len=2, issue_s=0.0, first_token_s=5e7, complete_s=9e7
+    )
+    rows = summary([record]).splitlines()[-5:]
+    assert all(len(row.split()[-5:]) == 5 and float(row.split()[-5]) > 0.0 for row in rows)
 
 
 def test_without_a_cost_model_it_says_that_times_are_estimates(caplog: pytest.LogCaptureFixture):
