@@ -40,11 +40,15 @@ TOKEN_ID = 0
 class HostTimes:
     """What the host of a real engine adds to the times of iterations, in seconds; `loongjax replay` measures it."""
 
+    intake_s: float = 0.0
+    """From a request's arrival until the step loop has it: it takes requests between two steps."""
     turnaround_s: float = 0.0
-    """From a result or an arrival to the submission of what follows from it. A decode that goes on is submitted ahead,
-    and does not wait for that."""
+    """From there, or from a result, to the submission of what follows from it. A decode that goes on is submitted
+    ahead, and does not wait for that."""
     decode_begin_s: float = 0.0
     """How much longer the first step of a decode takes than those that go on with it."""
+    telling_s: float = 0.0
+    """From a result until clients have its tokens: the step loop submits what follows first."""
 
 
 NO_HOST = HostTimes()

@@ -8,13 +8,21 @@ import numpy as np
 
 from loongjax.costmodel.model import CostModel
 from loongjax.runtime.simulated import HostTimes
+from loongjax_profiling.replay.player import Playback
 from loongjax_profiling.replay.traced_runtime import TracedIteration
 
 
-def measure_host_times(iterations: Sequence[TracedIteration], cost_model: CostModel, tp: int) -> HostTimes:
-    """Means over iterations that succeeded; 0 where there were none, or where the model says more than they took.
+def measure_host_times(
+    playback: Playback, iterations: Sequence[TracedIteration], cost_model: CostModel, tp: int
+) -> HostTimes:
+    """Means; 0 where nothing was measured, or where the model says more than iterations took.
 
-    The turnaround is that of iterations that did not go on with a decode, which are submitted ahead.
+    Args:
+        playback: some requests, played.
+        iterations: those that it took and that succeeded. The turnaround is that of all that did not go on with a
+            decode, which are submitted ahead.
+        cost_model: says what they take without a host.
+        tp: devices of an instance.
     """
     turnarounds_s = [each.turnaround_s for each in iterations if each.turnaround_s is not None and not each.continues]
     begins_s = []
@@ -22,7 +30,12 @@ def measure_host_times(iterations: Sequence[TracedIteration], cost_model: CostMo
         predicted_s = each.predicted_s(cost_model, tp)
         if each.kind == "decode" and not each.continues and predicted_s is not None:
             begins_s.append(each.elapsed_s - predicted_s)
-    return HostTimes(turnaround_s=_mean(turnarounds_s), decode_begin_s=max(0.0, _mean(begins_s)))
+    return HostTimes(
+        intake_s=playback.mean_intake_s,
+        turnaround_s=_mean(turnarounds_s),
+        decode_begin_s=max(0.0, _mean(begins_s)),
+        telling_s=playback.mean_telling_s,
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

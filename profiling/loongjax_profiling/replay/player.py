@@ -15,6 +15,7 @@ from loongjax.engine.core import EngineCore
 from loongjax.engine.interrupts import deferred_interrupt
 from loongjax.errors import EngineDeadError, QueueFullError, RequestError
 from loongjax_profiling.records import RequestRecord
+from loongjax_profiling.replay.traced_runtime import TracedRuntime
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
 LONGEST_WAIT_S = 10.0
@@ -50,8 +51,10 @@ class Playback:
     num_sent: int
     begin_s: float
     """When it began, on the clock that it was given."""
-    largest_delay_s: float
-    """The most that a request was sent too late: the step loop takes requests between two steps."""
+    mean_intake_s: float
+    """How long requests waited until the step loop had them."""
+    mean_telling_s: float
+    """From results with a request's first or last token until that token was there."""
     is_interrupted: bool
     """Whether Ctrl-C ended it."""
 
@@ -60,22 +63,23 @@ class Player:
     """Sends requests when they are due, runs the step loop in between, and notes when tokens come."""
 
     def __init__(
-        self, core: EngineCore, now_s: Callable[[], float], *, on_end: Callable[[], object] = lambda: None
+        self, core: EngineCore, runtime: TracedRuntime, *, on_end: Callable[[], object] = lambda: None
     ) -> None:
         """Over an engine without requests.
 
         Args:
             core: takes the requests.
-            now_s: the clock by which they are sent.
+            runtime: the engine's, by whose clock they are sent.
             on_end: is called whenever one has ended.
         """
         self._core = core
-        self._now_s = now_s
+        self._runtime = runtime
         self._on_end = on_end
         self._begin_s = 0.0
         self._progress: dict[str, _Progress] = {}
         self._records: list[RequestRecord] = []
-        self._largest_delay_s = 0.0
+        self._intakes_s: list[float] = []
+        self._tellings_s: list[float] = []
 
     @property
     def records(self) -> tuple[RequestRecord, ...]:
@@ -94,7 +98,7 @@ class Player:
         """
         unsent = collections.deque(requests)
         is_interrupted = False
-        self._begin_s = self._now_s()
+        self._begin_s = self._runtime.now_s()
         end_s = math.inf if limit_s is None else limit_s
         with deferred_interrupt(self._core.wake) as release_interrupt:
             try:
@@ -111,16 +115,17 @@ class Player:
             records=self.records,
             num_sent=len(requests) - len(unsent),
             begin_s=self._begin_s,
-            largest_delay_s=self._largest_delay_s,
+            mean_intake_s=_mean(self._intakes_s),
+            mean_telling_s=_mean(self._tellings_s),
             is_interrupted=is_interrupted,
         )
 
     def _elapsed_s(self) -> float:
-        return self._now_s() - self._begin_s
+        return self._runtime.now_s() - self._begin_s
 
     def _send(self, request: Request) -> None:
         progress = _Progress(request)
-        self._largest_delay_s = max(self._largest_delay_s, self._elapsed_s() - request.arrival_s)
+        self._intakes_s.append(self._elapsed_s() - request.arrival_s)
         try:
             self._core.add(request)
         except (QueueFullError, RequestError) as error:
@@ -131,8 +136,11 @@ class Player:
     def _step(self, timeout_s: float) -> None:
         events = self._core.step(timeout_s)
         elapsed_s = self._elapsed_s()
+        result_s = self._runtime.news_s
         for event in events:
             progress = self._progress[event.request_id]
+            if result_s is not None and (progress.first_token_s is None or event.finish_reason is not None):
+                self._tellings_s.append(self._begin_s + elapsed_s - result_s)
             progress.note(event, elapsed_s)
             if event.finish_reason is not None:
                 del self._progress[event.request_id]
@@ -176,3 +184,7 @@ class _Progress:
             tpot_slo_s=self.request.slo.tpot_s,
             error=error,
         )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return float(np.mean(values)) if values else 0.0

@@ -83,18 +83,19 @@ def _calibrate(engine: ReplayEngine, config: ReplayConfig) -> HostTimes:
     if config.num_calibration_requests == 0:
         return NO_HOST
     other = dataclasses.replace(config, seed=config.seed + 1, num_requests=config.num_calibration_requests)
-    player = Player(engine.new_core(), engine.runtime.now_s)
+    player = Player(engine.new_core(), engine.runtime)
     playback = player.play(_requests(engine, other, make_workload(other)), limit_s=config.limit_s)
     if playback.is_interrupted:
         raise KeyboardInterrupt
     iterations = [each for each in engine.runtime.take_iterations() if each.error is None]
-    host = measure_host_times(iterations, engine.cost_model, engine.cluster.tp)
-    print(
-        f"calibrated on {len(playback.records)} requests: a turnaround takes {1000.0 * host.turnaround_s:.3f} ms, and "
-        f"the first step of a decode {1000.0 * host.decode_begin_s:.3f} ms more than later ones",
-        flush=True,
-    )
+    host = measure_host_times(playback, iterations, engine.cost_model, engine.cluster.tp)
+    print(f"calibrated on {len(playback.records)} requests; the host adds, in ms: {_in_ms(host)}", flush=True)
     return host
+
+
+def _in_ms(host: HostTimes) -> str:
+    times_s = dataclasses.asdict(host).items()
+    return ", ".join(f"{name.removesuffix('_s').replace('_', ' ')} {1000.0 * each_s:.3f}" for name, each_s in times_s)
 
 
 def _requests(engine: ReplayEngine, config: ReplayConfig, workload: Sequence[WorkloadRequest]) -> list[Request]:
@@ -104,7 +105,7 @@ def _requests(engine: ReplayEngine, config: ReplayConfig, workload: Sequence[Wor
 def _play(engine: ReplayEngine, config: ReplayConfig, requests: Sequence[Request]) -> Playback:
     """Writes the records, however it ends."""
     with tqdm.tqdm(total=len(requests), desc="Replaying", unit="request", disable=not sys.stderr.isatty()) as bar:
-        player = Player(engine.new_core(), engine.runtime.now_s, on_end=bar.update)
+        player = Player(engine.new_core(), engine.runtime, on_end=bar.update)
         try:
             return player.play(requests, limit_s=config.limit_s)
         finally:
@@ -173,5 +174,6 @@ def _about(config: ReplayConfig, engine: ReplayEngine, playback: Playback) -> di
         "num_ended": len(playback.records),
         "num_failed": sum(record.error is not None for record in playback.records),
         "is_interrupted": playback.is_interrupted,
-        "largest_delay_s": playback.largest_delay_s,
+        "mean_intake_s": playback.mean_intake_s,
+        "mean_telling_s": playback.mean_telling_s,
     }

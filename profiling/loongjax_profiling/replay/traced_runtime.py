@@ -25,7 +25,8 @@ class TracedIteration:
     """What it had to do; of a migration its tokens; None: nothing that a cost model knows of."""
     submitted_s: float
     begin_s: float
-    """When it was submitted, or when the last iteration on its instances ended if that came later."""
+    """When it was submitted, or when the last iteration on its instances ended if that came later; its own end at most,
+    since results are read side by side."""
     end_s: float
     """When its result was on the host."""
     turnaround_s: float | None
@@ -105,6 +106,11 @@ class TracedRuntime:
     def close(self, *, waits: bool = True) -> None:
         self._inner.close(waits=waits)
 
+    @property
+    def news_s(self) -> float | None:
+        """When the last of the iterations ended that the engine was told of when it last asked; None: of none."""
+        return self._news_s
+
     def take_iterations(self) -> list[TracedIteration]:
         """Those that have ended since the last call, in the order in which the engine was told of them."""
         taken, self._iterations = self._iterations, []
@@ -125,7 +131,7 @@ class TracedRuntime:
                 continues=isinstance(iteration, DecodeIteration) and iteration.continues,
                 work=flight.work,
                 submitted_s=flight.submitted_s,
-                begin_s=max(flight.submitted_s, free_s),
+                begin_s=min(max(flight.submitted_s, free_s), end_s),
                 end_s=end_s,
                 turnaround_s=None if is_behind or flight.news_s is None else flight.submitted_s - flight.news_s,
                 error=completion.error,

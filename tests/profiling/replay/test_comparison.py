@@ -153,7 +153,7 @@ def test_the_file_holds_numbers_errors_and_where_they_come_from(tmp_path):
     write_comparison(comparison(), {"commit": "0123abc"}, tmp_path / "comparison.json")
     written = json.loads((tmp_path / "comparison.json").read_text())
     assert written["about"] == {"commit": "0123abc"}
-    assert written["host"] == {"turnaround_s": 0.001, "decode_begin_s": 0.0}
+    assert written["host"]["turnaround_s"] == 0.001
     assert written["latencies"][0]["relative_error"] == pytest.approx(0.05)
     assert written["latencies_without_host"][0]["relative_error"] == pytest.approx(-0.5)
     assert written["iterations"][0]["kind"] == "prefill"

@@ -9,6 +9,7 @@ import pytest
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.replay.host_times import measure_host_times
+from loongjax_profiling.replay.player import Playback
 from loongjax_profiling.simulate.assembly import assemble_system
 from loongjax_profiling.simulate.config import SimulateConfig
 from loongjax_profiling.simulate.host_times import read_host_times
@@ -16,7 +17,12 @@ from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from tests.profiling.replay.iterations import traced_decode, traced_prefill, traced_recovery
 from tests.profiling.simulate.systems import RoundModel, arriving, cluster, system
 
-HOST = HostTimes(turnaround_s=0.003, decode_begin_s=0.02)
+HOST = HostTimes(intake_s=0.002, turnaround_s=0.003, decode_begin_s=0.02, telling_s=0.001)
+
+
+def played(**times: float) -> Playback:
+    nothing = {"mean_intake_s": 0.0, "mean_telling_s": 0.0}
+    return Playback(records=(), num_sent=0, begin_s=0.0, is_interrupted=False, **(nothing | times))
 
 
 def test_a_turnaround_is_the_mean_over_what_did_not_go_on():
@@ -26,7 +32,7 @@ def test_a_turnaround_is_the_mean_over_what_did_not_go_on():
         traced_decode(0.01, continues=True, turnaround_s=9.0),
         traced_prefill(100, 0.1),
     ]
-    assert measure_host_times(iterations, RoundModel(), 1).turnaround_s == pytest.approx(0.003)
+    assert measure_host_times(played(), iterations, RoundModel(), 1).turnaround_s == pytest.approx(0.003)
 
 
 def test_a_decodes_begin_is_what_first_steps_take_beyond_the_prediction():
@@ -38,15 +44,21 @@ def test_a_decodes_begin_is_what_first_steps_take_beyond_the_prediction():
         traced_prefill(100, 5.0),
         traced_recovery(1.0),
     ]
-    assert measure_host_times(iterations, RoundModel(), 1).decode_begin_s == pytest.approx(0.005)
+    assert measure_host_times(played(), iterations, RoundModel(), 1).decode_begin_s == pytest.approx(0.005)
 
 
 def test_first_steps_that_are_quicker_than_predicted_take_nothing_away():
-    assert measure_host_times([traced_decode(0.004, continues=False)], RoundModel(), 1).decode_begin_s == 0.0
+    iterations = [traced_decode(0.004, continues=False)]
+    assert measure_host_times(played(), iterations, RoundModel(), 1).decode_begin_s == 0.0
 
 
 def test_nothing_measured_is_nothing_added():
-    assert measure_host_times([], RoundModel(), 1) == NO_HOST
+    assert measure_host_times(played(), [], RoundModel(), 1) == NO_HOST
+
+
+def test_how_long_requests_and_clients_waited_is_taken_from_the_playback():
+    host = measure_host_times(played(mean_intake_s=0.25, mean_telling_s=0.5), [], RoundModel(), 1)
+    assert host == HostTimes(intake_s=0.25, telling_s=0.5)
 
 
 def one_instance(host: HostTimes, **options: bool) -> SimulatedSystem:
@@ -58,10 +70,11 @@ def one_instance(host: HostTimes, **options: bool) -> SimulatedSystem:
 @pytest.mark.parametrize("options", [{}, {"step_by_step": True}, {"run_ahead": True}])
 def test_a_lone_request_waits_for_the_host_where_a_real_one_would(options: dict[str, bool]):
     (record,) = simulate(one_instance(HOST, **options), arriving((1.0, 100, 5)))
-    # Arrival, turnaround, prefill, and the turnaround in which the client is told.
-    assert record.first_token_s == pytest.approx(1.0 + 0.003 + 0.1 + 0.003)
+    assert record.issue_s == 1.0
+    # Arrival, intake, turnaround, prefill, and until the client is told.
+    assert record.first_token_s == pytest.approx(1.0 + 0.002 + 0.003 + 0.1 + 0.001)
     # The first step begins a turnaround after the prefill and takes longer; the other three follow at once.
-    assert record.complete_s == pytest.approx(1.103 + 0.003 + 0.02 + 4 * 0.01 + 0.003)
+    assert record.complete_s == pytest.approx(1.105 + 0.003 + 0.02 + 4 * 0.01 + 0.001)
 
 
 @pytest.mark.parametrize("options", [{}, {"step_by_step": True}, {"run_ahead": True}])
@@ -113,11 +126,11 @@ def test_a_simulation_reads_host_times_from_a_replays_file(tmp_path: pathlib.Pat
         [],
         {"host": {}},
         {"host": {"turnaround_s": 0.1}},
-        {"host": {"turnaround_s": 0.1, "decode_begin_s": 0.0, "more": 1.0}},
-        {"host": {"turnaround_s": -0.1, "decode_begin_s": 0.0}},
-        {"host": {"turnaround_s": "0.1", "decode_begin_s": 0.0}},
-        {"host": {"turnaround_s": True, "decode_begin_s": 0.0}},
-        {"host": {"turnaround_s": float("nan"), "decode_begin_s": 0.0}},
+        {"host": dataclasses.asdict(HOST) | {"more": 1.0}},
+        {"host": dataclasses.asdict(HOST) | {"intake_s": -0.1}},
+        {"host": dataclasses.asdict(HOST) | {"intake_s": "0.1"}},
+        {"host": dataclasses.asdict(HOST) | {"intake_s": True}},
+        {"host": dataclasses.asdict(HOST) | {"telling_s": float("nan")}},
     ],
 )
 def test_a_file_of_anything_else_is_refused(tmp_path: pathlib.Path, content: object):

@@ -13,6 +13,7 @@ from loongjax.errors import EngineDeadError
 from loongjax.runtime.simulated import SimulatedRuntime
 from loongjax.scheduler.build import build_policy
 from loongjax_profiling.replay.player import Player, make_requests
+from loongjax_profiling.replay.traced_runtime import TracedRuntime
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.simulation import simulate
 from loongjax_profiling.simulate.workload.leval import LEvalLengths
@@ -31,7 +32,8 @@ class Stage:
     """A real step loop over a runtime on a virtual clock."""
 
     def __init__(self, spec: ClusterSpec, policy: str = "simple", **options) -> None:
-        self.runtime = SimulatedRuntime(spec.shape, spec.limits, RoundModel())
+        self.clock = SimulatedRuntime(spec.shape, spec.limits, RoundModel())
+        self.runtime = TracedRuntime(self.clock)
         config = SchedulingConfig(policy=policy)  # pyright: ignore[reportArgumentType]
         self.core = EngineCore(
             self.runtime,
@@ -46,7 +48,7 @@ class Stage:
             checks=True,
             **options,
         )
-        self.player = Player(self.core, self.runtime.now_s, on_end=self.note_end)
+        self.player = Player(self.core, self.runtime, on_end=self.note_end)
         self.num_ended = 0
         self.on_end = lambda: None
 
@@ -105,11 +107,11 @@ def test_an_engine_that_takes_as_long_as_predicted_is_measured_as_it_is_simulate
 def test_a_request_that_comes_during_a_step_is_sent_when_it_is_due(stage: Stage):
     # The prefill of the first takes a quarter of a second, and the step loop waits for its end.
     playback = stage.player.play(requests_of(arriving((0.0, 1000, 1), (0.1, 10, 1))))
-    assert playback.largest_delay_s == pytest.approx(0.0, abs=1e-9)
+    assert playback.mean_intake_s == pytest.approx(0.0, abs=1e-9)
 
 
 def test_nothing_happens_before_the_first_request_is_due(stage: Stage):
-    stage.runtime.advance_to(100.0)
+    stage.clock.advance_to(100.0)
     playback = stage.player.play(requests_of(arriving((25.0, 8, 1))))
     (record,) = playback.records
     assert playback.begin_s == 100.0

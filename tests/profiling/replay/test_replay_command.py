@@ -90,14 +90,15 @@ def test_every_iteration_of_the_engine_is_written_down(replayed: pathlib.Path):
     assert num_decoded == sum(output - 1 for _, _, output in LENGTHS)
     assert {len(row["group"]) for row in rows if row["kind"] == "prefill"} == {1, 2}
     for row in rows:
-        assert 0.0 <= row["submitted_s"] <= row["begin_s"] < row["end_s"]
+        assert 0.0 <= row["submitted_s"] <= row["begin_s"] <= row["end_s"]
     by_kind = comparison_in(replayed)["iterations"]
     assert sum(row["num_measured"] for row in by_kind) == len(rows)
 
 
 def test_the_host_was_measured_on_other_requests(replayed: pathlib.Path):
     host = comparison_in(replayed)["host"]
-    assert 0.0 < host["turnaround_s"] < 10.0
+    assert all(0.0 <= each_s < 10.0 for each_s in host.values())
+    assert min(host["intake_s"], host["turnaround_s"], host["telling_s"]) > 0.0
 
 
 def test_ctrl_c_keeps_and_compares_what_had_ended(trace, tmp_path, monkeypatch):

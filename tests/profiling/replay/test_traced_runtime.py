@@ -131,3 +131,13 @@ def test_an_iteration_is_a_value_that_json_can_hold_but_for_its_group():
     run(runtime, decode(0))
     (iteration,) = runtime.take_iterations()
     assert dataclasses.asdict(iteration)["work"] == {"rows": (1,), "keys": (7,)}
+
+
+def test_one_whose_result_is_read_before_that_of_the_one_before_it_takes_no_time():
+    runtime = traced(3.0, -1.0)
+    runtime.submit(decode(0))
+    runtime.submit(decode(1, continues=True))
+    runtime.completions(None)
+    runtime.completions(None)
+    _, overtaking = runtime.take_iterations()
+    assert (overtaking.begin_s, overtaking.end_s, overtaking.elapsed_s) == (2.0, 2.0, 0.0)
