@@ -24,7 +24,7 @@ class Fairness:
         self._max_prefills_before_decode = max_prefills_before_decode
         self._max_overtakes = max_overtakes
         self._num_prefills_passed: dict[str, int] = {}
-        self._num_overtakes: dict[str, int] = {}
+        self._num_overtakes: dict[str, float] = {}
         self._starved: set[str] = set()
         self._migrated_at: dict[str, int] = {}
 
@@ -61,8 +61,9 @@ class Fairness:
         """Whether later requests may be prefilled while this one, the first left waiting, is not."""
         return self._num_overtakes.get(request.request_id, 0) < self._max_overtakes
 
-    def note_overtaken(self, request: WaitingView) -> None:
-        self._num_overtakes[request.request_id] = self._num_overtakes.get(request.request_id, 0) + 1
+    def note_overtaken(self, request: WaitingView, count: float = 1.0) -> None:
+        """Notes that later requests are prefilled before this one; a part of a time where that costs it little."""
+        self._num_overtakes[request.request_id] = self._num_overtakes.get(request.request_id, 0.0) + count
 
     def note_prefilled(self, requests: Iterable[WaitingView]) -> None:
         """Notes that these requests wait no longer."""

@@ -16,6 +16,7 @@ and for the longer steps that follow (`moving`).
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -48,6 +49,8 @@ class Choice:
     """Decode groups that are paused for it, and others' instances that it waits for."""
     move: Move | None = None
     """Keys to be moved before any of it can start."""
+    is_held: bool = False
+    """Whether the first request, which nobody may overtake any more, waits for prefills in flight to end."""
 
     @property
     def dop(self) -> int:
@@ -90,6 +93,15 @@ class Dispatcher:
         self._lengths = lengths
         self._mover = mover
         self._explain = explain
+        self._is_patient = fairness.may_overtake(window[0])
+        self._order = sorted(
+            range(len(window)),
+            key=lambda place: (
+                place > 0 or self._is_patient,
+                -window.weights[place] / window.lens[place],
+                place,
+            ),
+        )
 
     def dispatch(self) -> Choice:
         """Fills the vacant instances, then pauses decodes one group after the other where the gain exceeds the cost."""
@@ -103,9 +115,12 @@ class Dispatcher:
             if num_refusals >= MAX_REFUSALS or len(choice.places) >= min(self._config.max_picked, len(self._window)):
                 break
             more = self.pick([*choice.instances, *site.instances], choice.places)
-            if more and self._is_worth_pausing(choice, site, more):
+            if more and not choice.places and not self._is_patient:
+                self._make_way(choice, site)
+                break
+            if more and (num_worth := self._num_worth_pausing(choice, site, more)):
                 choice.take(site)
-                choice.places += more
+                choice.places += more[:num_worth]
             elif not choice.places and self._moves_away(choice, site, more):
                 break
             else:
@@ -127,7 +142,8 @@ class Dispatcher:
         if any(window[place].is_suspect for place in taken):
             return []
         already, company, num_skipped = set(taken), list(taken), 0
-        for place, request in enumerate(window.requests):
+        for place in self._order:
+            request = window[place]
             if num_seats <= 0:
                 break
             if place in already:
@@ -147,23 +163,51 @@ class Dispatcher:
                     break
             else:
                 num_skipped += 1
-                if num_skipped == 1 and not self._fairness.may_overtake(request):
+                if place == 0 and not self._is_patient:
                     break
                 if num_skipped > self._config.max_lookahead:
                     break
         return company[len(taken) :]
 
-    def _is_worth_pausing(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
-        """Equations 1 and 2."""
+    def _make_way(self, choice: Choice, site: Site) -> None:
+        """Finds instances for the first request whatever it gains: those of the group, or one that is freed by moving
+        keys; or lets it wait for prefills to end, where that costs least. Nobody else starts meanwhile.
+        """
+        duration_s = self._times.batch_s(len(site.instances), self._window.views([0]))
+        pause_cost = site.pause_weight * duration_s
+        weight = self._window.weights[0]
+        if self._mover is not None:
+            longest_s = pause_cost / (weight + site.pause_weight)
+            move = self._mover.move_from(site, (), longest_s, is_forced=True)
+            if move is not None and self.pick([move.source], []):
+                cost = (weight + site.pause_weight) * move.seconds + self._mover.slowdown(site, move)
+                terms = (("migration_s", move.seconds), ("prefill_s", duration_s))
+                if self._judge("migrate", site, [0], pause_cost, cost, terms):
+                    choice.places, choice.move = [0], move
+                    return
+        prefills_s = [self._outlook.until_free_s[instance] for instance in self._draft.prefilling]
+        wait_s = min(prefills_s, default=math.inf)
+        terms = (("wait_s", wait_s), ("prefill_s", duration_s))
+        if wait_s < math.inf and self._judge("wait", site, [0], pause_cost, weight * wait_s, terms):
+            choice.is_held = True
+            return
+        choice.places = [0]
+        choice.take(site)
+
+    def _num_worth_pausing(self, choice: Choice, site: Site, more: Sequence[int]) -> int:
+        """Equations 1 and 2, of the first of these requests, of the first two, and so on: the best number."""
         window = self._window
-        dop = choice.dop + len(site.instances)
         wait_s = max(choice.ready_s, site.ready_s)
-        duration_s = self._times.batch_s(dop, window.views([*choice.places, *more]))
+        lens, weights = window.arrays(more)
+        totals = PrefillTotals.of_sums(np.cumsum(lens), np.cumsum(lens * lens))
+        durations_s = self._times.prefill_s(len(site.instances), totals)
         otherwise_s = self._wait_otherwise_s(choice, site, more)
-        gain = window.weight(more) * max(0.0, otherwise_s - wait_s)
-        cost = site.pause_weight * (wait_s - site.ready_s + duration_s)
-        terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", duration_s))
-        return self._judge("dispatch", site, more, gain, cost, terms)
+        gains = np.cumsum(weights) * max(0.0, otherwise_s - wait_s)
+        costs = site.pause_weight * (wait_s - site.ready_s + durations_s)
+        best = int(np.argmax(gains - costs))
+        terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", float(durations_s[best])))
+        is_taken = self._judge("dispatch", site, more[: best + 1], float(gains[best]), float(costs[best]), terms)
+        return best + 1 if is_taken else 0
 
     def _moves_away(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
         """Chooses those of the requests that fit on one instance of the group, and the move that frees it, if that

@@ -69,7 +69,9 @@ def launch(
             _hold(draft, outlook, choice, group, times)
             coming.update(places)
             continue
-        in_order = sorted(places, key=lambda place: (place != first, -window.weights[place], place))
+        in_order = sorted(
+            places, key=lambda place: (place != first, -window.weights[place] / window.lens[place], place)
+        )
         lens, weights = window.arrays(in_order)
         sites = [site for site in choice.sites if not set(group).isdisjoint(site.instances)]
         paused_weight = sum([site.pause_weight for site in sites], 0.0)

@@ -53,7 +53,9 @@ class Mover:
         self._lengths = lengths
         self._min_tokens_between_migrations = min_tokens_between_migrations
 
-    def move_from(self, site: Site, excluded: Collection[Site], within_s: float) -> Move | None:
+    def move_from(
+        self, site: Site, excluded: Collection[Site], within_s: float, *, is_forced: bool = False
+    ) -> Move | None:
         """The move that frees one instance of a decode group, the one with fewest keys; None if there is none.
 
         The target has room for everything. It is of the same group, or else the fullest of any other.
@@ -62,6 +64,7 @@ class Mover:
             site: the decode group.
             excluded: groups that nothing is moved to.
             within_s: the longest that it may take.
+            is_forced: whether keys may move that have moved just now.
         """
         num_keys = dict.fromkeys(site.instances, 0)
         for request in site.requests:
@@ -72,7 +75,7 @@ class Mover:
         if seconds > within_s:
             return None
         requests = tuple(sorted(self._draft.residents[source], key=lambda request: request.order))
-        if not requests or any(not self._may_move(request) for request in requests):
+        if not requests or any(not self._may_move(request, is_forced) for request in requests):
             return None
         target = self._target(site, source, requests, excluded)
         if target is None:
@@ -119,8 +122,8 @@ class Mover:
         shares = [more / max(done + more, 1.0) for done, more in zip(generated, left, strict=True)]
         return float(np.sum(shares))
 
-    def _may_move(self, request: RunningView) -> bool:
-        may_now = self._fairness.may_migrate(request, self._min_tokens_between_migrations)
+    def _may_move(self, request: RunningView, is_forced: bool) -> bool:
+        may_now = is_forced or self._fairness.may_migrate(request, self._min_tokens_between_migrations)
         return may_now and all(instance not in self._draft.prefilling for instance, _ in request.kv)
 
     def _target(

@@ -1,24 +1,27 @@
 """What a second costs: the weights of normalised latency that gains and costs are summed with.
 
 The paper sums latency / length: of a waiting request over its input length, of a running one over what it has
-generated (equations 1 to 5). Here each term also has a factor for the request's priority and one for the pressure of
-its deadline.
+generated so far (equations 1 to 5). What counts in the end is the latency over the whole output, so here a running one
+weighs the mean of 1 / output length, as far as that can be known. A request that brings wishes is measured by them
+instead: by its share of what is allowed, the time to first token or `tpot` times the output length.
 
-    prefill weight = 2^-priority x pressure(ttft) / input length
-    decode weight  = 2^-priority x pressure(tpot) / generated tokens
+    prefill weight = 2^-priority / input length,           or 2^-priority x TOKEN_S x pressure / ttft
+    decode weight  = 2^-priority x E[1 / output length], times TOKEN_S x pressure / tpot
 
-Pressure is allowed time / time left, from 1 when nothing is used up yet, or without a wish, to MAX_PRESSURE. A first
-token that is late already presses no more: its wish cannot be met, that of others can. A pace is an average and can be
-mended, so it presses most when it is missed.
+Pressure is allowed time / time left, from 1 to MAX_PRESSURE, where time left is what is allowed, less what has passed
+and what the rest of the output needs. What is late presses no more: its wish cannot be met, that of others can.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from loongjax.core.request import NO_SLO
+from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView, WaitingView
 
+TOKEN_S = 0.05
+"""What a request without wishes is taken to wish for, in seconds a token, where it is weighed against one with them."""
 MAX_PRESSURE = 16.0
 MAX_PRIORITY_STEPS = 32
 """Priorities are told apart in the weights up to this; the queue's order knows no bound."""
@@ -27,38 +30,45 @@ MAX_PRIORITY_STEPS = 32
 def prefill_weight(request: WaitingView, now_s: float) -> float:
     """What a second until a waiting request's next token costs."""
     weight = 1.0 / request.num_tokens
-    if request.priority:
-        weight *= priority_factor(request.priority)
     ttft_s = request.slo.ttft_s
     if ttft_s is not None and request.num_output_tokens == 0:
-        waited_s = now_s - request.arrival_s
-        if waited_s < ttft_s:
-            weight *= _pressure(waited_s / ttft_s)
-    return weight
-
-
-def decode_weight(request: RunningView, now_s: float) -> float:
-    """What a second until a running request's next token costs."""
-    weight = 1.0 / max(1, request.num_output_tokens)
+        used = (now_s - request.arrival_s) / ttft_s
+        wished = TOKEN_S / ttft_s
+        weight = wished * _pressure(used) if used < 1.0 else min(weight, wished)
     if request.priority:
         weight *= priority_factor(request.priority)
-    tpot_s = request.slo.tpot_s
-    if tpot_s is not None and request.first_token_s is not None:
-        allowed_s = tpot_s * max(1, request.num_output_tokens)
-        weight *= _pressure((now_s - request.first_token_s) / allowed_s)
     return weight
 
 
-def pause_weight(requests: Iterable[RunningView], now_s: float) -> float:
-    """What a second in which these stand still costs."""
-    return sum(
-        [
-            1.0 / (request.num_output_tokens or 1)
-            if request.slo is NO_SLO and not request.priority
-            else decode_weight(request, now_s)
-            for request in requests
-        ]
-    )
+def decode_weights(
+    requests: Sequence[RunningView], now_s: float, lengths: OutputLengths, step_s: float = 0.0
+) -> list[float]:
+    """What a second until its next token costs each running request.
+
+    Args:
+        requests: they decode.
+        now_s: the engine's clock.
+        lengths: of outputs that have ended.
+        step_s: what each further token takes at least.
+    """
+    generated = [request.num_output_tokens for request in requests]
+    limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
+    weights = lengths.expected_reciprocals(generated, limits)
+    for index, request in enumerate(requests):
+        if request.slo is not NO_SLO or request.priority:
+            weights[index] *= _urgency(request, now_s, weights[index], step_s)
+    return weights
+
+
+def _urgency(request: RunningView, now_s: float, reciprocal: float, step_s: float) -> float:
+    """What priority and pace make of the weight of a request with so long an output."""
+    urgency = priority_factor(request.priority)
+    tpot_s = request.slo.tpot_s
+    if tpot_s is not None and request.first_token_s is not None:
+        left_s = max(0.0, 1.0 / reciprocal - request.num_output_tokens) * min(step_s, tpot_s)
+        used = (now_s - request.first_token_s + left_s) * reciprocal / tpot_s
+        urgency *= TOKEN_S / tpot_s * (_pressure(used) if used < 1.0 else 1.0)
+    return urgency
 
 
 def priority_factor(priority: int) -> float:

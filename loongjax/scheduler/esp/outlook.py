@@ -10,7 +10,8 @@ from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Prefill
 from loongjax.scheduler.components import Component, find_components
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.objective import pause_weight
+from loongjax.scheduler.esp.objective import decode_weights
+from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.view import RunningView
 
@@ -43,18 +44,19 @@ class Outlook:
         draft: the cluster.
         times: predictions.
         barred: instances that no prefill may have now.
+        lengths: of outputs that have ended.
     """
 
-    def __init__(self, draft: Draft, times: Times, barred: Collection[InstanceId]) -> None:
+    def __init__(self, draft: Draft, times: Times, barred: Collection[InstanceId], lengths: OutputLengths) -> None:
         view = draft.view
+        self._times, self._lengths = times, lengths
         self.components = find_components(draft)
         """Every decode group there could be, busy or not."""
         self.until_free_s = times.until_free_s(view)
         """In seconds, by instance."""
-        decoding = {instance for component in self.components for instance in component.instances}
-        self.vacant = [instance for instance in draft.idle if instance not in decoding and instance not in barred]
+        self.vacant = [instance for instance in draft.idle if not draft.residents[instance] and instance not in barred]
         self.vacant.sort(key=lambda instance: (-draft.room(instance), instance))
-        """Idle instances on which nobody waits for a next token, those with most room first."""
+        """Idle instances without keys, those with most room first."""
         sites = [self._site(component, view.now_s) for component in self.components]
         self.decodes = [site for site in sites if site.ready_s < math.inf]
         if barred:
@@ -65,12 +67,13 @@ class Outlook:
         """Instances that prefills in flight will leave without keys, soonest first."""
 
     def _site(self, component: Component, now_s: float) -> Site:
-        return Site(
+        site = Site(
             instances=tuple(sorted(component.instances)),
             ready_s=max([self.until_free_s[instance] for instance in component.instances]),
-            pause_weight=pause_weight(component.requests, now_s),
             requests=tuple(component.requests),
         )
+        weights = decode_weights(site.requests, now_s, self._lengths, step_s(site, self._times))
+        return dataclasses.replace(site, pause_weight=sum(weights))
 
     def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:
         sites: list[Site] = []

@@ -31,6 +31,8 @@ class OutputLengths:
         """The same, for looking up one at a time."""
         self._sums_from = [0.0]
         """[i]: the sum of the ascending lengths from the i-th on."""
+        self._reciprocals_from = [0.0]
+        """[i]: the sum of 1 / length from the i-th on."""
 
     def copy(self) -> OutputLengths:
         other = OutputLengths()
@@ -45,7 +47,8 @@ class OutputLengths:
         self._recent = np.append(self._recent[1 - WINDOW :], num_output_tokens)
         self._ascending = np.sort(self._recent)
         self._ascending_list = self._ascending.tolist()
-        self._sums_from = np.append(np.cumsum(self._ascending[::-1])[::-1], 0.0).tolist()
+        self._sums_from = _sums_from(self._ascending)
+        self._reciprocals_from = _sums_from(1.0 / np.maximum(self._ascending, 1))
 
     def bounds(
         self, num_output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"]
@@ -73,6 +76,29 @@ class OutputLengths:
             guess = sums_from[first] / num_longer - generated if num_longer else float(generated or 1)
             result.append(min(guess, float(limit - generated)))
         return result
+
+    def expected_reciprocals(self, num_output_tokens: Sequence[int], max_tokens: Sequence[int]) -> list[float]:
+        """The mean of 1 / final output length of each request: over the longer outputs, each cut at its own limit.
+
+        Where none was longer, it is taken to be half way.
+        """
+        ascending, reciprocals_from, num_known = self._ascending_list, self._reciprocals_from, len(self._ascending_list)
+        result: list[float] = []
+        for generated, most in zip(num_output_tokens, max_tokens, strict=True):
+            limit = max(most, generated + 1)
+            first = bisect.bisect_right(ascending, generated)
+            if first == num_known:
+                result.append(1.0 / min(max(2 * generated, 1), limit))
+                continue
+            at_limit = bisect.bisect_left(ascending, limit, lo=first)
+            below = reciprocals_from[first] - reciprocals_from[at_limit]
+            result.append((below + (num_known - at_limit) / limit) / (num_known - first))
+        return result
+
+
+def _sums_from(numbers: np.ndarray) -> list[float]:
+    """[i]: the sum of the numbers from the i-th on; 0 behind the last."""
+    return np.append(np.cumsum(numbers[::-1])[::-1], 0.0).tolist()
 
 
 def least_sample() -> int:

@@ -22,6 +22,9 @@ from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.view import WaitingView
 
+LEAST_OVERTAKE = 1 / 16
+"""What being overtaken counts at least; once, if those who overtake take as long as the request itself."""
+
 
 class PrefillPlanner:
     """Plans the prefills of one answer, and the migrations that make way for them."""
@@ -61,11 +64,11 @@ class PrefillPlanner:
         window = Window(requests, view.shape, view.now_s)
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
-        outlook = Outlook(draft, self._times, barred)
+        outlook = Outlook(draft, self._times, barred, self._lengths)
         first = window[0]
         is_patient = self._fairness.may_overtake(first)
         started, coming = self._optimise(window, outlook, is_patient=is_patient)
-        must_start = senior is not None or not is_patient
+        must_start = not is_patient or not view.running
         is_left = 0 not in started and 0 not in coming
         if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
             started = [*started, 0]
@@ -99,7 +102,7 @@ class PrefillPlanner:
         )
         choice = dispatcher.dispatch()
         if not choice.places:
-            return [], ()
+            return [], [0] if choice.is_held else ()
         if choice.move is None:
             allocator = Allocator(
                 draft, outlook, window, self._times, may_wait=is_patient, mover=mover, explain=self._explain
@@ -147,8 +150,10 @@ class PrefillPlanner:
         requests = window.views(started)
         if left:
             first_left = window[min(left)]
-            if any(request.order > first_left.order for request in requests):
-                self._fairness.note_overtaken(first_left)
+            later = [request for request in requests if request.order > first_left.order]
+            if later:
+                share = self._times.batch_s(1, later) / self._times.batch_s(1, [first_left])
+                self._fairness.note_overtaken(first_left, min(1.0, max(share, LEAST_OVERTAKE)))
         self._fairness.note_prefilled(requests)
         passed = [request for request in self._draft.residents_of(taken) if not request.is_in_flight]
         self._fairness.note_passed(passed)

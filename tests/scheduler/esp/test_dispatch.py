@@ -10,6 +10,7 @@ from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
 from loongjax.core.request import FinishReason, ServiceLevel
 from loongjax.costmodel.work import PrefillWork
 from loongjax.scheduler.esp.dispatch import num_worth_batching
+from loongjax.scheduler.esp.objective import TOKEN_S
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView, FlightView
@@ -29,18 +30,18 @@ def one_busy_instance(slo: ServiceLevel | None = None, now_s: float = 0.0) -> Cl
 
 
 def test_gain_and_cost_are_those_of_equations_1_and_2() -> None:
-    # Nothing is known of output lengths: b, half way, has 5 steps of 2 s left, after which its group is over.
+    # Nothing is known of output lengths: a and b are half way, b has 5 steps of 2 s left, and then its group is over.
     _, decisions = ask(one_busy_instance())
     decision = only(decisions, "dispatch")
     assert decision.gain == pytest.approx(10.0 / 100)
-    assert decision.cost == pytest.approx(1.0 / 4 + 1.0 / 5)
+    assert decision.cost == pytest.approx(1.0 / 8 + 1.0 / 10)
     assert (decision.instances, decision.request_ids) == ((0,), ("w",))
 
 
 def test_decodes_are_paused_only_where_the_gain_exceeds_the_cost() -> None:
-    plans, _ = ask(one_busy_instance(), HandModel(step_s=8.9))
+    plans, _ = ask(one_busy_instance(), HandModel(step_s=4.4))
     assert [type(plan) for plan in plans] == [Decode]
-    plans, _ = ask(one_busy_instance(), HandModel(step_s=9.1))
+    plans, _ = ask(one_busy_instance(), HandModel(step_s=4.6))
     assert prefilled(plans) == ["w"]
 
 
@@ -49,10 +50,10 @@ def test_a_deadline_that_comes_near_weighs_in() -> None:
     slo = ServiceLevel(ttft_s=10.0)
     plans, _ = ask(one_busy_instance(slo, now_s=0.0), model)
     assert prefilled(plans) == []
-    # 7 of 10 seconds are used: the gain of 0.2 counts 10 / 3 times, which exceeds 0.45.
+    # 7 of 10 seconds are used: 20 s weigh 10 / 3 times 0.05 / 10 each, which exceeds 0.225.
     plans, decisions = ask(one_busy_instance(slo, now_s=7.0), model)
     assert prefilled(plans) == ["w"]
-    assert only(decisions, "dispatch").gain == pytest.approx(0.2 * 10 / 3)
+    assert only(decisions, "dispatch").gain == pytest.approx(20.0 * TOKEN_S / 10 * 10 / 3)
 
 
 def test_who_would_not_have_to_wait_long_gains_little() -> None:
@@ -123,12 +124,13 @@ def test_vacant_instances_cost_nothing() -> None:
     assert not [decision for decision in decisions if decision.step == "dispatch"]
 
 
-def test_requests_are_taken_in_queue_order_and_overtaken_a_bounded_number_of_times() -> None:
+def test_what_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
     runs = [running("a", 0, (0, 4), num_output_tokens=4)]
-    policy = policy_of(HandModel(), max_overtakes=2)
+    policy = policy_of(HandModel(), max_overtakes=1)
     for attempt in range(3):
-        # The first needs more tokens than two instances take in one prefill; a holds the third.
-        waits = [waiting("large", 1, 230), waiting(f"small{attempt}", 2 + attempt, 10)]
+        # The first needs more tokens than two instances take in one prefill; a holds the third. The others take less
+        # than it would, but more than half.
+        waits = [waiting("large", 1, 230), waiting(f"small{attempt}", 2 + attempt, 150)]
         plans = policy.plan(cluster(3, num_pages=1000, runs=runs, waits=waits, max_num_batched_tokens=100))
         expected = [f"small{attempt}"] if attempt < 2 else []
         assert [name for name in prefilled(plans) if name != "large"] == expected
@@ -145,17 +147,20 @@ def test_a_suspect_is_prefilled_alone() -> None:
 def test_nobody_joins_a_suspect_when_decodes_are_paused_for_more_instances() -> None:
     """The second is so urgent that the decodes would be paused for it, and one prefill on both were best."""
     runs = [running("a", 5, (0, 50), num_output_tokens=10**6)]
-    waits = [waiting("s", 6, 10, is_suspect=True), waiting("w", 7, 1000, priority=-20)]
+    waits = [waiting("s", 6, 10, is_suspect=True), waiting("w", 7, 1000, priority=-10)]
     old = running("old", 0, (2, 8), is_in_flight=True, num_output_tokens=10**6)
     view = cluster(3, num_pages=1000, runs=[*runs, old], waits=waits, prefilling=[2])
     assert prefilled(ask(view, HandModel(moved_s=1e9))[0]) == ["s"]
 
 
-def test_the_oldest_request_is_prefilled_whatever_it_costs() -> None:
+def test_the_oldest_request_is_prefilled_whatever_it_costs_once_it_was_overtaken_enough() -> None:
     runs = [running("young", 1, (0, 380), num_output_tokens=1), running("younger", 2, (1, 300), num_output_tokens=1)]
-    plans, decisions = ask(cluster(2, runs=runs, waits=[waiting("old", 0, 390)]))
+    view = cluster(2, runs=runs, waits=[waiting("old", 0, 390)])
+    plans, decisions = ask(view, max_overtakes=0)
     assert prefilled(plans) == ["old"]
     assert only(decisions, "senior").is_taken
+    # As long as it may still be overtaken, it waits for what runs to end.
+    assert prefilled(ask(view)[0]) == []
 
 
 def test_decodes_that_let_enough_prefills_pass_come_first() -> None:

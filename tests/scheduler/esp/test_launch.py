@@ -47,18 +47,21 @@ def test_prompts_of_one_length_start_in_order_of_arrival() -> None:
 
 
 def test_priority_goes_before_length() -> None:
-    urgent = waiting("long", 5, 2000, priority=-10)
+    urgent = waiting("long", 5, 2000, priority=-20)
     assert prefills(ask(view_of(urgent, SHORT), HandModel(moved_s=1e9))[0]) == [["long"]]
 
 
-@pytest.mark.parametrize("max_overtakes", [0, 1, 3])
-def test_a_long_prompt_is_put_off_a_bounded_number_of_times(max_overtakes: int) -> None:
+@pytest.mark.parametrize(
+    ("max_overtakes", "short_len", "num_put_off"), [(0, 10, 0), (1, 10, 16), (3, 10, 48), (1, 500, 4), (3, 1000, 6)]
+)
+def test_a_long_prompt_is_put_off_for_a_bounded_multiple_of_its_own_time(
+    max_overtakes: int, short_len: int, num_put_off: int
+) -> None:
+    """Who goes first counts by what it takes, of what the long prompt would take, but a sixteenth at least."""
     policy = policy_of(HandModel(moved_s=1e9), max_overtakes=max_overtakes)
-    answers = [
-        prefills(policy.plan(view_of(LONG, waiting(f"short{i}", 6 + i, 10))))[0] for i in range(max_overtakes + 1)
-    ]
-    assert answers[:-1] == [[f"short{i}"] for i in range(max_overtakes)]
-    assert answers[-1][0] == "long"
+    for i in range(num_put_off):
+        assert prefills(policy.plan(view_of(LONG, waiting(f"short{i}", 6 + i, short_len)))) == [[f"short{i}"]]
+    assert prefills(policy.plan(view_of(LONG, waiting("last", 999, short_len))))[0][0] == "long"
 
 
 def test_the_oldest_of_all_is_put_off_for_a_short_prompt_too_and_nobody_is_paused_for_it() -> None:

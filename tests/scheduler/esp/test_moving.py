@@ -32,7 +32,7 @@ def test_where_pausing_does_not_pay_an_instance_is_freed_by_moving_its_keys() ->
     moved_s = 40 * 0.0001
     # 10 more steps of 2 s are expected, after which d would be over by itself.
     assert decision.gain == pytest.approx((10 * 2.0 - moved_s) / 1000)
-    assert decision.cost == pytest.approx((1 / 1000 + 1 / 10) * moved_s)
+    assert decision.cost == pytest.approx((1 / 1000 + 1 / 20) * moved_s)
     assert plans == (Migrate("d", 0, 1, 40),)
 
 
@@ -41,7 +41,7 @@ def test_longer_steps_of_those_who_decode_together_count_against_moving() -> Non
     _, decisions = ask(two_groups(), HandModel(row_s=0.1))
     decision = next(decision for decision in decisions if decision.step == "migrate")
     assert dict(decision.terms)["slowdown_weight_s"] == pytest.approx(0.1 * 0.5 + 0.1 * 0.5)
-    assert decision.cost == pytest.approx((1 / 1000 + 1 / 10) * 40 * 0.0001 + 0.1)
+    assert decision.cost == pytest.approx((1 / 1000 + 1 / 20) * 40 * 0.0001 + 0.1)
     assert not decision.is_taken
 
 

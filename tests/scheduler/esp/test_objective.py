@@ -5,47 +5,93 @@ from __future__ import annotations
 import pytest
 
 from loongjax.core.request import ServiceLevel
-from loongjax.scheduler.esp.objective import MAX_PRESSURE, decode_weight, pause_weight, prefill_weight
+from loongjax.scheduler.esp.objective import MAX_PRESSURE, TOKEN_S, decode_weights, prefill_weight
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.view import RunningView
 from tests.scheduler.views import running, waiting
+
+
+def lengths_of(*outputs: int) -> OutputLengths:
+    lengths = OutputLengths()
+    for output in outputs:
+        lengths.add(output)
+    return lengths
+
+
+def decode_weight(request: RunningView, now_s: float, lengths: OutputLengths | None = None) -> float:
+    (weight,) = decode_weights([request], now_s, lengths or OutputLengths())
+    return weight
 
 
 def test_a_waiting_request_weighs_one_over_its_length() -> None:
     assert prefill_weight(waiting("w", 0, 50), 3.0) == pytest.approx(1 / 50)
 
 
-def test_a_running_request_weighs_one_over_what_it_has_generated() -> None:
-    assert decode_weight(running("r", 0, (0, 50), num_output_tokens=8), 3.0) == pytest.approx(1 / 8)
+@pytest.mark.parametrize("num_output_tokens", [1, 8, 500])
+def test_a_running_request_weighs_one_over_its_output_that_is_taken_to_be_half_way(num_output_tokens: int) -> None:
+    request = running("r", 0, (0, 50), num_output_tokens=num_output_tokens)
+    assert decode_weight(request, 3.0) == pytest.approx(1 / (2 * num_output_tokens))
+
+
+def test_of_outputs_that_have_ended_the_longer_ones_say_how_long_it_will_be() -> None:
+    """8 are out: 10, 40 and 160 are possible, which a limit of 50 makes 10, 40 and 50."""
+    lengths = lengths_of(2, 8, 10, 40, 160)
+    request = running("r", 0, (0, 50), num_output_tokens=8)
+    assert decode_weight(request, 3.0, lengths) == pytest.approx((1 / 10 + 1 / 40 + 1 / 160) / 3)
+    limited = running("r", 0, (0, 50), num_output_tokens=8, max_new_tokens=42)
+    assert decode_weight(limited, 3.0, lengths) == pytest.approx((1 / 10 + 1 / 40 + 1 / 50) / 3)
+
+
+def test_a_long_output_is_cheap_to_pause_from_its_first_token_on() -> None:
+    """Equation 1 of the paper has 1 / 1 for both."""
+    lengths = lengths_of(*[400] * 20)
+    young = running("young", 0, (0, 50), num_output_tokens=1)
+    short = running("short", 1, (0, 50), num_output_tokens=1, max_new_tokens=1)
+    assert decode_weight(young, 3.0, lengths) == pytest.approx(1 / 400)
+    assert decode_weight(short, 3.0, lengths) == pytest.approx(1 / 2)
 
 
 @pytest.mark.parametrize(("priority", "factor"), [(0, 1.0), (1, 0.5), (3, 0.125), (-2, 4.0), (10**6, 2.0**-32)])
 def test_each_step_of_priority_halves_or_doubles(priority: int, factor: float) -> None:
     assert prefill_weight(waiting("w", 0, 50, priority=priority), 0.0) == pytest.approx(factor / 50)
     request = running("r", 0, (0, 50), num_output_tokens=8, priority=priority)
-    assert decode_weight(request, 0.0) == pytest.approx(factor / 8)
+    assert decode_weight(request, 0.0) == pytest.approx(factor / 16)
+
+
+@pytest.mark.parametrize(("waited_s", "pressure"), [(0.0, 1.0), (5.0, 2.0), (7.5, 4.0), (9.9, MAX_PRESSURE)])
+@pytest.mark.parametrize("num_tokens", [5, 50, 50_000])
+def test_whoever_wishes_for_a_time_is_measured_by_that_time(num_tokens: int, waited_s: float, pressure: float) -> None:
+    """And presses the more the nearer it is."""
+    request = waiting("w", 0, num_tokens, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
+    assert prefill_weight(request, 100.0 + waited_s) == pytest.approx(pressure * TOKEN_S / 10.0)
+
+
+@pytest.mark.parametrize(("num_tokens", "weight"), [(5, TOKEN_S / 10.0), (50_000, 1 / 50_000)])
+def test_a_deadline_that_is_missed_presses_no_more(num_tokens: int, weight: float) -> None:
+    request = waiting("w", 0, num_tokens, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
+    assert prefill_weight(request, 110.0) == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(
-    ("waited_s", "pressure"), [(0.0, 1.0), (5.0, 2.0), (7.5, 4.0), (9.9, MAX_PRESSURE), (10.0, 1.0), (99.0, 1.0)]
+    ("elapsed_s", "pressure"), [(0.0, 1 / (1 - 8 / 32)), (8.0, 2.0), (16.0, 4.0), (23.9, 16.0), (24.0, 1.0)]
 )
-def test_a_deadline_presses_the_more_the_nearer_it_is_until_it_is_missed(waited_s: float, pressure: float) -> None:
-    request = waiting("w", 0, 50, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
-    assert prefill_weight(request, 100.0 + waited_s) == pytest.approx(pressure / 50)
+def test_a_pace_presses_the_more_the_less_time_is_left_beside_what_the_output_needs(
+    elapsed_s: float, pressure: float
+) -> None:
+    """8 tokens of 16, which may take 32 s; the other 8 need 8 s. Once that is too long, nothing mends it."""
+    request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
+    (weight,) = decode_weights([request], 100.0 + elapsed_s, OutputLengths(), step_s=1.0)
+    assert weight == pytest.approx(pressure * TOKEN_S / 2.0 / 16)
 
 
-@pytest.mark.parametrize(("elapsed_s", "pressure"), [(0.0, 1.0), (4.0, 2.0), (6.0, 4.0), (8.0, 16.0), (80.0, 16.0)])
-def test_a_pace_presses_the_more_the_slower_it_has_been(elapsed_s: float, pressure: float) -> None:
-    """8 tokens at a second each."""
-    slo = ServiceLevel(tpot_s=1.0)
-    request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=slo)
-    assert decode_weight(request, 100.0 + elapsed_s) == pytest.approx(pressure / 8)
-
-
-def test_a_group_weighs_what_its_requests_weigh() -> None:
+def test_requests_weigh_what_each_weighs_alone() -> None:
     requests = [
         running("a", 0, (0, 50), num_output_tokens=4),
         running("b", 1, (0, 50), num_output_tokens=5, priority=1),
         running("c", 2, (0, 50), num_output_tokens=2, first_token_s=0.0, slo=ServiceLevel(tpot_s=1.0)),
         running("d", 3, (0, 50)),
     ]
-    assert pause_weight(requests, 1.0) == pytest.approx(sum(decode_weight(request, 1.0) for request in requests))
-    assert pause_weight(requests, 1.0) == pytest.approx(1 / 4 + 1 / 10 + 2 / 2 + 1)
+    lengths = lengths_of(3, 30, 300)
+    assert decode_weights(requests, 1.0, lengths) == pytest.approx(
+        [decode_weight(request, 1.0, lengths) for request in requests]
+    )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.scheduler.esp.output_lengths import WINDOW, OutputLengths, least_sample
@@ -72,3 +73,20 @@ def test_nine_of_ten_outputs_stay_within_their_bound():
         within.append(length <= bound(lengths, 0, 10**6))
         lengths.add(length)
     assert 0.88 < np.mean(within[500:]) < 0.92
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    outputs=st.lists(st.integers(1, 40), max_size=30),
+    generated=st.integers(0, 40),
+    room=st.integers(1, 40),
+)
+def test_expected_reciprocals_are_means_over_the_longer_outputs(outputs: list[int], generated: int, room: int) -> None:
+    lengths = OutputLengths()
+    for output in outputs:
+        lengths.add(output)
+    limit = generated + room
+    longer = [min(output, limit) for output in outputs if output > generated]
+    expected = sum(1 / output for output in longer) / len(longer) if longer else 1 / min(max(2 * generated, 1), limit)
+    (actual,) = lengths.expected_reciprocals([generated], [limit])
+    assert actual == pytest.approx(expected)
