@@ -43,6 +43,7 @@ class Flight:
     """On the engine's clock, in seconds."""
     started_s: float = 0.0
     """When it was submitted, or when the iteration before it on the same group ended if that came later."""
+    _view: FlightView | None = None
 
     @property
     def group(self) -> Group:
@@ -65,7 +66,12 @@ class Flight:
         self.work = self.works(num_steps + 1)[-1]
 
     def view(self) -> FlightView:
-        return FlightView(plan=self.plan, group=self.group, work=self.work, started_s=self.started_s)
+        """The same until something about it changes: a policy sees every flight whenever it is asked."""
+        view = self._view
+        if view is None or view.started_s != self.started_s or view.work is not self.work:
+            view = FlightView(plan=self.plan, group=self.group, work=self.work, started_s=self.started_s)
+            self._view = view
+        return view
 
 
 def bind(

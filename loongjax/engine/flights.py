@@ -49,6 +49,11 @@ class Flights:
         """What is in flight under this id."""
         return self._flights[iteration_id]
 
+    @property
+    def busy_instances(self) -> set[InstanceId]:
+        """Those that something in flight occupies."""
+        return {instance for flight in self._flights.values() for instance in flight.group.instances}
+
     def by_instance(self) -> dict[InstanceId, list[Flight]]:
         """In order of submission, for every instance that is busy."""
         result: dict[InstanceId, list[Flight]] = {}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 
-from loongjax.core.cluster import ClusterShape
+from loongjax.core.cluster import ClusterShape, InstanceId
 from loongjax.core.plan import Prefill
 from loongjax.engine.binding import Flight
 from loongjax.engine.live_request import LiveRequest, WaitingQueue
@@ -29,25 +30,20 @@ def take_snapshot(
     Pages and tokens need no foresight: they are accounted for when an iteration is submitted.
     """
     aloft = [flight for flight in flights if flight is not as_if_over]
-    busy = {instance: flight for flight in aloft for instance in flight.group.instances}
-    landed = {request.request_id for request in as_if_over.requests} if as_if_over is not None else set()
+    busy = {instance: isinstance(flight.plan, Prefill) for flight in aloft for instance in flight.group.instances}
+    landed = {request.request_id for request in as_if_over.requests} if as_if_over is not None else ()
     return ClusterView(
         shape=shape,
         instances=tuple(
             [
-                InstanceView(
-                    instance=instance,
-                    num_free_pages=kv_cache.free_pages(instance),
-                    is_busy=instance in busy,
-                    is_prefilling=instance in busy and isinstance(busy[instance].plan, Prefill),
-                )
-                for instance in shape.all_instances
+                _instance_view(instance, num_free_pages, instance in busy, busy.get(instance, False))
+                for instance, num_free_pages in enumerate(kv_cache.all_free_pages())
             ]
         ),
         waiting=waiting.views(),
         running=tuple(
             [
-                live[request_id].running_view(kv, num_landed=int(request_id in landed))
+                live[request_id].running_view(kv, int(request_id in landed))
                 for request_id, kv in kv_cache.all_local_lens()
             ]
         ),
@@ -56,3 +52,9 @@ def take_snapshot(
         now_s=now_s,
         flights=tuple([flight.view() for flight in aloft]),
     )
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _instance_view(instance: InstanceId, num_free_pages: int, is_busy: bool, is_prefilling: bool) -> InstanceView:
+    """Most instances are as they were in the last picture."""
+    return InstanceView(instance=instance, num_free_pages=num_free_pages, is_busy=is_busy, is_prefilling=is_prefilling)

@@ -27,7 +27,7 @@ class EngineState:
     @property
     def idle_instances(self) -> frozenset[InstanceId]:
         """Those that nothing in flight occupies."""
-        return frozenset(self.shape.all_instances).difference(self.flights.by_instance())
+        return frozenset(self.shape.all_instances).difference(self.flights.busy_instances)
 
     @property
     def has_request_out_of_flight(self) -> bool:

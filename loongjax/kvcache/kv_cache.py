@@ -39,6 +39,10 @@ class KVCache:
     def free_pages(self, instance: InstanceId) -> int:
         return self._pools[instance].num_free
 
+    def all_free_pages(self) -> list[int]:
+        """Of every instance, in ascending order."""
+        return [pool.num_free for pool in self._pools]
+
     def used_pages(self, instance: InstanceId) -> int:
         return self._pools[instance].num_used
 

@@ -11,6 +11,8 @@ from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, Pre
 
 MAX_REMEMBERED = 1 << 14
 """Times of a kind that are kept; then all are forgotten."""
+MAX_REMEMBERED_AT_ONCE = 64
+"""Works of one question that are kept: the steps of a long jump, in a simulation, are never met again."""
 
 
 class Predictions:
@@ -26,23 +28,28 @@ class Predictions:
         self._prefills: dict[tuple[Strategy, int, int], float] = {}
         self._steps: dict[tuple[Strategy, int, int], float] = {}
 
+    def known_s(self, strategy: Strategy, work: PrefillWork | DecodeWork) -> float | None:
+        """Of this iteration, if it was asked for lately."""
+        return self._works.get((strategy, work))
+
     def of_works(self, strategy: Strategy, works: Sequence[PrefillWork | DecodeWork]) -> list[float]:
-        """Of each of these iterations."""
-        known = self._works
-        missing = [work for work in works if (strategy, work) not in known]
-        if missing:
-            if len(known) + len(missing) > MAX_REMEMBERED:
-                known.clear()
-                missing = list(works)
-            prefills = [work for work in missing if isinstance(work, PrefillWork)]
-            decodes = [work for work in missing if isinstance(work, DecodeWork)]
-            if prefills:
-                seconds = self._model.prefill_s(strategy, PrefillTotals.of(prefills)).tolist()
-                known.update(zip([(strategy, work) for work in prefills], seconds, strict=True))
-            if decodes:
-                seconds = self._model.decode_s(strategy, DecodeTotals.of(decodes)).tolist()
-                known.update(zip([(strategy, work) for work in decodes], seconds, strict=True))
-        return [known[strategy, work] for work in works]
+        """Of each of these iterations, which are all prefills or all decodes."""
+        if len(works) == 1:
+            known_s = self.known_s(strategy, works[0])
+            if known_s is not None:
+                return [known_s]
+        prefills = [work for work in works if isinstance(work, PrefillWork)]
+        decodes = [work for work in works if isinstance(work, DecodeWork)]
+        assert not (prefills and decodes), "either prefills or decodes"
+        if prefills:
+            seconds = self._model.prefill_s(strategy, PrefillTotals.of(prefills)).tolist()
+        else:
+            seconds = self._model.decode_s(strategy, DecodeTotals.of(decodes)).tolist()
+        if len(works) <= MAX_REMEMBERED_AT_ONCE:
+            if len(self._works) >= MAX_REMEMBERED:
+                self._works.clear()
+            self._works.update(zip([(strategy, work) for work in works], seconds, strict=True))
+        return seconds
 
     def prefill_s(self, strategy: Strategy, num_tokens: int, squared_lens: int) -> float:
         """Of a prefill, by the sums over its requests."""

@@ -110,14 +110,19 @@ class Times:
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
         durations = [math.inf] * len(flights)
-        alike: dict[tuple[Kind, int], list[int]] = {}
+        unknown: dict[tuple[Kind, int], list[int]] = {}
         for index, flight in enumerate(flights):
             work = flight.work
             if isinstance(flight.plan, Migrate):
                 durations[index] = self.migration_s(flight.plan.num_tokens)
             elif work is not None:
-                alike.setdefault((kind_of(work), flight.group.dop), []).append(index)
-        for (kind, dop), indices in alike.items():
+                kind, dop = kind_of(work), flight.group.dop
+                base_s = self._predictions.known_s(self._strategy(dop), work)
+                if base_s is None:
+                    unknown.setdefault((kind, dop), []).append(index)
+                else:
+                    durations[index] = self._factor(kind, self._strategy(dop)) * base_s
+        for (kind, dop), indices in unknown.items():
             strategy = self._strategy(dop)
             factor = self._factor(kind, strategy)
             works = [work for index in indices if (work := flights[index].work) is not None]
