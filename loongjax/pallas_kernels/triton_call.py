@@ -1,7 +1,6 @@
 """Triton kernels as custom calls that command buffers (CUDA graphs) can hold.
 
-jax_triton compiles the kernels. It calls them through XLA's untyped custom call, at which every command buffer ends, so
-here they are called through jaxlib's typed one, which XLA records: a short decode step is bound by its launches.
+They go through jaxlib's typed custom call, which XLA records; at the untyped one every command buffer ends.
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax_triton import triton_lib
 
+from loongjax.pallas_kernels.triton_compile import ALIGNMENT, compile_kernel
 from loongjax.pallas_kernels.triton_gpu import compute_capability
 
 TARGET = "triton_kernel_call_ffi"
@@ -49,38 +49,31 @@ def triton_call(
         NotImplementedError: a gradient is asked for.
     """
     arrays = [x for x in operands if not isinstance(x, int)]
-    scalars = [(i, triton_lib.get_triton_type(x), x) for i, x in enumerate(operands) if isinstance(x, int)]
-    assert all(i >= len(arrays) for i, _, _ in scalars), "arrays come first"
-    pointers = [_pointer_type(x) for x in arrays], [_pointer_type(x) for x in out_shape]
-    compiled, attributes = triton_lib.get_or_create_triton_kernel(
-        triton_lib.get_cuda_backend,
-        "cuda",
+    integers = [(i, x) for i, x in enumerate(operands) if isinstance(x, int)]
+    assert all(i >= len(arrays) for i, _ in integers), "arrays come first"
+    types = [_pointer_type(x) for x in arrays] + [triton_lib.get_triton_type(x) for _, x in integers]
+    compiled = compile_kernel(
         kernel,
-        [*pointers[0], *(dtype for _, dtype, _ in scalars), *pointers[1]],
-        tuple(scalars),
+        (*types, *map(_pointer_type, out_shape)),
+        tuple(integers),
+        tuple((k, x.item() if isinstance(x, np.generic) else x) for k, x in constants.items()),
         num_warps=num_warps,
         num_stages=num_stages,
-        num_ctas=1,
-        compute_capability=compute_capability(),
-        enable_fp_fusion=True,
-        metaparams={k: x.item() if isinstance(x, np.generic) else x for k, x in constants.items()},
-        dump=False,
+        capability=(capability := compute_capability()),
     )
     library = triton_lib.triton_kernel_call_lib
-
-    def array_parameter(i: int) -> Any:
-        is_aligned = ["tt.divisibility", 16] in attributes[(i,)]
-        return library.create_array_parameter(0, 16 if is_aligned else 0)
-
-    first_result = len(operands)
+    num_blocks_per_cluster, no_source = 1, ""
+    loadable = library.TritonKernel(
+        compiled.name, num_warps, num_blocks_per_cluster, compiled.shared_bytes, compiled.ptx, no_source, capability
+    )
     parameters = [
-        *(array_parameter(i) for i in range(len(arrays))),
+        *(library.create_array_parameter(0, ALIGNMENT) for _ in arrays),
         # Triton makes a constant of an argument that is 1.
-        *(library.create_scalar_parameter(x, dtype) for _, dtype, x in scalars if x != 1),
-        *(array_parameter(first_result + i) for i in range(len(out_shape))),
+        *(library.create_scalar_parameter(x, triton_lib.get_triton_type(x)) for _, x in integers if x != 1),
+        *(library.create_array_parameter(0, ALIGNMENT) for _ in out_shape),
     ]
-    call = library.TritonKernelCall(compiled, *grid, *(1,) * (3 - len(grid)), parameters)
-    opaque = zlib.compress(call.to_proto(name, b""))
+    call = library.TritonKernelCall(loadable, *grid, *(1,) * (3 - len(grid)), parameters)
+    opaque = zlib.compress(call.to_proto(name, b""), level=9)
     launch = jax.ffi.ffi_call(TARGET, list(out_shape), input_output_aliases=dict(aliases or {}))
     forward = jax.custom_jvp(lambda *arrays: launch(*arrays, opaque=opaque))
     forward.defjvp(functools.partial(_refuse_gradient, name))

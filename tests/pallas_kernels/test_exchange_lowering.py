@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jax_triton import triton_lib
 
 from loongjax.pallas_kernels.exchange import all_gather, all_reduce, exchange_and_merge, exchange_status
+from loongjax.pallas_kernels.triton_compile import compile_kernel
 from loongjax.parallel import multi_master_decode
 
 Shape = jax.ShapeDtypeStruct
@@ -40,15 +40,13 @@ def line(num_ranks: int) -> Mesh:
 @pytest.fixture
 def compiled(monkeypatch) -> list[str]:
     """The PTX of what a test compiles."""
-    compile_kernel, found = triton_lib.compile_ttir_to_ptx_inplace, []
+    found = []
 
-    def record(*arguments):
-        result = compile_kernel(*arguments)
-        found.append(result.binary.decode() if isinstance(result.binary, bytes) else result.binary)
-        return result
+    def record(*arguments, **settings):
+        found.append(compile_kernel(*arguments, **settings).ptx)
+        return compile_kernel(*arguments, **settings)
 
-    monkeypatch.setattr(triton_lib, "compile_ttir_to_ptx_inplace", record)
-    monkeypatch.setattr(triton_lib, "_COMPILED_KERNEL_CACHE", {})
+    monkeypatch.setattr("loongjax.pallas_kernels.triton_call.compile_kernel", record)
     return found
 
 

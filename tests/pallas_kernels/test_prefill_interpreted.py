@@ -74,6 +74,11 @@ def test_no_access_to_shared_memory_races_with_another(num_programs):
     check(random_inputs(130, 700), causal(130, 700), num_programs=num_programs, detect_races=True)
 
 
+@pytest.mark.parametrize("num_heads_abreast", [1, 2, 3, 6, 1000])
+def test_heads_may_be_computed_in_sets(num_heads_abreast):
+    check(random_inputs(270, 350, (6, 3)), causal(270, 350), num_programs=4, num_heads_abreast=num_heads_abreast)
+
+
 @pytest.mark.parametrize("num_programs", [None, 4])
 @pytest.mark.parametrize("heads", [(2, 2), (4, 2), (3, 1)])
 def test_query_heads_share_key_heads(heads, num_programs):

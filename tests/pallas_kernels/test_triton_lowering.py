@@ -2,15 +2,16 @@
 
 import functools
 import inspect
+import subprocess
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jax_triton import triton_lib
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import (
@@ -31,6 +32,7 @@ from loongjax.pallas_kernels.prefill_attention import triton_variant as prefill_
 from loongjax.pallas_kernels.prefill_attention.triton_kernel import prefill_kernel
 from loongjax.pallas_kernels.prefill_attention.triton_variant import TritonPrefillTuning
 from loongjax.pallas_kernels.triton_call import triton_call
+from loongjax.pallas_kernels.triton_compile import compile_kernel
 
 Shape = jax.ShapeDtypeStruct
 TRITON_CALL = jax.export.DisabledSafetyCheck.custom_call("triton_kernel_call_ffi")
@@ -98,13 +100,27 @@ def test_prefill_attention_is_one_kernel(shape, dtype, out_dtype):
 @pytest.fixture
 def compiled(monkeypatch) -> list:
     """The kernels that are compiled from here on."""
-    compile_kernel, kernels = triton_lib.compile_ttir_to_ptx_inplace, []
-    monkeypatch.setattr(
-        triton_lib,
-        "compile_ttir_to_ptx_inplace",
-        lambda *arguments: kernels.append(compile_kernel(*arguments)) or kernels[-1],
-    )
+    kernels = []
+
+    def record(*arguments, **settings):
+        kernels.append(compile_kernel(*arguments, **settings))
+        return kernels[-1]
+
+    monkeypatch.setattr("loongjax.pallas_kernels.triton_call.compile_kernel", record)
     return kernels
+
+
+def test_kernels_travel_as_bare_instructions_that_ptxas_takes(compiled, tmp_path):
+    lower(triton_decode, *decode_arguments(5, (8, 2, 64), 16, "bfloat16"))
+    assert [kernel.name for kernel in compiled] == ["attend_kernel", "merge_kernel"]
+    for kernel in compiled:
+        assert f".entry {kernel.name}(" in kernel.ptx
+        for debug in (".loc", ".file", ".debug", "//"):
+            assert debug not in kernel.ptx
+        path = tmp_path / f"{kernel.name}.ptx"
+        path.write_text(kernel.ptx)
+        ptxas = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-o", tmp_path / "kernel.cubin", path]
+        subprocess.run(ptxas, check=True)
 
 
 SHARED_MEMORY_KIB = {89: 99, 90: 227, 100: 227}
@@ -120,7 +136,7 @@ def test_prefill_attentions_blocks_fit_shared_memory(monkeypatch, compiled, head
     )
     lower(prefill, *prefill_arguments((256, 256, 2, 1, head_dim)))
     assert len(compiled) == 1
-    assert compiled[0].shared_mem_bytes <= SHARED_MEMORY_KIB[capability] * 1024
+    assert compiled[0].shared_bytes <= SHARED_MEMORY_KIB[capability] * 1024
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY_KIB)
@@ -136,7 +152,7 @@ def test_the_paged_kernels_blocks_fit_shared_memory(monkeypatch, compiled, op, h
         q, cu_q_lens = Shape((600, 4, head_dim), "bfloat16"), Shape((5,), "int32")
         lower(functools.partial(inspect.unwrap(triton_extend_attention), **settings), q, cu_q_lens, *operands)
     assert len(compiled) == 2
-    assert max(kernel.shared_mem_bytes for kernel in compiled) <= SHARED_MEMORY_KIB[capability] * 1024
+    assert max(kernel.shared_bytes for kernel in compiled) <= SHARED_MEMORY_KIB[capability] * 1024
 
 
 @pytest.mark.parametrize("check_vma", [False, True])

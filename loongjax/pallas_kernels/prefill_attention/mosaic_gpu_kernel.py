@@ -83,14 +83,16 @@ def make_scratch(
 class Schedule(NamedTuple):
     """Which items a thread block takes, in turn; an item is a query block of one head.
 
-    All items are a line: the last query blocks, which see most under a causal mask, first; of each all heads side by
-    side. Thread blocks take their items from it in rounds, every other round in reverse, so that whoever had the
-    longest item of one has the shortest of the next.
+    All items are a line: one set of heads after the other; of each the last query blocks, which see most under a causal
+    mask, first; of each query block the heads of the set side by side. Thread blocks take their items from the line in
+    rounds, every other round in reverse, so that whoever had the longest item of one has the shortest of the next.
     """
 
     num_q_heads: int
     num_q_blocks: int
     num_programs: int
+    num_heads_abreast: int
+    """In a set; divides `num_q_heads`."""
 
     @property
     def num_rounds(self) -> jax.Array:
@@ -101,9 +103,11 @@ class Schedule(NamedTuple):
 
     def item(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
         """This thread block's item of a round: query block and query head."""
+        heads, items = jnp.int32(self.num_heads_abreast), jnp.int32(self.num_heads_abreast * self.num_q_blocks)
         place = self._place(number)
-        q_block = self.num_q_blocks - 1 - place // self.num_q_heads
-        return q_block, lax.rem(place, jnp.int32(self.num_q_heads))
+        place_in_set = lax.rem(place, items)
+        q_head = lax.div(place, items) * heads + lax.rem(place_in_set, heads)
+        return self.num_q_blocks - 1 - lax.div(place_in_set, heads), q_head
 
     def _place(self, number: jax.Array) -> jax.Array:
         program = lax.axis_index("program")

@@ -22,6 +22,9 @@ class PrefillTuning:
     """Thread blocks among which the query blocks of all heads are dealt out; None: one a multiprocessor. If there are
     as many as query blocks, the GPU starts one as another ends.
     """
+    num_heads_abreast: int | None = None
+    """Query heads that are computed at a time, a divisor of their number; None: `choose_heads_abreast`, and
+    if there are no more than this, all."""
 
     def __post_init__(self) -> None:
         if self.block_q not in (128, 192):
@@ -32,6 +35,8 @@ class PrefillTuning:
             raise ConfigError(f"num_stages must be at least 2, got {self.num_stages}")
         if self.num_programs is not None and self.num_programs < 1:
             raise ConfigError(f"num_programs must be at least 1, got {self.num_programs}")
+        if self.num_heads_abreast is not None and self.num_heads_abreast < 1:
+            raise ConfigError(f"num_heads_abreast must be at least 1, got {self.num_heads_abreast}")
 
     @property
     def num_compute_warpgroups(self) -> int:
