@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 
@@ -45,22 +46,26 @@ def build_core(config: EngineConfig) -> EngineCore:
     if needs_cost_model(config) and config.cost_model is not None:
         load(pathlib.Path(config.cost_model))  # so that a file which cannot be read is told before weights are loaded
     runtime = build_runtime(config)
-    info = ModelInfo(
-        checkpoint=config.checkpoint or SHIPPED_NAME,
-        max_model_len=resolve_max_model_len(config, runtime.shape, runtime.limits),
-        vocab_size=runtime.limits.vocab_size,
-        eos_token_ids=generation.eos_token_ids,
-        default_sampling=generation.default_sampling,
-    )
-    return EngineCore(
-        runtime,
-        choose_policy(config, runtime.shape, runtime.limits, runtime.spec),
-        info=info,
-        max_queue_len=config.max_queue_len,
-        kv_bytes_per_token=runtime.num_kv_bytes_per_token,
-        run_ahead=config.run_ahead,
-        iteration_timeout_s=config.iteration_timeout_s,
-    )
+    with contextlib.ExitStack() as on_error:
+        on_error.callback(runtime.close)
+        info = ModelInfo(
+            checkpoint=config.checkpoint or SHIPPED_NAME,
+            max_model_len=resolve_max_model_len(config, runtime.shape, runtime.limits),
+            vocab_size=runtime.limits.vocab_size,
+            eos_token_ids=generation.eos_token_ids,
+            default_sampling=generation.default_sampling,
+        )
+        core = EngineCore(
+            runtime,
+            choose_policy(config, runtime.shape, runtime.limits, runtime.spec),
+            info=info,
+            max_queue_len=config.max_queue_len,
+            kv_bytes_per_token=runtime.num_kv_bytes_per_token,
+            run_ahead=config.run_ahead,
+            iteration_timeout_s=config.iteration_timeout_s,
+        )
+        on_error.pop_all()
+        return core
 
 
 def choose_policy(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimits, spec: ModelSpec) -> Policy:

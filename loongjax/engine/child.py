@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import sys
+import threading
 from typing import TYPE_CHECKING
+
+from tqdm import tqdm
 
 from loongjax.config import EngineConfig
 
@@ -29,6 +32,9 @@ class CoreFactory:
         logging.getLogger("jax").setLevel(logging.WARNING)  # it tells at INFO which back ends are not there
         # Readback lanes turn large results into Python values: they must not hold up the step loop for long at a time.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
+        # Without this, progress bars make a lock for several processes: a semaphore that is left behind if this process
+        # is ended by force.
+        tqdm.set_lock(threading.RLock())
         from loongjax.engine.build import build_core  # here: the parent never needs JAX
 
         return build_core(self.config)

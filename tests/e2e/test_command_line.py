@@ -84,6 +84,9 @@ def with_architecture(folder: Path) -> Path:
     return checkpoint
 
 
+CHUNKED_IN_SMALL_POOLS = ["--policy", "chunked", "--num-instances", "2", "--num-slots", "64"]
+
+
 @pytest.mark.parametrize(
     ("make", "flags", "found", "works"),
     [
@@ -94,8 +97,9 @@ def with_architecture(folder: Path) -> Path:
         (make_checkpoint, ["--tp", "3"], "tp", "1, 2"),
         (make_checkpoint, ["--page-size", "12"], "12", "8 and 16"),
         (make_checkpoint, ["--num-instances", "9"], "9", "8"),
+        (make_checkpoint, [*CHUNKED_IN_SMALL_POOLS, "--max-model-len", "100"], "100", "--max-model-len to 65"),
     ],
-    ids=["missing folder", ".bin only", "rope", "architecture", "tp", "page size", "devices"],
+    ids=["missing folder", ".bin only", "rope", "architecture", "tp", "page size", "devices", "after loading"],
 )
 def test_what_cannot_be_served_is_refused_in_one_line(
     make: Callable[[Path], Path], flags: list[str], found: str, works: str, tmp_path: Path
