@@ -98,9 +98,14 @@ def test_zipf_gives_each_length_the_probability_of_the_law(alpha: float):
         assert np.mean((prompt >= low) & (prompt < high)) == pytest.approx(expected, abs=error)
 
 
-def test_zipfs_exponent_must_be_a_number():
+@pytest.mark.parametrize("alpha", [-1.0, 1e9, float("nan"), float("inf")])
+def test_zipfs_exponent_must_leave_probabilities(alpha: float):
     with pytest.raises(ConfigError, match="exponent"):
-        ZipfLengths(-1.0)
+        ZipfLengths(alpha)
+
+
+def test_the_largest_exponent_gives_the_shortest_prompts():
+    assert set(ZipfLengths(100.0).sample(50, generator()).prompt) == {10}
 
 
 def test_quantiles_pass_through_their_points():
@@ -125,7 +130,16 @@ def test_another_rate_is_the_same_pattern_faster():
 
 
 @pytest.mark.parametrize(
-    ("rate", "count", "cv"), [(0.0, 1, 1.0), (1.0, 0, 1.0), (1.0, 1, -1.0), (float("inf"), 1, 1.0)]
+    ("rate", "count", "cv"),
+    [
+        (0.0, 1, 1.0),
+        (1.0, 0, 1.0),
+        (1.0, 1, -1.0),
+        (float("inf"), 1, 1.0),
+        (1.0, 5, 1e9),
+        (1.0, 5, 1e200),
+        (1e-300, 1, 1.0),
+    ],
 )
 def test_impossible_arrivals_are_refused(rate: float, count: int, cv: float):
     with pytest.raises(ConfigError):
@@ -173,6 +187,9 @@ class TestMooncakeFiles:
             ({"timestamp": 0, "input_length": float("inf"), "output_length": 5}, "a whole number, got inf"),
             ({"timestamp": 0, "input_length": 5.7, "output_length": 5}, "a whole number, got 5.7"),
             ({"timestamp": 0, "input_length": 1, "output_length": True}, "a whole number, got True"),
+            ({"timestamp": 0, "input_length": 1, "output_length": -1}, "a whole number, got -1"),
+            ({"timestamp": 10**400, "input_length": 1, "output_length": 1}, "request 1"),
+            ({"timestamp": None, "input_length": 1, "output_length": 1}, "milliseconds, got None"),
         ],
     )
     def test_what_is_wrong_with_a_file_is_said(self, tmp_path: pathlib.Path, row: object, said: str):

@@ -8,6 +8,9 @@ import numpy as np
 
 from loongjax.errors import ConfigError
 
+LONGEST_S = 1e10
+"""Beyond it a clock of 64 bits counts no microseconds."""
+
 
 def arrival_times(rate: float, num_requests: int, random: np.random.Generator, *, cv: float = 1.0) -> np.ndarray:
     """Times of arrival with gamma-distributed gaps, in seconds: float64 [num_requests], ascending.
@@ -29,6 +32,12 @@ def arrival_times(rate: float, num_requests: int, random: np.random.Generator, *
     if not (0.0 <= cv < math.inf):
         raise ConfigError(f"the gaps' coefficient of variation is at least 0, got {cv}: 1 is a Poisson process")
     # A gamma variate of shape k has mean k and coefficient of variation 1 / sqrt(k).
-    gaps = random.gamma(1.0 / cv**2, size=num_requests) if cv > 0.0 else np.ones(num_requests)
+    gaps = random.gamma(cv**-2.0, size=num_requests) if cv > 0.0 else np.ones(num_requests)
     times = np.cumsum(gaps)
+    if not times[-1] > 0.0:
+        raise ConfigError(f"gaps of a coefficient of variation of {cv} are all 0 here: give --cv of a few at most")
+    if not num_requests / rate <= LONGEST_S:
+        raise ConfigError(
+            f"{num_requests} requests at {rate} a second come for more than {LONGEST_S:g} s: raise --rate"
+        )
     return times * (num_requests / rate / times[-1])

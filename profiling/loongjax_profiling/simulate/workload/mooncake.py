@@ -51,11 +51,11 @@ def read_mooncake(path: pathlib.Path, *, speed: float = 1.0, max_requests: int |
     for index, row in enumerate(rows, start=1):
         try:
             request = WorkloadRequest(
-                arrival_s=float(row["timestamp"]) / 1000.0 / speed,
+                arrival_s=_number(row["timestamp"], "a timestamp is a number of milliseconds") / 1000.0 / speed,
                 prompt_len=_num_tokens(row["input_length"]),
                 output_len=max(1, _num_tokens(row["output_length"])),
             )
-        except (ConfigError, TypeError, ValueError) as error:
+        except (ConfigError, OverflowError, ValueError) as error:
             raise ConfigError(f"{path}, request {index}: {error}") from None
         requests.append(request)
     if not requests:
@@ -64,7 +64,15 @@ def read_mooncake(path: pathlib.Path, *, speed: float = 1.0, max_requests: int |
 
 
 def _num_tokens(value: object) -> int:
-    """A whole number; anything else is a ValueError."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1:
-        raise ValueError(f"a number of tokens is a whole number, got {value!r}")
-    return int(value)
+    """A whole number that is not negative; anything else is a ValueError."""
+    said = "a number of tokens is a whole number"
+    number = _number(value, said)
+    if number < 0 or number != number // 1:
+        raise ValueError(f"{said}, got {value!r}")
+    return int(number)
+
+
+def _number(value: object, said: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{said}, got {value!r}")
+    return value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -16,6 +15,8 @@ from loongjax_profiling.simulate.workload.lveval import LvEvalLengths
 from loongjax_profiling.simulate.workload.sharegpt import ShareGptLengths
 
 SHORTEST, LONGEST = 10, 199_999
+LARGEST_ALPHA = 100.0
+"""With which all prompts are of the shortest length; far beyond it probabilities are 0 in 64 bits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,14 +28,16 @@ class ZipfLengths:
     and beyond that L-Eval's or LV-Eval's with even odds.
 
     Raises:
-        ConfigError: an exponent that is not finite, or below 0.
+        ConfigError: an exponent below 0, or so large that no probability is left.
     """
 
     alpha: float
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.alpha < math.inf:
-            raise ConfigError(f"Zipf's exponent must be at least 0, got {self.alpha}: the paper's are 1.0, 1.2 and 1.4")
+        if not 0.0 <= self.alpha <= LARGEST_ALPHA:
+            raise ConfigError(
+                f"Zipf's exponent must be 0 to {LARGEST_ALPHA:g}, got {self.alpha}: the paper's are 1.0, 1.2 and 1.4"
+            )
 
     def sample(self, count: int, random: np.random.Generator) -> Lengths:
         """See `LengthDistribution.sample`."""
