@@ -94,14 +94,10 @@ class Dispatcher:
         self._mover = mover
         self._explain = explain
         self._is_patient = fairness.may_overtake(window[0])
-        self._order = sorted(
-            range(len(window)),
-            key=lambda place: (
-                place > 0 or self._is_patient,
-                -window.weights[place] / window.lens[place],
-                place,
-            ),
-        )
+        self._order = sorted(range(len(window)), key=window.urgencies.__getitem__, reverse=True)
+        if not self._is_patient:
+            self._order.remove(0)
+            self._order.insert(0, 0)
 
     def dispatch(self) -> Choice:
         """Fills the vacant instances, then pauses decodes one group after the other where the gain exceeds the cost."""

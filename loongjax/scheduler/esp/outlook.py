@@ -32,9 +32,13 @@ class Site:
 
 def step_s(site: Site, times: Times) -> float:
     """The time of a step of the site's decodes, if one of its instances were the master of all."""
-    num_keys = sum([request.num_tokens for request in site.requests])
-    dop = len(site.instances)
-    return times.step_of_one_master_s(dop, len(site.requests), -(-num_keys // dop))
+    return times.step_of_one_master_s(*_size_of_step(site.instances, site.requests))
+
+
+def _size_of_step(instances: Collection[InstanceId], requests: Collection[RunningView]) -> tuple[int, int, int]:
+    """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
+    dop = len(instances)
+    return dop, len(requests), -(-sum([request.num_tokens for request in requests]) // dop)
 
 
 class Outlook:
@@ -49,7 +53,7 @@ class Outlook:
 
     def __init__(self, draft: Draft, times: Times, barred: Collection[InstanceId], lengths: OutputLengths) -> None:
         view = draft.view
-        self._times, self._lengths = times, lengths
+        self._lengths = lengths
         self.components = find_components(draft)
         """Every decode group there could be, busy or not."""
         self.until_free_s = times.until_free_s(view)
@@ -57,7 +61,12 @@ class Outlook:
         self.vacant = [instance for instance in draft.idle if not draft.residents[instance] and instance not in barred]
         self.vacant.sort(key=lambda instance: (-draft.room(instance), instance))
         """Idle instances without keys, those with most room first."""
-        sites = [self._site(component, view.now_s) for component in self.components]
+        sizes = [_size_of_step(component.instances, component.requests) for component in self.components]
+        times.foresee_steps(sizes)
+        sites = [
+            self._site(component, view.now_s, times.step_of_one_master_s(*size))
+            for component, size in zip(self.components, sizes, strict=True)
+        ]
         self.decodes = [site for site in sites if site.ready_s < math.inf]
         if barred:
             self.decodes = [site for site in self.decodes if not _meets(site.instances, barred)]
@@ -66,14 +75,14 @@ class Outlook:
         self.emptied = self._emptied(draft, barred)
         """Instances that prefills in flight will leave without keys, soonest first."""
 
-    def _site(self, component: Component, now_s: float) -> Site:
-        site = Site(
+    def _site(self, component: Component, now_s: float, step_s: float) -> Site:
+        until_free_s = self.until_free_s
+        return Site(
             instances=tuple(sorted(component.instances)),
-            ready_s=max([self.until_free_s[instance] for instance in component.instances]),
+            ready_s=max([until_free_s[instance] for instance in component.instances]),
+            pause_weight=sum(decode_weights(component.requests, now_s, self._lengths, step_s)),
             requests=tuple(component.requests),
         )
-        weights = decode_weights(site.requests, now_s, self._lengths, step_s(site, self._times))
-        return dataclasses.replace(site, pause_weight=sum(weights))
 
     def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:
         sites: list[Site] = []

@@ -85,12 +85,12 @@ class OutputLengths:
         ascending, reciprocals_from, num_known = self._ascending_list, self._reciprocals_from, len(self._ascending_list)
         result: list[float] = []
         for generated, most in zip(num_output_tokens, max_tokens, strict=True):
-            limit = max(most, generated + 1)
+            limit = most if most > generated else generated + 1
             first = bisect.bisect_right(ascending, generated)
             if first == num_known:
                 result.append(1.0 / min(max(2 * generated, 1), limit))
                 continue
-            at_limit = bisect.bisect_left(ascending, limit, lo=first)
+            at_limit = bisect.bisect_left(ascending, limit, first) if limit <= ascending[-1] else num_known
             below = reciprocals_from[first] - reciprocals_from[at_limit]
             result.append((below + (num_known - at_limit) / limit) / (num_known - first))
         return result

@@ -64,14 +64,18 @@ class Predictions:
 
     def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
         """Of a decode step in which one instance has all rows."""
-        key = strategy, num_rows, busiest_keys
-        seconds = self._steps.get(key)
-        if seconds is None:
-            if len(self._steps) >= MAX_REMEMBERED:
-                self._steps.clear()
-            rows = np.array([float(num_rows)])
-            totals = DecodeTotals(
-                num_rows=rows, num_masters=np.ones(1), busiest_rows=rows, busiest_keys=np.array([float(busiest_keys)])
-            )
-            seconds = self._steps[key] = float(self._model.decode_s(strategy, totals)[0])
-        return seconds
+        return self.steps_of_one_master_s(strategy, [(num_rows, busiest_keys)])[0]
+
+    def steps_of_one_master_s(self, strategy: Strategy, sizes: Sequence[tuple[int, int]]) -> list[float]:
+        """Of decode steps in which one instance has all rows, by (rows, keys of the fullest instance)."""
+        known = self._steps
+        missing = [size for size in sizes if (strategy, *size) not in known]
+        if missing:
+            if len(known) + len(missing) > MAX_REMEMBERED:
+                known.clear()
+                missing = list(sizes)
+            rows, keys = np.array(missing, np.float64).T
+            totals = DecodeTotals(num_rows=rows, num_masters=np.ones(len(rows)), busiest_rows=rows, busiest_keys=keys)
+            for size, seconds in zip(missing, self._model.decode_s(strategy, totals).tolist(), strict=True):
+                known[strategy, *size] = seconds
+        return [known[strategy, *size] for size in sizes]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -63,6 +63,14 @@ class Times:
         strategy = self._strategy(dop)
         base_s = self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
         return self._factor("decode", strategy) * base_s
+
+    def foresee_steps(self, sizes: Iterable[tuple[int, int, int]]) -> None:
+        """Asks the model at once for what `step_of_one_master_s` will be asked, by its arguments."""
+        alike: dict[int, list[tuple[int, int]]] = {}
+        for dop, num_rows, busiest_keys in sizes:
+            alike.setdefault(dop, []).append((num_rows, busiest_keys))
+        for dop, of_dop in alike.items():
+            self._predictions.steps_of_one_master_s(self._strategy(dop), of_dop)
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].

@@ -27,6 +27,8 @@ class Window:
         """Pages that each prefill leaves filled."""
         self.weights = [prefill_weight(request, now_s) for request in requests]
         """What a second of waiting costs."""
+        self.urgencies = [weight / length for weight, length in zip(self.weights, self.lens, strict=True)]
+        """Weight over length: in descending order of it, one after the other costs least."""
         self._len_array = np.array(self.lens, np.int64)
         self._weight_array = np.array(self.weights, np.float64)
 
