@@ -20,7 +20,6 @@ from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.engine.cost_model import cost_shape
 from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
-from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.compilation import num_compile_threads
 from loongjax.runtime.model_spec import ModelSpec
@@ -34,6 +33,7 @@ from loongjax_profiling.iteration.database import Database, Point, Run, System
 from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
 from loongjax_profiling.iteration.pace import CompilePace
 from loongjax_profiling.iteration.waves import compile_cost, programs_of, waves_of
+from loongjax_profiling.padding import buckets_of
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import named_shape
@@ -122,7 +122,7 @@ class _Profile:
                 flush=True,
             )
             run_id = self._database.begin_run(self._system, self._run_of(runtime))
-            needs = functools.partial(programs_of, buckets=_buckets_of(runtime))
+            needs = functools.partial(programs_of, buckets=buckets_of(runtime))
             compiled: set[ProgramKey] = set()
             with tqdm(total=num_cases, desc=f"Iterations, tp{tp}", unit="point", disable=None) as bar:
                 for wave in waves_of(
@@ -177,7 +177,7 @@ class _Profile:
         )
 
     def _run_of(self, runtime: Runtime) -> Run:
-        buckets = _buckets_of(runtime)
+        buckets = buckets_of(runtime)
         return Run(
             num_devices=self._num_devices,
             model_name=self._model_name,
@@ -194,15 +194,6 @@ class _Profile:
             print(f"  {self._num_not_reached} were not reached within --limit-s: run it again to go on")
         for reason, number in self._agenda.left_out.most_common():
             print(f"  {number} left out: each {reason}")
-
-
-def _buckets_of(runtime: Runtime) -> Buckets:
-    """The sizes to which it pads."""
-    return Buckets.for_limits(
-        max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
-        max_num_seqs=runtime.limits.max_num_seqs,
-        num_pages=runtime.shape.num_pages,
-    )
 
 
 def _model_of(command: IterationCommand) -> tuple[ModelConfig, str]:

@@ -58,8 +58,8 @@ class IterationComparison:
     """Mean time of those that the engine ran."""
     predicted_s: float | None
     """Mean of what the cost model says of the very same; None: nothing."""
-    mean_relative_error: float | None
-    """Mean of |predicted - measured| / measured over them."""
+    absolute_error: float | None
+    """Sum of |predicted - measured| over them, over the sum of their times; None: nothing is predicted."""
     turnaround_s: float | None
     """Mean time between the end of an iteration and the submission of one of these, where there was such a wait; None:
     nowhere."""
@@ -148,8 +148,8 @@ def compare_iterations(
                 num_measured=len(some),
                 measured_s=float(measured_s.mean()),
                 predicted_s=None if predicted_s is None else float(predicted_s.mean()),
-                mean_relative_error=(
-                    None if predicted_s is None else float(np.mean(np.abs(predicted_s / measured_s - 1.0)))
+                absolute_error=(
+                    None if predicted_s is None else float(np.abs(predicted_s - measured_s).sum() / measured_s.sum())
                 ),
                 turnaround_s=float(np.mean(turnarounds_s)) if turnarounds_s else None,
             )

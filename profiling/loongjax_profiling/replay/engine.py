@@ -18,6 +18,7 @@ from loongjax.models.shipped import SHIPPED_NAME
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.local import LocalRuntime
 from loongjax.scheduler.build import build_policy
+from loongjax_profiling.padding import buckets_of, warn_of_other_padding
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.replay.config import ReplayConfig
 from loongjax_profiling.replay.rehearsal import rehearse
@@ -50,6 +51,7 @@ class ReplayEngine:
             config.cost_model, model=cost_shape(local.spec), cluster=shape, device_kind=device_kind
         )
         """The times of iterations as the simulation, and the policy, take them to be."""
+        warn_of_other_padding(self.cost_model, buckets_of(local))
         self.info = ModelInfo(
             checkpoint=config.random_weights or config.checkpoint or SHIPPED_NAME,
             max_model_len=resolve_max_model_len(config, shape, limits),

@@ -29,6 +29,7 @@ from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.packing import sample_capacity
 from loongjax.runtime.program_calls import ProgramKey
+from loongjax_profiling.padding import buckets_of
 
 TIMEOUT_S = 600.0
 """An iteration that takes longer, its compilation included, will not come back."""
@@ -57,11 +58,7 @@ def rehearse(runtime: LocalRuntime, *, max_extend_tokens: int | None, progress: 
     Raises:
         EngineError: one of them failed.
     """
-    buckets = Buckets.for_limits(
-        max_num_batched_tokens=runtime.limits.max_num_batched_tokens,
-        max_num_seqs=runtime.limits.max_num_seqs,
-        num_pages=runtime.shape.num_pages,
-    )
+    buckets = buckets_of(runtime)
     num_instances = runtime.shape.num_instances
     runtime.compile([key for dop in range(1, num_instances + 1) for key in _programs(dop, buckets)])
     scenes = _Scenes(runtime.shape, buckets, runtime.limits.max_num_seqs, max_extend_tokens)

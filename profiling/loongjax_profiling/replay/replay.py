@@ -12,6 +12,7 @@ import jax
 import tqdm
 
 from loongjax.core.request import Request
+from loongjax.costmodel.model import FittedModel
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.provenance import checked_out_commit
@@ -163,10 +164,12 @@ def _simulate(
 
 
 def _about(config: ReplayConfig, engine: ReplayEngine, playback: Playback) -> dict[str, Any]:
+    model = engine.cost_model
     return describe(config) | {
         "hardware": engine.hardware,
         "cluster": describe(engine.cluster),
-        "cost_model_source": engine.cost_model.source,
+        "cost_model_source": model.source,
+        "cost_model_provenance": dataclasses.asdict(model.provenance) if isinstance(model, FittedModel) else None,
         "commit": config.commit or checked_out_commit(),
         "jax": jax.__version__,
         "ready_s": engine.ready_s,

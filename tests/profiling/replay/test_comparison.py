@@ -104,7 +104,7 @@ def test_iterations_are_compared_by_kind_and_degree_of_parallelism():
     assert (prefill.num_measured, prefill.measured_s) == (2, pytest.approx(0.2))
     assert prefill.predicted_s == pytest.approx(0.2)
     assert prefill.relative_error == pytest.approx(0.0)
-    assert prefill.mean_relative_error == pytest.approx(0.5)
+    assert prefill.absolute_error == pytest.approx(0.5)
     assert prefill.turnaround_s is None
     assert rows["prefill", 2].relative_error == pytest.approx(0.0)
     assert rows["decode, begun", 1].relative_error == pytest.approx(-0.5)
@@ -112,6 +112,7 @@ def test_iterations_are_compared_by_kind_and_degree_of_parallelism():
     assert rows["decode, continued", 1].measured_s == pytest.approx(0.02)
     assert rows["decode, continued", 1].turnaround_s == pytest.approx(0.002)
     assert rows["recover", 1].relative_error is None
+    assert rows["recover", 1].absolute_error is None
 
 
 def test_spans_are_summed_up_by_steps():
