@@ -19,10 +19,14 @@ from loongjax_profiling.iteration.meter import Timing
 
 APPLICATION_ID = 0x6C6F6F6E
 """What SQLite keeps in the file's head to say whose it is: "loon"."""
+PATIENCE_S = 30.0
+"""How long a statement waits for another process that writes."""
 VERSION = 1
 """Of the tables."""
 
-TABLES = """
+TABLES = f"""
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {VERSION};
 CREATE TABLE systems (
   id INTEGER PRIMARY KEY,
   device TEXT NOT NULL,       -- as the device names itself
@@ -119,15 +123,13 @@ class Database:
             if create:
                 path.parent.mkdir(parents=True, exist_ok=True)
             # Every statement is its own transaction: a point is on disk at once.
-            self._connection = sqlite3.connect(path, isolation_level=None)
+            self._connection = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_S)
         except (OSError, sqlite3.Error) as error:
-            raise ConfigError(f"{path} cannot be opened as a database of points: {error}") from None
+            raise ConfigError(f"{path} cannot be used as a database of points: {error}") from None
+        self._path = path
         try:
-            self._open(path)
-        except sqlite3.Error as error:
-            self.close()
-            raise ConfigError(f"{path} cannot be opened as a database of points: {error}") from None
-        except ConfigError:
+            self._open(create=create)
+        except BaseException:
             self.close()
             raise
 
@@ -142,7 +144,7 @@ class Database:
 
     @property
     def systems(self) -> tuple[System, ...]:
-        rows = self._connection.execute("SELECT device, model FROM systems ORDER BY id").fetchall()
+        rows = self._rows("SELECT device, model FROM systems ORDER BY id")
         return tuple(System(device=device, model=ModelShape(**json.loads(model))) for device, model in rows)
 
     def begin_run(self, system: System, run: Run) -> int:
@@ -165,9 +167,8 @@ class Database:
             "system_id, started_at, num_devices, model_name, commit_id, jax, command, page_size, "
             "token_buckets, row_buckets"
         )
-        cursor = self._connection.execute(f"INSERT INTO runs ({columns}) VALUES ({_marks(values)})", values)
-        assert cursor.lastrowid is not None
-        return cursor.lastrowid
+        [(run_id,)] = self._rows(f"INSERT INTO runs ({columns}) VALUES ({_marks(values)}) RETURNING id", values)
+        return run_id
 
     def add(self, run_id: int, point: Point) -> None:
         """Stores a point; it is on disk when this returns."""
@@ -180,22 +181,20 @@ class Database:
         columns = f"run_id, {', '.join(key)}, seconds, stddev_s, num_rounds, keys, error, system_id"
         values = (run_id, *key.values(), *measured, point.error, run_id)
         marks = f"{_marks(values[:-1])}, (SELECT system_id FROM runs WHERE id = ?)"
-        self._connection.execute(f"INSERT OR REPLACE INTO points ({columns}) VALUES ({marks})", values)
+        self._rows(f"INSERT OR REPLACE INTO points ({columns}) VALUES ({marks})", values)
 
     def points(self, system: System) -> list[Point]:
         """Everything known of this system, in order of measurement."""
         columns = (
             "kind, sp, tp, batch_size, input_len, num_masters, scales_down, seconds, stddev_s, num_rounds, keys, error"
         )
-        rows = self._connection.execute(
-            f"SELECT {columns} FROM points WHERE system_id = ? ORDER BY id", (self._system_id(system),)
-        )
-        return [_point(row) for row in rows.fetchall()]
+        rows = self._rows(f"SELECT {columns} FROM points WHERE system_id = ? ORDER BY id", (self._system_id(system),))
+        return [_point(row) for row in rows]
 
     def runs(self, system: System) -> list[Run]:
         """The runs that points of this system are from, oldest first."""
         columns = "num_devices, model_name, commit_id, jax, command, page_size, token_buckets, row_buckets"
-        rows = self._connection.execute(
+        rows = self._rows(
             f"SELECT {columns} FROM runs WHERE system_id = ? AND id IN (SELECT run_id FROM points) ORDER BY id",
             (self._system_id(system),),
         )
@@ -209,44 +208,51 @@ class Database:
                 page_size=page_size,
                 padding=Padding(token_buckets=tuple(json.loads(tokens)), row_buckets=tuple(json.loads(rows))),
             )
-            for num_devices, model_name, commit, jax, command, page_size, tokens, rows in rows.fetchall()
+            for num_devices, model_name, commit, jax, command, page_size, tokens, rows in rows
         ]
 
-    def _open(self, path: pathlib.Path) -> None:
-        (application_id,) = self._connection.execute("PRAGMA application_id").fetchone()
-        (version,) = self._connection.execute("PRAGMA user_version").fetchone()
-        is_empty = not self._connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if is_empty and not version:
-            with self._transaction():
-                for statement in TABLES.split(";\n"):
-                    self._connection.execute(statement)
-                self._connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-                self._connection.execute(f"PRAGMA user_version = {VERSION}")
-            return
+    def _open(self, *, create: bool) -> None:
+        if create:
+            with self._transaction():  # another profiler may be making the tables
+                if not self._rows("SELECT name FROM sqlite_master"):
+                    for statement in TABLES.split(";\n"):
+                        self._rows(statement)
+        if not self._rows("SELECT name FROM sqlite_master"):
+            raise ConfigError(f"{self._path} is empty: `loongjax profile iteration --db {self._path}` measures points")
+        [(application_id,)] = self._rows("PRAGMA application_id")
         if application_id != APPLICATION_ID:
-            raise ConfigError(f"{path} is a database of something else: give --db another file")
+            raise ConfigError(f"{self._path} is a database of something else: give --db another file")
+        [(version,)] = self._rows("PRAGMA user_version")
         if version != VERSION:
             raise ConfigError(
-                f"{path} has tables of version {version}, and this program reads {VERSION}: "
+                f"{self._path} has tables of version {version}, and this program reads {VERSION}: "
                 "measure into a new file, or use the version of loongjax that wrote it"
             )
 
+    def _rows(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
+        """Of one statement, which is its own transaction outside of any."""
+        try:
+            return self._connection.execute(statement, values).fetchall()
+        except sqlite3.Error as error:
+            advice = " (another process writes to it: try again later)" if "locked" in str(error) else ""
+            raise ConfigError(f"{self._path} cannot be used as a database of points: {error}{advice}") from None
+
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
+        self._rows("BEGIN IMMEDIATE")
         try:
             yield
         except BaseException:
-            self._connection.execute("ROLLBACK")
+            self._connection.rollback()
             raise
-        self._connection.execute("COMMIT")
+        self._rows("COMMIT")
 
     def _system_id(self, system: System, *, create: bool = False) -> int | None:
         values = (system.device, json.dumps(dataclasses.asdict(system.model), sort_keys=True))
         if create:
-            self._connection.execute("INSERT OR IGNORE INTO systems (device, model) VALUES (?, ?)", values)
-        row = self._connection.execute("SELECT id FROM systems WHERE device = ? AND model = ?", values).fetchone()
-        return None if row is None else row[0]
+            self._rows("INSERT OR IGNORE INTO systems (device, model) VALUES (?, ?)", values)
+        rows = self._rows("SELECT id FROM systems WHERE device = ? AND model = ?", values)
+        return rows[0][0] if rows else None
 
 
 def _key(case: Case) -> dict[str, str | int]:

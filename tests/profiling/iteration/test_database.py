@@ -119,17 +119,64 @@ def test_a_database_that_is_not_there_is_only_made_if_asked(path):
     assert not path.exists()
 
 
+def test_an_empty_file_is_filled_only_if_asked(path):
+    path.touch()
+    with pytest.raises(ConfigError, match="is empty: `loongjax profile iteration"):
+        Database(path)
+    assert path.read_bytes() == b""
+    Database(path, create=True).close()
+    with Database(path) as database:
+        assert database.systems == ()
+
+
+def test_two_profilers_write_to_one_file(path):
+    with Database(path, create=True) as first, Database(path, create=True) as second:
+        for seconds, database in ((1.0, first), (2.0, second)):
+            timing = dataclasses.replace(TIMING, seconds=seconds)
+            own = dataclasses.replace(CASE, input_len=int(100 * seconds))
+            run_id = database.begin_run(H200, RUN)
+            database.add(run_id, Point(case=CASE, timing=timing))
+            database.add(run_id, Point(case=own, timing=timing))
+        found = {p.case.input_len: p.timing.seconds for p in first.points(H200) if p.timing is not None}
+    assert found == {100: 2.0, 200: 2.0}, "the later one replaced what both measured"
+
+
+def test_a_file_that_another_process_keeps_locked_is_said_so(path, monkeypatch):
+    monkeypatch.setattr("loongjax_profiling.iteration.database.PATIENCE_S", 0.01)
+    with Database(path, create=True) as database:
+        run_id = database.begin_run(H200, RUN)
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(ConfigError, match=r"locked.*try again later"):
+            database.add(run_id, Point(case=CASE, timing=TIMING))
+        with pytest.raises(ConfigError, match=r"locked.*try again later"):
+            Database(path)
+        other.close()
+        database.add(run_id, Point(case=CASE, timing=TIMING))
+        assert len(database.points(H200)) == 1
+
+
+def test_a_file_that_was_cut_off_is_refused(path):
+    with Database(path, create=True) as database:
+        run_id = database.begin_run(H200, RUN)
+        for input_len in range(1, 200):
+            database.add(run_id, Point(case=dataclasses.replace(CASE, input_len=input_len), timing=TIMING))
+    path.write_bytes(path.read_bytes()[:12_288])
+    with pytest.raises(ConfigError, match="cannot be used"), Database(path) as database:
+        database.points(H200)
+
+
 def test_a_file_that_is_no_database_is_refused_and_left_alone(path):
     path.write_text("not a database, but a text that is longer than the head of one\n" * 4)
     before = path.read_bytes()
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match="cannot be used"):
         Database(path, create=True)
     assert path.read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="cannot be opened"):
+    with pytest.raises(ConfigError, match="cannot be used"):
         Database(tmp_path / "file" / "points.sqlite", create=True)
 
 
