@@ -91,6 +91,9 @@ class ReplayComparison:
     latencies: tuple[LatencyComparison, ...]
     latencies_without_host: tuple[LatencyComparison, ...]
     """The same, simulated as if the host added nothing: what it matters."""
+    latencies_in_hindsight: tuple[LatencyComparison, ...]
+    """The same, simulated with the means of this very replay, of iterations and of the host: what is still wrong with
+    them is not the cost model's fault."""
     iterations: tuple[IterationComparison, ...]
     simulated_iterations: tuple[SimulatedIterations, ...]
 
@@ -98,7 +101,7 @@ class ReplayComparison:
         """Numbers and objects that `json` can write."""
         errors = {
             name: [dataclasses.asdict(row) | {"relative_error": row.relative_error} for row in getattr(self, name)]
-            for name in ("latencies", "latencies_without_host")
+            for name in ("latencies", "latencies_without_host", "latencies_in_hindsight")
         }
         return dataclasses.asdict(self) | errors
 

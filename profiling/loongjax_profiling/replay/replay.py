@@ -12,7 +12,7 @@ import jax
 import tqdm
 
 from loongjax.core.request import Request
-from loongjax.costmodel.model import FittedModel
+from loongjax.costmodel.model import CostModel, FittedModel
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.provenance import checked_out_commit
@@ -25,6 +25,7 @@ from loongjax_profiling.replay.comparison import (
 )
 from loongjax_profiling.replay.config import ReplayConfig
 from loongjax_profiling.replay.engine import ReplayEngine
+from loongjax_profiling.replay.hindsight import HindsightModel
 from loongjax_profiling.replay.host_times import measure_host_times
 from loongjax_profiling.replay.player import Playback, Player, make_requests
 from loongjax_profiling.replay.report import format_comparison, write_comparison, write_iterations
@@ -123,17 +124,21 @@ def _compare(
 ) -> ReplayComparison:
     begin_s = time.perf_counter()
     spans: list[Span] = []
-    simulated = _simulate(engine, config, workload, host, spans)
+    model, tp = engine.cost_model, engine.cluster.tp
+    succeeded = [each for each in iterations if each.error is None]
+    simulated = _simulate(engine, config, workload, model, host, spans)
     print(f"simulated in {time.perf_counter() - begin_s:.1f} s", flush=True)
     write_records(simulated, config.out / "simulated.jsonl")
-    without_host = _simulate(engine, config, workload, NO_HOST, [])
+    without_host = _simulate(engine, config, workload, model, NO_HOST, [])
+    true_model = HindsightModel.of(succeeded, model, tp)
+    true_host = measure_host_times(playback, succeeded, true_model, tp)
+    in_hindsight = _simulate(engine, config, workload, true_model, true_host, [])
     return ReplayComparison(
         host=host,
         latencies=compare_latencies(playback.records, simulated),
         latencies_without_host=compare_latencies(playback.records, without_host),
-        iterations=compare_iterations(
-            [each for each in iterations if each.error is None], engine.cost_model, engine.cluster.tp
-        ),
+        latencies_in_hindsight=compare_latencies(playback.records, in_hindsight),
+        iterations=compare_iterations(succeeded, model, tp),
         simulated_iterations=summarize_spans(spans),
     )
 
@@ -142,6 +147,7 @@ def _simulate(
     engine: ReplayEngine,
     config: ReplayConfig,
     workload: Sequence[WorkloadRequest],
+    cost_model: CostModel,
     host: HostTimes,
     spans: list[Span],
 ) -> list[RequestRecord]:
@@ -150,7 +156,7 @@ def _simulate(
         SimulatedSystem(
             cluster=engine.cluster,
             scheduling=dataclasses.replace(config, explain=None),  # the file tells what the engine decided
-            cost_model=engine.cost_model,
+            cost_model=cost_model,
             pod_size=engine.cluster.num_instances,
             step_by_step=True,
             run_ahead=config.run_ahead,

@@ -133,6 +133,7 @@ def comparison() -> ReplayComparison:
         host=HostTimes(turnaround_s=0.001),
         latencies=compare_latencies(measured, simulated),
         latencies_without_host=compare_latencies(measured, [record(0, ttft_s=0.5)]),
+        latencies_in_hindsight=compare_latencies(measured, [record(0, ttft_s=1.01)]),
         iterations=compare_iterations([traced_prefill(100, 0.2), traced_recovery(1.0)], RoundModel(), 1),
         simulated_iterations=summarize_spans(
             [Span(kind="prefill", group=Group((0,)), begin_s=0.0, end_s=0.1, num_requests=1, num_steps=1)]
@@ -140,10 +141,10 @@ def comparison() -> ReplayComparison:
     )
 
 
-def test_the_table_shows_both_sides_and_both_errors():
+def test_the_table_shows_both_sides_and_all_errors():
     lines = format_comparison(comparison()).splitlines()
     (ttft,) = [line for line in lines if line.startswith("time to first token") and "mean" in line]
-    assert ttft.split()[-4:] == ["1000.000", "1050.000", "+5.0%", "-50.0%"]
+    assert ttft.split()[-5:] == ["1000.000", "1050.000", "+5.0%", "-50.0%", "+1.0%"]
     (prefill,) = [line for line in lines if line.startswith("prefill  ")]
     assert prefill.split() == ["prefill", "1", "200.000", "100.000", "-50.0%", "1", "-"]
     (simulated,) = [line for line in lines if line.startswith("prefill, simulated")]
@@ -157,6 +158,7 @@ def test_the_file_holds_numbers_errors_and_where_they_come_from(tmp_path):
     assert written["host"]["turnaround_s"] == 0.001
     assert written["latencies"][0]["relative_error"] == pytest.approx(0.05)
     assert written["latencies_without_host"][0]["relative_error"] == pytest.approx(-0.5)
+    assert written["latencies_in_hindsight"][0]["relative_error"] == pytest.approx(0.01)
     assert written["iterations"][0]["kind"] == "prefill"
 
 

@@ -1,0 +1,67 @@
+"""A cost model as it should have been: what a simulation still gets wrong with it is the simulator's own error."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from loongjax.costmodel.model import CostModel, Source
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, Numbers, PrefillTotals, PrefillWork, Strategy
+from loongjax_profiling.replay.traced_runtime import TracedIteration
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HindsightModel:
+    """A `CostModel` whose times are scaled, kind by kind and strategy by strategy, to what an engine took in all."""
+
+    base: CostModel
+    prefill_factors: Mapping[Strategy, float]
+    """Measured over predicted time; strategies that are missing stay as they are. Extends count as prefills."""
+    decode_factors: Mapping[Strategy, float]
+
+    @classmethod
+    def of(cls, iterations: Sequence[TracedIteration], base: CostModel, tp: int) -> HindsightModel:
+        """From iterations that succeeded, of decodes those that went on."""
+        prefills: dict[Strategy, list[TracedIteration]] = collections.defaultdict(list)
+        decodes: dict[Strategy, list[TracedIteration]] = collections.defaultdict(list)
+        for each in iterations:
+            strategy = Strategy(each.group.dop, tp)
+            match each.work:
+                case PrefillWork():
+                    prefills[strategy].append(each)
+                case DecodeWork() if each.continues:
+                    decodes[strategy].append(each)
+        return cls(
+            base=base,
+            prefill_factors={strategy: _factor(some, base, tp) for strategy, some in prefills.items()},
+            decode_factors={strategy: _factor(some, base, tp) for strategy, some in decodes.items()},
+        )
+
+    @property
+    def source(self) -> Source:
+        return self.base.source
+
+    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+        return self.prefill_factors.get(strategy, 1.0) * self.base.prefill_s(strategy, totals)
+
+    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+        return self.decode_factors.get(strategy, 1.0) * self.base.decode_s(strategy, totals)
+
+    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+        return self.base.migration_s(num_tokens, tp)
+
+    def tipping_tokens(self, strategy: Strategy) -> float:
+        return self.base.tipping_tokens(strategy)
+
+    def tipping_rows(self, strategy: Strategy) -> float:
+        return self.base.tipping_rows(strategy)
+
+
+def _factor(iterations: Sequence[TracedIteration], base: CostModel, tp: int) -> float:
+    """Measured over predicted time; 1 if either is nothing."""
+    measured_s = sum(each.elapsed_s for each in iterations)
+    predicted_s = sum(each.predicted_s(base, tp) or 0.0 for each in iterations)
+    return measured_s / predicted_s if measured_s > 0.0 and predicted_s > 0.0 else 1.0
