@@ -16,6 +16,7 @@ from loongjax.errors import ConfigError
 from loongjax_profiling.fit.report import format_report
 from loongjax_profiling.iteration.database import Database
 from loongjax_profiling.iteration.selection import choose_system, measurements_of
+from loongjax_profiling.output import prepare_file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ class FitCommand:
     out: pathlib.Path
     """File to write, for --cost-model."""
     device: str | None = None
-    """Part of the device's name, where the database has points of several."""
+    """Words of the device's name, where the database has points of several."""
     model: str | None = None
-    """Part of the model's name, where the database has points of several."""
+    """Words of the model's name and shape, where the database has points of several, for example "tiny 32-bit"."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -40,9 +41,15 @@ def main(argv: Sequence[str]) -> int:
         ConfigError: no such database, nothing to fit, or several systems of which one must be chosen.
     """
     command = tyro.cli(FitCommand, prog="loongjax fit", args=argv)
+    prepare_file(command.out)
     with Database(command.db) as database:
         system = choose_system(database, device=command.device, model=command.model)
         measured, padding = measurements_of(database, system)
+        num_failed = sum(point.error is not None for point in database.points(system))
+    if num_failed:
+        print(
+            f"left out: {num_failed} points that failed; `loongjax profile iteration --retry-failed` tries them again"
+        )
     enough, too_few = split_by_points(measured)
     for strategy, reason in too_few.items():
         print(f"left out: {strategy} has {reason}, and a fit needs {LEAST_POINTS} of each kind")
@@ -52,7 +59,6 @@ def main(argv: Sequence[str]) -> int:
             "`loongjax profile iteration --grid analytical-model` measures them"
         )
     model = fit(enough, padding)
-    command.out.parent.mkdir(parents=True, exist_ok=True)
     save(model, command.out)
     print(f"{system}; {measured.provenance.hardware}, commit {measured.provenance.commit or 'unknown'}")
     print(format_report(model, enough))

@@ -12,11 +12,10 @@ from loongjax.runtime.buckets import LEAST_NUM_TOKENS
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import MAX_NUM_BATCHED_TOKENS, IterationCommand
-from loongjax_profiling.iteration.grids import build_grid
+from loongjax_profiling.iteration.grids import build_grid, default_shrink
 from loongjax_profiling.iteration.meter import FIRST_STEPS
 from loongjax_profiling.iteration.placement import why_not
 
-CPU_SHRINK = 256
 UNKNOWN_NUM_SLOTS = 1 << 40
 """A pool's, before its size is known: everything fits."""
 
@@ -40,7 +39,7 @@ class Agenda:
 
     def passes(self, known: Set[Case]) -> list[list[Case]]:
         """What no known point tells, and no setting forbids: the passes of all grids side by side."""
-        shrink = self._command.shrink or (1 if self._platform == "gpu" else CPU_SHRINK)
+        shrink = self._command.shrink or default_shrink(self._platform)
         grids = [build_grid(name, num_devices=self._num_devices, shrink=shrink) for name in self._command.grid]
         planned: set[Case] = set()
         passes: list[list[Case]] = []

@@ -76,10 +76,15 @@ class System:
     model: ModelShape
 
     def __str__(self) -> str:
-        shape = self.model
+        return f"{self.device}, {self.shape}"
+
+    @property
+    def shape(self) -> str:
+        """The model's, in words."""
+        model = self.model
         return (
-            f"{self.device}, {shape.num_layers} layers of {shape.hidden_size}, "
-            f"{shape.num_q_heads}/{shape.num_kv_heads} heads"
+            f"{model.num_layers} layers of {model.hidden_size}, {model.num_q_heads}/{model.num_kv_heads} heads, "
+            f"{8 * model.dtype_bytes}-bit"
         )
 
 

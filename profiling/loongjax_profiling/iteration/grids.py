@@ -27,6 +27,8 @@ GridName = Literal[
     "scale-down",
 ]
 
+CPU_SHRINK = 256
+
 Work = tuple[int, int]
 """Requests, and tokens of each."""
 
@@ -77,6 +79,11 @@ def build_grid(name: GridName, *, num_devices: int, shrink: int = 1) -> Grid:
         passes.append(tuple(dict.fromkeys(case for case in shrunk if case not in seen)))
         seen.update(shrunk)
     return Grid(passes=tuple(passes))
+
+
+def default_shrink(platform: str) -> int:
+    """What lengths are divided by on devices of a platform, "gpu" or "cpu", unless it is given."""
+    return 1 if platform == "gpu" else CPU_SHRINK
 
 
 def widest(num_devices: int) -> Strategy:

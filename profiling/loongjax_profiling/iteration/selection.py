@@ -15,25 +15,23 @@ from loongjax_profiling.iteration.placement import masters_of
 
 
 def choose_system(database: Database, *, device: str | None = None, model: str | None = None) -> System:
-    """The only system whose device, and a name of whose model, contain these, whatever their case.
+    """The only system whose device, and whose model's name and shape, contain all of these words, whatever their case.
 
     Raises:
         ConfigError: there is none, or there are several.
     """
     names = {system: {run.model_name for run in database.runs(system)} for system in database.systems}
-    chosen = [
-        system
-        for system in names
-        if (device or "").lower() in system.device.lower()
-        and any((model or "").lower() in name.lower() for name in names[system])
-    ]
+    models = {system: f"{', '.join(sorted(names[system]))}: {system.shape}" for system in names if names[system]}
+    chosen = [system for system in models if _has_words(system.device, device) and _has_words(models[system], model)]
     if len(chosen) == 1:
         return chosen[0]
-    known = "; ".join(f"{system.device} with {', '.join(sorted(names[system]))}" for system in names if names[system])
+    known = "; ".join(f"{system.device} with {models[system]}" for system in models)
     if not known:
         raise ConfigError("the database has no points: `loongjax profile iteration` measures some")
     what = "several systems" if chosen else "no such system"
-    raise ConfigError(f"the database has {what}; give --device and --model so that one of these is left: {known}")
+    raise ConfigError(
+        f"the database has {what}; give --device and --model words that are of one of these alone: {known}"
+    )
 
 
 def measurements_of(database: Database, system: System) -> tuple[Measurements, Padding]:
@@ -65,6 +63,10 @@ def measurements_of(database: Database, system: System) -> tuple[Measurements, P
         ),
     )
     return measurements, _padding(runs)
+
+
+def _has_words(text: str, words: str | None) -> bool:
+    return all(word in text.lower() for word in (words or "").lower().split())
 
 
 def prefill_work(case: Case) -> PrefillWork:

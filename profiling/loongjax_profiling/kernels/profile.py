@@ -21,6 +21,7 @@ from loongjax_profiling.kernels.paged import HEAD_DIM, decode_cases, extend_case
 from loongjax_profiling.kernels.rivals import installed_rivals
 from loongjax_profiling.kernels.table import format_rate, format_table, measure, to_json
 from loongjax_profiling.kernels.timing import copy_bytes_per_second
+from loongjax_profiling.output import prepare_file
 from loongjax_profiling.provenance import checked_out_commit
 
 CPU_SHRINK = 256
@@ -38,6 +39,8 @@ def profile_kernels(command: KernelsCommand) -> int:
     cases = select(choose_cases(command, is_gpu=is_gpu), command.only)
     if not cases:
         raise ConfigError(f"--only {command.only!r} leaves nothing: it must be part of a row's description")
+    if command.out is not None:
+        prepare_file(command.out)
     copy_rate = copy_bytes_per_second(2 << 30 if is_gpu else 64 << 20)
     rows = measure(cases)
     print(f"1 x {device.device_kind}; a copy, read and written: {format_rate(copy_rate, 'B')}")
@@ -50,7 +53,6 @@ def profile_kernels(command: KernelsCommand) -> int:
             "commit": command.commit or checked_out_commit(),
             "copy_bytes_per_second": round(copy_rate),
         }
-        command.out.parent.mkdir(parents=True, exist_ok=True)
         command.out.write_text(to_json(result, rows, copy_rate))
     return int(any(row.error is not None for row in rows))
 

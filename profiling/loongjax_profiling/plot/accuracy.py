@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from loongjax.costmodel.fit import Padding, fit
+from loongjax.costmodel.fit import LEAST_POINTS, Padding, fit
 from loongjax.costmodel.measurement import Measurements, PrefillPoint
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.errors import ConfigError
@@ -18,8 +18,13 @@ def draw(measurements: Measurements, padding: Padding, system: str) -> Figure:
     """A panel for each strategy of most devices: lines are predicted by a model fitted to all points, markers measured.
 
     Raises:
-        ConfigError: no prefill of these batch sizes was measured.
+        ConfigError: no prefill of these batch sizes was measured, or too few of all to fit.
     """
+    if not (measurements.prefills and measurements.decodes):
+        raise ConfigError(
+            f"no strategy has {LEAST_POINTS} prefills and {LEAST_POINTS} decodes, as a fit needs: "
+            "`loongjax profile iteration --grid analytical-model --db FILE` measures them"
+        )
     points = [point for point in measurements.prefills if len(point.work.new_lens) in BATCH_SIZES]
     if not points:
         raise ConfigError(

@@ -12,7 +12,9 @@ import tyro
 from loongjax.errors import ConfigError
 from loongjax_profiling.fit.command import split_by_points
 from loongjax_profiling.iteration.database import Database
+from loongjax_profiling.iteration.grids import default_shrink
 from loongjax_profiling.iteration.selection import choose_system, measurements_of
+from loongjax_profiling.output import prepare_file
 
 FigureName = Literal["2", "3", "13", "14"]
 
@@ -31,16 +33,16 @@ class PlotCommand:
     """Database of `loongjax profile iteration`."""
     out: pathlib.Path
     """PNG file to write."""
-    shrink: int = 1
-    """What `loongjax profile iteration` divided lengths by; its default on a CPU is 256."""
+    shrink: int | None = None
+    """What `loongjax profile iteration` divided lengths by; None: its default, 1 on a GPU and 256 elsewhere."""
     device: str | None = None
-    """Part of the device's name, where the database has points of several."""
+    """Words of the device's name, where the database has points of several."""
     model: str | None = None
-    """Part of the model's name, where the database has points of several."""
+    """Words of the model's name and shape, where the database has points of several, for example "tiny 32-bit"."""
 
     def __post_init__(self) -> None:
-        if self.shrink < 1:
-            raise ConfigError(f"--shrink must be at least 1, got {self.shrink}: leave it out for the full lengths")
+        if self.shrink is not None and self.shrink < 1:
+            raise ConfigError(f"--shrink must be at least 1, got {self.shrink}: leave it out for the default")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,6 +56,7 @@ def main(argv: Sequence[str]) -> int:
     from loongjax_profiling.plot import accuracy, scaling, sequence_parallelism, tensor_parallelism
     from loongjax_profiling.plot.times import Times
 
+    prepare_file(command.out)
     with Database(command.db) as database:
         system = choose_system(database, device=command.device, model=command.model)
         runs = database.runs(system)
@@ -64,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             seconds={p.case: p.timing.seconds for p in database.points(system) if p.timing is not None},
             system=title,
             num_devices=num_devices,
-            shrink=command.shrink,
+            shrink=command.shrink or default_shrink("cpu" if system.device == "cpu" else "gpu"),
         )
     match command.figure:
         case "2":
@@ -76,7 +79,6 @@ def main(argv: Sequence[str]) -> int:
         case "14":
             enough, _ = split_by_points(measured)
             figure = accuracy.draw(enough, padding, title)
-    command.out.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(command.out, format="png", dpi=150)
     print(f"wrote {command.out}")
     return 0

@@ -14,10 +14,15 @@ def draw(times: Times) -> Figure:
     """A bar for each strategy and work, relative to the strategy of fewest instances that was measured.
 
     Raises:
-        ConfigError: no point of the figure was measured.
+        ConfigError: no work was measured with that strategy and another.
     """
     grid = times.grid("figure3")
-    cases = times.require("figure3", grid.cases)
+    measured = {case.strategy for case in grid.cases if case in times.seconds}
+    base = min(measured, default=None)
+    bases = {(case.kind, _work(case)) for case in grid.cases if case in times.seconds and case.strategy == base}
+    compared = [case for case in grid.cases if case.strategy != base and (case.kind, _work(case)) in bases]
+    compared = {(case.kind, _work(case)) for case in times.require("figure3", compared)}
+    cases = times.require("figure3", [case for case in grid.cases if (case.kind, _work(case)) in compared])
     works = [work for work in _works(grid.cases) if work in _works(cases)]
     strategies = sorted({case.strategy for case in cases})
     figure = Figure(figsize=(13, 4.5), layout="constrained")
@@ -34,6 +39,7 @@ def draw(times: Times) -> Figure:
             centres = np.arange(len(works)) + (index - (len(strategies) - 1) / 2) * width
             axes.bar(centres, ratios, width, label=str(strategy))
         axes.axhline(1.0, color="gray", linestyle="--", linewidth=1)
+        axes.set_xlim(-0.5, len(works) - 0.5)
         axes.set_xticks(range(len(works)), [f"{batch_size} x {length:,}" for batch_size, length in works], fontsize=8)
         axes.set_xlabel("requests x tokens")
         axes.set_ylabel(f"{kind} time, relative to {strategies[0]}")
@@ -53,4 +59,8 @@ def _ratio(
 
 
 def _works(cases: tuple[Case, ...] | list[Case]) -> list[tuple[int, int]]:
-    return list(dict.fromkeys((case.batch_size, case.input_len) for case in cases))
+    return list(dict.fromkeys(map(_work, cases)))
+
+
+def _work(case: Case) -> tuple[int, int]:
+    return case.batch_size, case.input_len

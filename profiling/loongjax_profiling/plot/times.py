@@ -34,10 +34,10 @@ class Times:
         """
         there = [case for case in cases if case in self.seconds]
         if not there:
-            shrink = f" --shrink {self.shrink}" if self.shrink > 1 else ""
             raise ConfigError(
-                f"the database lacks the points of {name} for {self.num_devices} x devices (lengths divided by "
-                f"{self.shrink}): `loongjax profile iteration --grid {name}{shrink} --db FILE` measures them on the "
-                "machine and with the model that the others are from"
+                f"the database lacks the points of {name} for {self.num_devices} devices with lengths divided by "
+                f"{self.shrink}: `loongjax profile iteration --grid {name} --shrink {self.shrink} --db FILE` measures "
+                "them on the machine and with the model that the others are from; if they are there with lengths "
+                "divided otherwise, give --shrink"
             )
         return there

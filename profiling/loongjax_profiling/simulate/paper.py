@@ -17,6 +17,7 @@ from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.work import PrefillTotals, Strategy
 from loongjax.errors import ConfigError
 from loongjax_profiling.metrics import Distribution, ServingMetrics
+from loongjax_profiling.output import prepare_file
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.cluster import PRESETS
@@ -220,6 +221,8 @@ def compare_datasets(config: PaperConfig) -> list[dict[str, Any]]:
 
 def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConfig) -> int:
     """Prints, and writes if told to, what each system sustains."""
+    if config.out is not None:
+        prepare_file(config.out)
     rows = compare_zipf(config) if figure == "paper-zipf" else compare_datasets(config)
     print(f"{'workload':<12}{'system':<20}{'requests/s':>12}{'paper':>10}{'esp ahead':>12}{'paper':>10}")
     for row in rows:

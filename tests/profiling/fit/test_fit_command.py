@@ -14,9 +14,10 @@ from loongjax.errors import ConfigError
 from loongjax_profiling.fit.command import main, split_by_points
 from loongjax_profiling.fit.report import format_report, residuals
 from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.database import Database, Point
 from loongjax_profiling.iteration.meter import Timing
 from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, decode, measurements, refined
-from tests.profiling.synthetic import make_database, model_cases, timed
+from tests.profiling.synthetic import RUN, make_database, model_cases, timed
 
 ONE, TWO, FOUR = Strategy(1), Strategy(2), Strategy(4)
 
@@ -82,6 +83,26 @@ def test_a_strategy_with_few_points_is_left_out_and_said(tmp_path, capsys):
     out = fit_file(make_database(tmp_path / "points.sqlite", [*model_cases((ONE,)), *few]))
     assert "left out: sp4 tp1 has 3 prefills and 0 decodes, and a fit needs 5" in capsys.readouterr().out
     assert set(load(out).strategies) == {ONE}
+
+
+def test_points_that_failed_are_counted_and_how_to_try_them_again_is_said(tmp_path, capsys):
+    path = make_database(tmp_path / "points.sqlite", model_cases((ONE,)))
+    with Database(path) as database:
+        [system] = database.systems
+        run_id = database.begin_run(system, RUN)
+        failed = [
+            dataclasses.replace(point.case, input_len=10**6 + n) for n, point in enumerate(database.points(system))
+        ]
+        for case in failed[:3]:
+            database.add(run_id, Point(case=case, error="no memory"))
+    fit_file(path)
+    assert "left out: 3 points that failed; `loongjax profile iteration --retry-failed`" in capsys.readouterr().out
+
+
+def test_a_file_that_cannot_be_written_is_said_first(tmp_path):
+    path = make_database(tmp_path / "points.sqlite", model_cases((ONE,)))
+    with pytest.raises(ConfigError, match=r"--out .* is a folder"):
+        main(["--db", str(path), "--out", str(tmp_path)])
 
 
 def test_without_enough_points_nothing_is_written(tmp_path):

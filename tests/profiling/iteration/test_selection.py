@@ -95,6 +95,17 @@ def test_a_system_is_chosen_by_parts_of_its_names(tmp_path, device, model, expec
             assert choose_system(database, device=device, model=model) == expected
 
 
+@pytest.mark.parametrize(("words", "dtype_bytes"), [("32-bit", 4), ("LLAMA2 16-bit", 2)])
+def test_models_of_one_name_are_told_apart_by_their_shapes(tmp_path, words, dtype_bytes):
+    path = make_database(tmp_path / "points.sqlite", [PREFILL])
+    float32 = dataclasses.replace(H200, model=dataclasses.replace(LLAMA2_7B, dtype_bytes=4))
+    make_database(path, [PREFILL], system=float32)
+    with Database(path) as database:
+        assert choose_system(database, model=words).model.dtype_bytes == dtype_bytes
+        with pytest.raises(ConfigError, match=r"32/32 heads, 16-bit; .*32/32 heads, 32-bit"):
+            choose_system(database)
+
+
 def test_the_only_system_needs_no_names(tmp_path):
     with Database(make_database(tmp_path / "points.sqlite", [PREFILL])) as database:
         assert choose_system(database) == H200

@@ -1,5 +1,6 @@
 """The figures: from complete databases, from partial ones, and from those that lack their points."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from loongjax_profiling.plot import accuracy, scaling, sequence_parallelism, ten
 from loongjax_profiling.plot.command import PlotCommand, main
 from loongjax_profiling.plot.times import Times
 from tests.costmodel.shapes import PADDING, measurements
-from tests.profiling.synthetic import make_database, model_cases, timed
+from tests.profiling.synthetic import H200, make_database, model_cases, timed
 
 
 def times_of(name: GridName, num_devices: int = 8, leaves_out=lambda case: False) -> Times:
@@ -77,6 +78,38 @@ def test_figure_3_has_a_bar_for_each_strategy_and_work_relative_to_the_fewest_in
     np.testing.assert_allclose([bar.get_height() for bar in panels(figure)[0].containers[2]], expected)
 
 
+def test_figure_2_leaves_out_what_was_measured_with_one_tp_alone():
+    figure = tensor_parallelism.draw(
+        times_of(
+            "figure2", leaves_out=lambda case: case.strategy.tp == 1 or (case.strategy.tp > 2) > (case.input_len < 500)
+        )
+    )
+    first = series(panels(figure)[0])
+    assert first.keys() == {"10 tokens", "50 tokens", "100 tokens", "1 / tp"}
+    assert first["1 / tp"] == ([2, 4, 8], [1.0, 0.5, 0.25])
+
+
+@pytest.mark.parametrize("figure", [tensor_parallelism, sequence_parallelism])
+def test_one_strategy_alone_is_no_comparison(figure):
+    name: GridName = "figure2" if figure is tensor_parallelism else "figure3"
+    with pytest.raises(ConfigError, match="lacks the points"):
+        figure.draw(times_of(name, leaves_out=lambda case: case.strategy != Strategy(1, 8)))
+
+
+def test_figure_3_leaves_out_works_that_only_one_strategy_could_run():
+    def leaves_out(case):
+        return case.strategy.sp > 1 and case.input_len >= 100_000
+
+    left, right = panels(sequence_parallelism.draw(times_of("figure3", leaves_out=leaves_out)))
+    for axes in (left, right):
+        assert [label.get_text() for label in axes.get_xticklabels()] == [
+            "512 x 1,000",
+            "128 x 5,000",
+            "64 x 10,000",
+            "16 x 50,000",
+        ]
+
+
 def test_figure_3_leaves_out_works_that_nobody_could_run():
     figure = sequence_parallelism.draw(times_of("figure3", leaves_out=lambda case: case.input_len == 500_000))
     assert all(len(bars) == 5 for axes in panels(figure) for bars in axes.containers)
@@ -119,7 +152,7 @@ def test_figure_14_draws_predictions_through_what_was_measured():
 @pytest.mark.parametrize("figure", ["2", "3", "13"])
 def test_a_database_without_a_figures_points_says_what_measures_them(tmp_path, figure):
     path = make_database(tmp_path / "points.sqlite", [Case(kind="prefill", strategy=Strategy(1), input_len=77)])
-    with pytest.raises(ConfigError, match=f"profile iteration --grid figure{figure} --db FILE"):
+    with pytest.raises(ConfigError, match=f"profile iteration --grid figure{figure} --shrink 1 --db FILE"):
         main([figure, "--db", str(path), "--out", str(tmp_path / "figure.png")])
     assert not (tmp_path / "figure.png").exists()
 
@@ -140,6 +173,18 @@ def test_each_figure_is_a_picture(tmp_path: Path, figure, grid: GridName | None)
     pixels = imread(out)
     assert min(pixels.shape[:2]) > 400
     assert len(np.unique(pixels.reshape(-1, pixels.shape[2]), axis=0)) > 20
+
+
+@pytest.mark.parametrize(("device", "shrink"), [("cpu", 256), ("NVIDIA H200", 1)])
+def test_lengths_are_divided_as_the_profiler_divides_them_there(tmp_path, device, shrink):
+    cases = build_grid("figure13", num_devices=4, shrink=shrink).cases
+    path = make_database(tmp_path / "points.sqlite", cases, system=dataclasses.replace(H200, device=device))
+    assert main(["13", "--db", str(path), "--out", str(tmp_path / "figure.png")]) == 0
+
+
+def test_a_picture_that_cannot_be_written_is_said_first(tmp_path):
+    with pytest.raises(ConfigError, match=r"--out .* is a folder"):
+        main(["13", "--db", str(tmp_path / "nothing"), "--out", str(tmp_path)])
 
 
 def test_lengths_are_divided_by_at_least_one(tmp_path):
