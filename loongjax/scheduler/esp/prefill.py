@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+
+import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
@@ -14,6 +16,7 @@ from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.launch import launch
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Mover
+from loongjax.scheduler.esp.objective import priority_factor
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.senior import SeniorPlanner, senior_of
@@ -24,6 +27,9 @@ from loongjax.scheduler.view import WaitingView
 
 LEAST_OVERTAKE = 1 / 16
 """What being overtaken counts at least; once, if those who overtake take as long as the request itself."""
+
+MAX_SEEN = 1024
+"""Waiting requests among which the shortest are looked for."""
 
 
 class PrefillPlanner:
@@ -57,8 +63,7 @@ class PrefillPlanner:
         """
         view, draft = self._view, self._draft
         senior = senior_of(view)
-        num_tried = self._config.max_picked + self._config.max_lookahead
-        requests = list(view.waiting[:num_tried])
+        requests = _shortest(view.waiting[:MAX_SEEN], self._config.max_picked + self._config.max_lookahead)
         if senior is not None:
             requests = [senior, *[request for request in requests if request is not senior]]
         window = Window(requests, view.shape, view.now_s)
@@ -157,3 +162,22 @@ class PrefillPlanner:
         self._fairness.note_prefilled(requests)
         passed = [request for request in self._draft.residents_of(taken) if not request.is_in_flight]
         self._fairness.note_passed(passed)
+
+
+def _shortest(waiting: Sequence[WaitingView], count: int) -> list[WaitingView]:
+    """The first of these, and the shortest of the others, so many altogether, in the order of the queue.
+
+    Short prompts weigh most for the time that they take, so behind a long queue they must not go unseen. A step of
+    priority counts like half as long a prompt twice over, as it does in weight over time.
+    """
+    if len(waiting) <= count:
+        return list(waiting)
+    lens = [float(request.num_tokens) for request in waiting]
+    if waiting[0].priority or waiting[-1].priority:
+        lens = [
+            length / priority_factor(request.priority) ** 0.5 for length, request in zip(lens, waiting, strict=True)
+        ]
+    lens[0] = -1.0
+    places = np.argpartition(lens, count - 1)[:count]
+    places.sort()
+    return [waiting[place] for place in places.tolist()]

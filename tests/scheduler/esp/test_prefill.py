@@ -1,0 +1,35 @@
+"""Which of a long queue are looked at."""
+
+from __future__ import annotations
+
+from loongjax.core.plan import Plan, Prefill
+from tests.scheduler.esp.hand_model import HandModel, ask
+from tests.scheduler.views import cluster, running, waiting
+
+MODEL = HandModel(constant_s=1e-6, moved_s=1e9)
+
+
+def prefilled(plans: tuple[Plan, ...]) -> list[str]:
+    return [request.request_id for plan in plans if isinstance(plan, Prefill) for request in plan.requests]
+
+
+def test_a_short_prompt_behind_a_long_queue_is_seen() -> None:
+    runs = [running("old", 0, (0, 4), num_output_tokens=1, is_in_flight=True)]
+    queue = [*[waiting(f"long{i}", 1 + i, 5000) for i in range(300)], waiting("short", 999, 10)]
+    plans, _ = ask(cluster(2, num_pages=9999, runs=runs, waits=queue, decoding=[0]), MODEL)
+    assert prefilled(plans) == ["short"]
+
+
+def test_of_equally_short_prompts_the_most_urgent_is_seen() -> None:
+    runs = [running("old", 0, (0, 4), num_output_tokens=1, is_in_flight=True)]
+    queue = [waiting("urgent", 500, 900, priority=-1), *[waiting(f"w{i}", 1 + i, 1000) for i in range(300)]]
+    plans, _ = ask(cluster(2, num_pages=9999, runs=runs, waits=queue, decoding=[0]), MODEL, max_picked=4)
+    assert prefilled(plans)[0] == "urgent"
+
+
+def test_the_first_of_the_queue_is_seen_however_long_it_is() -> None:
+    runs = [running("old", 0, (0, 4), num_output_tokens=1, is_in_flight=True)]
+    queue = [waiting("long", 1, 5000), *[waiting(f"short{i}", 2 + i, 10) for i in range(300)]]
+    view = cluster(2, num_pages=9999, runs=runs, waits=queue, decoding=[0])
+    assert prefilled(ask(view, MODEL, max_overtakes=0)[0])[0] == "long"
+    assert "long" not in prefilled(ask(view, MODEL)[0])
