@@ -284,12 +284,8 @@ class Dispatcher:
 
     def _until_over_s(self, site: Site) -> float:
         """In how many seconds the last decode of the group is expected to end: the paper's AvgLat_d - exec_time."""
-        generated = [request.num_output_tokens for request in site.requests]
-        limits = [
-            request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in site.requests
-        ]
-        num_steps = max(self._lengths.expected_left(generated, limits))
-        return site.ready_s + max(0.0, num_steps) * step_s(site, self._times)
+        assert site.facts is not None, site
+        return site.ready_s + site.facts.num_steps_left * step_s(site, self._times)
 
 
 def num_worth_batching(

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from loongjax.core.request import NO_SLO
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView, WaitingView
 
@@ -55,7 +54,7 @@ def decode_weights(
     limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
     weights = lengths.expected_reciprocals(generated, limits)
     for index, request in enumerate(requests):
-        if request.slo is not NO_SLO or request.priority:
+        if request.slo.tpot_s is not None or request.priority:
             weights[index] *= _urgency(request, now_s, weights[index], step_s)
     return weights
 

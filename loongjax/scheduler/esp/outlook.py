@@ -8,9 +8,9 @@ from collections.abc import Collection
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Prefill
-from loongjax.scheduler.components import Component, find_components
+from loongjax.scheduler.components import find_components
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.objective import decode_weights
+from loongjax.scheduler.esp.groups import GroupFacts, GroupMemory
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.view import RunningView
@@ -28,17 +28,16 @@ class Site:
     """What it costs a second that the decodes there stand still."""
     requests: tuple[RunningView, ...] = ()
     """Those decodes."""
+    facts: GroupFacts | None = None
+    """What is known of them, if they are a decode group as it is."""
 
 
 def step_s(site: Site, times: Times) -> float:
     """The time of a step of the site's decodes, if one of its instances were the master of all."""
-    return times.step_of_one_master_s(*_size_of_step(site.instances, site.requests))
-
-
-def _size_of_step(instances: Collection[InstanceId], requests: Collection[RunningView]) -> tuple[int, int, int]:
-    """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
-    dop = len(instances)
-    return dop, len(requests), -(-sum([request.num_tokens for request in requests]) // dop)
+    if site.facts is not None:
+        return times.step_of_one_master_s(*site.facts.size_of_step)
+    num_keys, dop = sum([request.num_tokens for request in site.requests]), len(site.instances)
+    return times.step_of_one_master_s(dop, len(site.requests), -(-num_keys // dop))
 
 
 class Outlook:
@@ -49,11 +48,19 @@ class Outlook:
         times: predictions.
         barred: instances that no prefill may have now.
         lengths: of outputs that have ended.
+        groups: what was worked out before; None: nothing.
     """
 
-    def __init__(self, draft: Draft, times: Times, barred: Collection[InstanceId], lengths: OutputLengths) -> None:
+    def __init__(
+        self,
+        draft: Draft,
+        times: Times,
+        barred: Collection[InstanceId],
+        lengths: OutputLengths,
+        groups: GroupMemory | None = None,
+    ) -> None:
         view = draft.view
-        self._lengths = lengths
+        groups = GroupMemory() if groups is None else groups
         self.components = find_components(draft)
         """Every decode group there could be, busy or not."""
         self.until_free_s = times.until_free_s(view)
@@ -61,12 +68,9 @@ class Outlook:
         self.vacant = [instance for instance in draft.idle if not draft.residents[instance] and instance not in barred]
         self.vacant.sort(key=lambda instance: (-draft.room(instance), instance))
         """Idle instances without keys, those with most room first."""
-        sizes = [_size_of_step(component.instances, component.requests) for component in self.components]
-        times.foresee_steps(sizes)
-        sites = [
-            self._site(component, view.now_s, times.step_of_one_master_s(*size))
-            for component, size in zip(self.components, sizes, strict=True)
-        ]
+        facts = [groups.facts_of(component, lengths) for component in self.components]
+        steps_s = times.steps_of_one_master_s([group.size_of_step for group in facts])
+        sites = [self._site(group, view.now_s, step_s) for group, step_s in zip(facts, steps_s, strict=True)]
         self.decodes = [site for site in sites if site.ready_s < math.inf]
         if barred:
             self.decodes = [site for site in self.decodes if not _meets(site.instances, barred)]
@@ -75,13 +79,13 @@ class Outlook:
         self.emptied = self._emptied(draft, barred)
         """Instances that prefills in flight will leave without keys, soonest first."""
 
-    def _site(self, component: Component, now_s: float, step_s: float) -> Site:
-        until_free_s = self.until_free_s
+    def _site(self, group: GroupFacts, now_s: float, step_s: float) -> Site:
         return Site(
-            instances=tuple(sorted(component.instances)),
-            ready_s=max([until_free_s[instance] for instance in component.instances]),
-            pause_weight=sum(decode_weights(component.requests, now_s, self._lengths, step_s)),
-            requests=tuple(component.requests),
+            instances=group.instances,
+            ready_s=max([self.until_free_s[instance] for instance in group.instances]),
+            pause_weight=group.pause_weight(now_s, step_s),
+            requests=group.requests,
+            facts=group,
         )
 
     def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:

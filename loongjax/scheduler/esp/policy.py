@@ -28,6 +28,7 @@ from loongjax.scheduler.decode_planner import DecodePlanner
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Sink
+from loongjax.scheduler.esp.groups import GroupMemory
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.predictions import Predictions
 from loongjax.scheduler.esp.prefill import PrefillPlanner
@@ -55,6 +56,7 @@ class EspPolicy:
         self._can_migrate = _knows_migration(cost_model)
         self._explain = explain
         self._lengths = OutputLengths()
+        self._groups = GroupMemory()
         self._fairness = Fairness(
             max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes
         )
@@ -91,6 +93,7 @@ class EspPolicy:
                 config=self._config,
                 fairness=self._fairness,
                 lengths=self._lengths,
+                groups=self._groups,
                 can_migrate=self._can_migrate,
                 explain=self._explain,
             ).plan()

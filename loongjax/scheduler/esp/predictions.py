@@ -24,13 +24,14 @@ class Predictions:
 
     def __init__(self, model: CostModel) -> None:
         self._model = model
-        self._works: dict[tuple[Strategy, PrefillWork | DecodeWork], float] = {}
-        self._prefills: dict[tuple[Strategy, int, int], float] = {}
-        self._steps: dict[tuple[Strategy, int, int], float] = {}
+        # By plain numbers: hashing a dataclass takes longer than all the rest of looking up.
+        self._works: dict[tuple[object, ...], float] = {}
+        self._prefills: dict[tuple[int, int, int, int], float] = {}
+        self._steps: dict[tuple[int, int, int, int], float] = {}
 
     def known_s(self, strategy: Strategy, work: PrefillWork | DecodeWork) -> float | None:
         """Of this iteration, if it was asked for lately."""
-        return self._works.get((strategy, work))
+        return self._works.get(_key(strategy, work))
 
     def of_works(self, strategy: Strategy, works: Sequence[PrefillWork | DecodeWork]) -> list[float]:
         """Of each of these iterations, which are all prefills or all decodes."""
@@ -48,12 +49,12 @@ class Predictions:
         if len(works) <= MAX_REMEMBERED_AT_ONCE:
             if len(self._works) >= MAX_REMEMBERED:
                 self._works.clear()
-            self._works.update(zip([(strategy, work) for work in works], seconds, strict=True))
+            self._works.update(zip([_key(strategy, work) for work in works], seconds, strict=True))
         return seconds
 
     def prefill_s(self, strategy: Strategy, num_tokens: int, squared_lens: int) -> float:
         """Of a prefill, by the sums over its requests."""
-        key = strategy, num_tokens, squared_lens
+        key = strategy.sp, strategy.tp, num_tokens, squared_lens
         seconds = self._prefills.get(key)
         if seconds is None:
             if len(self._prefills) >= MAX_REMEMBERED:
@@ -62,14 +63,10 @@ class Predictions:
             seconds = self._prefills[key] = float(self._model.prefill_s(strategy, totals)[0])
         return seconds
 
-    def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
-        """Of a decode step in which one instance has all rows."""
-        return self.steps_of_one_master_s(strategy, [(num_rows, busiest_keys)])[0]
-
     def steps_of_one_master_s(self, strategy: Strategy, sizes: Sequence[tuple[int, int]]) -> list[float]:
         """Of decode steps in which one instance has all rows, by (rows, keys of the fullest instance)."""
-        known = self._steps
-        missing = [size for size in sizes if (strategy, *size) not in known]
+        known, sp, tp = self._steps, strategy.sp, strategy.tp
+        missing = [size for size in sizes if (sp, tp, *size) not in known]
         if missing:
             if len(known) + len(missing) > MAX_REMEMBERED:
                 known.clear()
@@ -77,5 +74,11 @@ class Predictions:
             rows, keys = np.array(missing, np.float64).T
             totals = DecodeTotals(num_rows=rows, num_masters=np.ones(len(rows)), busiest_rows=rows, busiest_keys=keys)
             for size, seconds in zip(missing, self._model.decode_s(strategy, totals).tolist(), strict=True):
-                known[strategy, *size] = seconds
-        return [known[strategy, *size] for size in sizes]
+                known[sp, tp, *size] = seconds
+        return [known[sp, tp, *size] for size in sizes]
+
+
+def _key(strategy: Strategy, work: PrefillWork | DecodeWork) -> tuple[object, ...]:
+    if isinstance(work, PrefillWork):
+        return strategy.sp, strategy.tp, "prefill", work.new_lens, work.past_lens
+    return strategy.sp, strategy.tp, "decode", work.rows, work.keys

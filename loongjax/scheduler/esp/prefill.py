@@ -13,6 +13,7 @@ from loongjax.scheduler.esp.allocation import Allocator
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.dispatch import Dispatcher
 from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.groups import GroupMemory
 from loongjax.scheduler.esp.launch import launch
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Mover
@@ -43,6 +44,7 @@ class PrefillPlanner:
         config: EspConfig,
         fairness: Fairness,
         lengths: OutputLengths,
+        groups: GroupMemory,
         can_migrate: bool,
         explain: Sink | None,
     ) -> None:
@@ -52,6 +54,7 @@ class PrefillPlanner:
         self._config = config
         self._fairness = fairness
         self._lengths = lengths
+        self._groups = groups
         self._can_migrate = can_migrate
         self._explain = explain
 
@@ -69,7 +72,7 @@ class PrefillPlanner:
         window = Window(requests, view.shape, view.now_s)
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
-        outlook = Outlook(draft, self._times, barred, self._lengths)
+        outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)
         first = window[0]
         is_patient = self._fairness.may_overtake(first)
         started, coming = self._optimise(window, outlook, is_patient=is_patient)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -39,7 +39,7 @@ class Times:
         self._tp = tp
         self._corrector = corrector
         self._predictions = Predictions(model) if predictions is None else predictions
-        self._factors: dict[tuple[Kind, Strategy], float] = {}
+        self._factors: dict[tuple[Kind, int], float] = {}
         self._strategies: dict[int, Strategy] = {}
 
     def prefill_s(self, dop: int, totals: PrefillTotals) -> np.ndarray:
@@ -61,16 +61,22 @@ class Times:
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
         strategy = self._strategy(dop)
-        base_s = self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
+        (base_s,) = self._predictions.steps_of_one_master_s(strategy, [(num_rows, busiest_keys)])
         return self._factor("decode", strategy) * base_s
 
-    def foresee_steps(self, sizes: Iterable[tuple[int, int, int]]) -> None:
-        """Asks the model at once for what `step_of_one_master_s` will be asked, by its arguments."""
-        alike: dict[int, list[tuple[int, int]]] = {}
-        for dop, num_rows, busiest_keys in sizes:
-            alike.setdefault(dop, []).append((num_rows, busiest_keys))
-        for dop, of_dop in alike.items():
-            self._predictions.steps_of_one_master_s(self._strategy(dop), of_dop)
+    def steps_of_one_master_s(self, sizes: Sequence[tuple[int, int, int]]) -> list[float]:
+        """As `step_of_one_master_s`, for many (degree of parallelism, rows, keys of the fullest instance)."""
+        alike: dict[int, list[int]] = {}
+        for index, (dop, _, _) in enumerate(sizes):
+            alike.setdefault(dop, []).append(index)
+        result = [0.0] * len(sizes)
+        for dop, indices in alike.items():
+            strategy = self._strategy(dop)
+            factor = self._factor("decode", strategy)
+            bases_s = self._predictions.steps_of_one_master_s(strategy, [sizes[index][1:] for index in indices])
+            for index, base_s in zip(indices, bases_s, strict=True):
+                result[index] = factor * base_s
+        return result
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
@@ -147,9 +153,9 @@ class Times:
     def _factor(self, kind: Kind, strategy: Strategy) -> float:
         if self._corrector is None:
             return 1.0
-        factor = self._factors.get((kind, strategy))
+        factor = self._factors.get((kind, strategy.sp))
         if factor is None:
-            factor = self._factors[kind, strategy] = self._corrector.factor(kind, strategy)
+            factor = self._factors[kind, strategy.sp] = self._corrector.factor(kind, strategy)
         return factor
 
 

@@ -1,0 +1,76 @@
+"""What follows from the requests of a decode group, worked out once for as long as they stay as they are."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.components import Component
+from loongjax.scheduler.esp.objective import decode_weights
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.view import RunningView
+
+MAX_REMEMBERED = 1 << 12
+"""Groups that are remembered; then all are forgotten."""
+
+
+class GroupFacts:
+    """A decode group: its instances, its requests, and what both mean."""
+
+    def __init__(self, instances: tuple[InstanceId, ...], requests: Sequence[RunningView], lengths: OutputLengths):
+        """Facts of these requests, oldest first, on these instances, ascending, by what is known of outputs now."""
+        self.instances = instances
+        self.requests = tuple(requests)
+        self._lengths = lengths.copy()
+        self._has_paces = any(request.slo.tpot_s is not None for request in requests)
+
+    def still_hold(self, requests: Sequence[RunningView], lengths: OutputLengths) -> bool:
+        """Whether these are the same requests, unchanged, and no more is known of outputs."""
+        # Views are made anew only if something changed, and tuples look at identity first.
+        return self._lengths.knows_the_same(lengths) and self.requests == tuple(requests)
+
+    @functools.cached_property
+    def size_of_step(self) -> tuple[int, int, int]:
+        """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
+        dop = len(self.instances)
+        return dop, len(self.requests), -(-sum([request.num_tokens for request in self.requests]) // dop)
+
+    def pause_weight(self, now_s: float, step_s: float) -> float:
+        """What it costs a second that all of them stand still, if each further token takes at least `step_s`."""
+        return self._sum_of_weights(now_s, step_s) if self._has_paces else self._timeless_weight
+
+    @functools.cached_property
+    def _timeless_weight(self) -> float:
+        return self._sum_of_weights(0.0, 0.0)
+
+    def _sum_of_weights(self, now_s: float, step_s: float) -> float:
+        return sum(decode_weights(self.requests, now_s, self._lengths, step_s))
+
+    @functools.cached_property
+    def num_steps_left(self) -> float:
+        """Steps until the last of them is expected to end."""
+        requests = self.requests
+        generated = [request.num_output_tokens for request in requests]
+        limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
+        return max(0.0, *self._lengths.expected_left(generated, limits))
+
+
+class GroupMemory:
+    """The facts of the decode groups that a policy met, by their instances.
+
+    While one group decodes, the others stay as they are: most questions find most groups here.
+    """
+
+    def __init__(self) -> None:
+        self._facts: dict[tuple[InstanceId, ...], GroupFacts] = {}
+
+    def facts_of(self, component: Component, lengths: OutputLengths) -> GroupFacts:
+        """Of a group of at least one request."""
+        instances = tuple(sorted(component.instances))
+        facts = self._facts.get(instances)
+        if facts is None or not facts.still_hold(component.requests, lengths):
+            if len(self._facts) >= MAX_REMEMBERED:
+                self._facts.clear()
+            facts = self._facts[instances] = GroupFacts(instances, component.requests, lengths)
+        return facts
