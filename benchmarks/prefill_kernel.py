@@ -64,9 +64,10 @@ TUNINGS = {
     "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=3),
     "kv64": PrefillTuning(block_kv=64, num_stages=4),
     "all_heads": PrefillTuning(num_heads_abreast=2**10),
+    "abreast1": PrefillTuning(num_heads_abreast=1),
+    "abreast2": PrefillTuning(num_heads_abreast=2),
     "abreast4": PrefillTuning(num_heads_abreast=4),
     "abreast8": PrefillTuning(num_heads_abreast=8),
-    "abreast16": PrefillTuning(num_heads_abreast=16),
 }
 Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]
 """Output and log-sum-exp, [T, N, H] and [T, N]."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import Schedule
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import choose_heads_abreast
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import causal_imbalance, choose_heads_abreast
 
 NUM_PROCESSORS = 132
 
@@ -48,7 +48,7 @@ def test_a_set_holds_all_queries_of_its_key_heads(heads, num_q_blocks):
 
 def test_long_prompts_are_computed_a_few_heads_at_a_time_and_short_ones_all_at_once():
     chosen = [choose_heads_abreast(32, 32, num_q_blocks, NUM_PROCESSORS) for num_q_blocks in (32, 128, 512, 1024)]
-    assert chosen == [32, 32, 8, 4]
+    assert chosen == [32, 32, 1, 1]
     assert choose_heads_abreast(32, 8, 1024, NUM_PROCESSORS) == 4
 
 
@@ -60,3 +60,5 @@ def test_under_a_causal_mask_no_thread_block_works_much_longer_than_another(head
     dealt = items_of(Schedule(num_q_heads, num_q_blocks, NUM_PROCESSORS, abreast))
     visits = [sum(q_block + 1 for q_block, _ in mine) for mine in dealt]
     assert max(visits) <= 1.02 * np.mean(visits)
+    schedule = Schedule(num_q_heads, num_q_blocks, NUM_PROCESSORS, abreast)
+    assert causal_imbalance(schedule) == pytest.approx(max(visits) / np.mean(visits))

@@ -22,10 +22,8 @@ from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
-LEAST_ROUNDS = 31
-"""Items of a thread block before the next set of heads begins: under a causal mask no thread block then works more than
-2 % longer than the mean, for numbers of heads and rows that were counted.
-"""
+MOST_IMBALANCE = 1.02
+"""Work of the busiest thread block under a causal mask, by the mean."""
 
 
 def is_supported(dtype: DTypeLike, head_dim: int) -> bool:
@@ -98,18 +96,31 @@ def attend_rows_over(
     return o[:T].astype(launch.out_dtype), lse[:, :T].T
 
 
+@functools.cache
 def choose_heads_abreast(num_q_heads: int, num_kv_heads: int, num_q_blocks: int, num_programs: int) -> int:
-    """How many query heads to compute at a time: the fewest with all queries of their KV heads that give every thread
-    block its share of long and short items.
+    """How many query heads to compute at a time: the fewest, with all queries of their KV heads, that keep all thread
+    blocks equally busy under a causal mask.
 
     Thread blocks that are at the same keys read them from memory once, and the fewer heads, the more are.
     """
     group_size = num_q_heads // num_kv_heads
     for num_sets in range(num_kv_heads, 1, -1):
         abreast = group_size * (num_kv_heads // num_sets)
-        if num_kv_heads % num_sets == 0 and abreast * num_q_blocks >= LEAST_ROUNDS * num_programs:
+        schedule = Schedule(num_q_heads, num_q_blocks, num_programs, abreast)
+        if num_kv_heads % num_sets == 0 and causal_imbalance(schedule) <= MOST_IMBALANCE:
             return abreast
     return num_q_heads
+
+
+def causal_imbalance(schedule: Schedule) -> float:
+    """Key blocks that the busiest thread block visits under a causal mask, by the mean of all."""
+    num_items, num_programs = schedule.num_q_heads * schedule.num_q_blocks, schedule.num_programs
+    q_blocks = np.repeat(np.arange(schedule.num_q_blocks)[::-1], schedule.num_heads_abreast)
+    visits = np.tile(q_blocks + 1, schedule.num_q_heads // schedule.num_heads_abreast)
+    rounds = np.pad(visits, (0, -num_items % num_programs)).reshape(-1, num_programs)
+    rounds[1::2] = rounds[1::2, ::-1]
+    busy = rounds.sum(axis=0)
+    return float(busy.max() / busy.mean())
 
 
 def pad_rows(x: Float[Array, "rows heads H"], *, at_least: int) -> Float[Array, "padded_rows heads H"]:
