@@ -31,7 +31,9 @@ class IterationCommand:
     random_weights: Literal["llama2-7b", "llama3-8b", "tiny"] | None = None
     """Random weights of this shape instead of a checkpoint's."""
     grid: tuple[GridName, ...]
-    """Which points, one group after the other."""
+    """Which points, side by side. analytical-model: what `loongjax fit` needs; multi-node: that for more instances;
+    figure2, figure3, figure13: what `loongjax plot` draws them from; scale-down, scale-up: each a half of figure13;
+    sp-vs-tp: single requests on ever more devices; tp-base: batches on one instance; toy, example: two points each."""
     db: pathlib.Path
     """SQLite file; it is made if there is none."""
     limit_s: float | None = None
@@ -77,8 +79,12 @@ class IterationCommand:
             raise ConfigError("a checkpoint and --random-weights are two models: give one of them")
         for name in ("shrink", "limit_s", "rounds", "num_steps", "max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and not value >= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}: leave it out")
+        if any(tp < 1 for tp in self.tp):
+            raise ConfigError(
+                f"--tp must be at least 1, got {min(self.tp)}: leave it out for all that divide the model"
+            )
         self.engine_config(tp=1, max_num_batched_tokens=1)
 
     def engine_config(self, *, tp: int, max_num_batched_tokens: int) -> EngineConfig:

@@ -14,10 +14,11 @@ from typing import Protocol
 import jax
 from tqdm import tqdm
 
-from loongjax.config import EngineConfig
+from loongjax.config import CPU_NUM_SLOTS, EngineConfig
 from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.engine.cost_model import cost_shape
+from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
 from loongjax.runtime.build import build_runtime
@@ -30,6 +31,7 @@ from loongjax_profiling.iteration.agenda import Agenda
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database, Point, Run, System
+from loongjax_profiling.iteration.host_memory import check_host_memory
 from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
 from loongjax_profiling.iteration.pace import CompilePace
 from loongjax_profiling.iteration.waves import compile_cost, programs_of, waves_of
@@ -90,17 +92,34 @@ class _Profile:
             f"{num_cases} points are to be measured",
             flush=True,
         )
+        try:
+            self._measure_all(passes, started_s)
+        except KeyboardInterrupt:
+            print("stopped early: run it again to go on; what is measured stays in the database")
+            raise
+        finally:
+            self._report(time.monotonic() - started_s)
+
+    def _measure_all(self, passes: Sequence[Sequence[Case]], started_s: float) -> None:
+        """One runtime after the other. Raises ConfigError if none of them could be built."""
         tps = sorted({case.strategy.tp for cases in passes for case in cases})
+        errors: list[ConfigError] = []
         for index, tp in enumerate(tps):
             deadline_s = math.inf
             if self._command.limit_s is not None:
                 left_s = started_s + self._command.limit_s - time.monotonic()
                 deadline_s = time.monotonic() + left_s / (len(tps) - index)
-            self._measure_with(tp, [[case for case in cases if case.strategy.tp == tp] for cases in passes], deadline_s)
+            mine = [[case for case in cases if case.strategy.tp == tp] for cases in passes]
+            try:
+                self._measure_with(tp, mine, deadline_s)
+            except ConfigError as error:  # larger instances may have the room that these lack
+                print(f"tp{tp}: nothing can be measured: {error}", flush=True)
+                errors.append(error)
             # The next runtime needs the memory of this one's weights, pool and executables.
             gc.collect()
             jax.clear_caches()
-        self._report(time.monotonic() - started_s)
+        if errors and len(errors) == len(tps):
+            raise errors[-1]
 
     def _known(self) -> set[Case]:
         """What is not to be measured again."""
@@ -172,6 +191,12 @@ class _Profile:
                 return self._estimate.migration_s(case.input_len, case.strategy.tp).item()
 
     def _build(self, config: EngineConfig) -> CompilingRuntime:
+        if self._platform == "cpu":
+            check_host_memory(
+                self._system.model,
+                num_instances=self._num_devices // config.tp,
+                num_slots=config.num_slots or CPU_NUM_SLOTS,
+            )
         return (
             build_runtime(config) if self._command.random_weights is None else build_random_runtime(config, self._model)
         )

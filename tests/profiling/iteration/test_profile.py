@@ -198,6 +198,8 @@ def test_a_partial_run_has_measured_all_strategies_and_scales(builds, db, monkey
         ({"checkpoint": "."}, "two models"),
         ({"rounds": 0}, "--rounds must be at least 1"),
         ({"limit_s": 0.0}, "--limit-s must be at least 1"),
+        ({"limit_s": float("nan")}, "--limit-s must be at least 1"),
+        ({"tp": (1, 0)}, "--tp must be at least 1, got 0"),
         ({"page_size": 3}, "--page-size must be a power of two"),
     ],
 )
@@ -215,6 +217,50 @@ def test_points_whose_programs_are_not_compiled_in_time_are_left_for_another_run
     builds.compile_in_time = lambda keys, timeout_s: set(keys)
     run(db, tp=(1,))
     assert {case.kind for case in points_in(db)} == {"prefill", "decode"}
+
+
+def test_ctrl_c_keeps_what_is_measured_and_says_so(builds, db, capsys, monkeypatch):
+    measure = profile.Meter.measure
+    measured = []
+
+    def measure_five(meter, case):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(case)
+        return measure(meter, case)
+
+    monkeypatch.setattr(profile.Meter, "measure", measure_five)
+    with pytest.raises(KeyboardInterrupt):
+        run(db)
+    assert builds.runtimes[0].is_closed
+    assert list(points_in(db)) == measured
+    printed = capsys.readouterr().out
+    assert "stopped early: run it again to go on" in printed
+    assert "measured 5 points" in printed
+    monkeypatch.setattr(profile.Meter, "measure", measure)
+    assert run(db) == 0
+    assert "5 left out: each is in the database" in capsys.readouterr().out
+
+
+def test_instances_that_cannot_be_built_do_not_keep_others_from_being_measured(builds, db, capsys, monkeypatch):
+    def only_larger(config, model):
+        if config.tp == 1:
+            raise ConfigError("no memory is left for a KV pool")
+        return builds(config, model)
+
+    monkeypatch.setattr(profile, "build_random_runtime", only_larger)
+    assert run(db) == 0
+    assert {case.strategy.tp for case in points_in(db)} == {2, 4}
+    assert "tp1: nothing can be measured: no memory is left for a KV pool" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="no memory is left"):
+        run(db, tp=(1,))
+
+
+def test_weights_that_no_memory_holds_are_refused_on_cpu(builds, db, monkeypatch):
+    monkeypatch.setattr(os, "sysconf", lambda name: 4096 if name == "SC_PAGE_SIZE" else 1000)
+    with pytest.raises(ConfigError, match=r"instances on CPU take .* this machine has 0 GB: lower --num-cpu-devices"):
+        run(db, num_slots=10_000)
+    assert builds.runtimes == []
 
 
 def test_programs_that_would_come_too_late_are_not_begun(builds, db, capsys, monkeypatch):
