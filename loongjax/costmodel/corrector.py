@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -101,19 +102,33 @@ class Corrector:
 
         A time that is not finite or not above 0 says nothing and is passed over.
         """
-        if not (0.0 < predicted_s < math.inf and 0.0 < actual_s < math.inf):
-            return
-        weight, expected = self._config.weight, self._log_factor(kind, strategy)
-        surprise = _within(math.log(actual_s) - math.log(predicted_s) - expected, self._config.max_surprise)
-        credible = _within(expected + surprise, self._config.max_factor)
-        old = self._own.get((kind, strategy), _NOTHING)
-        self._own[kind, strategy] = _Evidence(
-            (1.0 - weight) * old.log_sum + weight * credible, (1.0 - weight) * old.weight + weight
-        )
-        of_kind = [evidence for (other, _), evidence in self._own.items() if other == kind]
-        self._of_kind[kind] = _Evidence(
-            math.fsum(evidence.log_sum for evidence in of_kind), math.fsum(evidence.weight for evidence in of_kind)
-        )
+        self.observe_all(kind, strategy, [predicted_s], [actual_s])
+
+    def observe_all(
+        self, kind: Kind, strategy: Strategy, predicted_s: Sequence[float], actual_s: Sequence[float]
+    ) -> None:
+        """As `observe`, of one iteration after the other: quick, for a simulated decode may be thousands of steps."""
+        config, inf = self._config, math.inf
+        weight, most_surprise, most = config.weight, math.log(config.max_surprise), math.log(config.max_factor)
+        own = self._own.get((kind, strategy), _NOTHING)
+        log_sum, own_weight = own.log_sum, own.weight
+        others = [evidence for key, evidence in self._own.items() if key[0] == kind and key[1] != strategy]
+        log_sums, weights = [each.log_sum for each in others], [each.weight for each in others]
+        whole = self._of_kind.get(kind, _NOTHING)
+        whole_log_sum, whole_weight = whole.log_sum, whole.weight
+        for predicted, actual in zip(predicted_s, actual_s, strict=True):
+            if not (0.0 < predicted < inf and 0.0 < actual < inf):
+                continue
+            of_others = (whole_log_sum - log_sum) / (whole_weight - own_weight + config.prior)
+            expected = log_sum + (1.0 - own_weight) * of_others
+            surprise = math.log(actual) - math.log(predicted) - expected
+            credible = expected + min(max(surprise, -most_surprise), most_surprise)
+            log_sum = (1.0 - weight) * log_sum + weight * min(max(credible, -most), most)
+            own_weight = (1.0 - weight) * own_weight + weight
+            whole_log_sum, whole_weight = math.fsum((*log_sums, log_sum)), math.fsum((*weights, own_weight))
+        if own_weight > 0.0:
+            self._own[kind, strategy] = _Evidence(log_sum, own_weight)
+            self._of_kind[kind] = _Evidence(whole_log_sum, whole_weight)
 
     def _log_factor(self, kind: Kind, strategy: Strategy) -> float:
         own = self._own.get((kind, strategy), _NOTHING)
@@ -123,12 +138,6 @@ class Corrector:
 
 
 _NOTHING = _Evidence()
-
-
-def _within(log_factor: float, most: float) -> float:
-    """The closest to it between the logarithms of 1 / most and most."""
-    bound = math.log(most)
-    return min(max(log_factor, -bound), bound)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,13 +15,13 @@ nothing in flight nothing is held.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 
 from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason
-from loongjax.costmodel.corrector import Corrector, Kind
+from loongjax.costmodel.corrector import Corrector
 from loongjax.costmodel.model import CostModel
-from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
@@ -114,17 +114,13 @@ class EspPolicy:
         return draft.plans
 
     def _correct(self, iterations: Sequence[IterationEnded]) -> None:
-        alike: dict[tuple[Kind, Strategy], list[PrefillWork | DecodeWork]] = {}
-        for ended in iterations:
-            alike.setdefault((kind_of(ended.work), ended.strategy), []).append(ended.work)
-        predictions = {
-            (kind, strategy): iter(self._predictions.of_works(strategy, works))
-            for (kind, strategy), works in alike.items()
-        }
-        for ended in iterations:
-            kind, strategy = kind_of(ended.work), ended.strategy
-            predicted_s = next(predictions[kind, strategy])
-            self._corrector.observe(kind, strategy, predicted_s=predicted_s, actual_s=ended.elapsed_s)
+        """In order, for strategies learn from each other."""
+        for (kind, strategy), alike in itertools.groupby(
+            iterations, lambda ended: (kind_of(ended.work), ended.strategy)
+        ):
+            run = list(alike)
+            predicted_s = self._predictions.of_works(strategy, [ended.work for ended in run])
+            self._corrector.observe_all(kind, strategy, predicted_s, [ended.elapsed_s for ended in run])
 
 
 def _are_changed(components: Sequence[Component], draft: Draft) -> bool:
