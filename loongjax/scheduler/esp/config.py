@@ -24,11 +24,12 @@ class EspConfig:
     scale_up: bool = True
     """Whether decode groups take in more instances; only a request that fits nowhere else still does without it."""
     max_picked: int = 64
-    """Requests that one answer considers for prefilling together, in queue order."""
+    """Requests that one answer may prefill together."""
     max_lookahead: int = 8
-    """Requests that are tried behind those which do not fit now."""
+    """Requests that do not fit now and are passed over in search of some that do."""
     max_overtakes: int = 16
-    """Times that later requests may be prefilled before the first one that is left waiting."""
+    """Times that later requests may be prefilled before the first one that is left waiting, each counted by what they
+    take of the time that it would take itself, within 1/16 and 1."""
     max_prefills_before_decode: int = 4
     """Prefills that a running request lets pass before its next token comes first."""
     growth_tokens: int = 64

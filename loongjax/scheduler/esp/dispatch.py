@@ -1,16 +1,19 @@
 """Step 1 of the paper, dispatching: which waiting requests are prefilled next, and which decodes are paused for them.
 
-Requests are taken in queue order as far as instances, pages and the memory admission reach. Instances on which nobody
-decodes cost nothing. A decode group B with instances G is paused for further requests R' if (equations 1 and 2)
+Requests are taken in the order of weight over length, those first that gain most for the time they take, as far as
+instances, pages and the memory admission reach; one that may be overtaken no more goes before all others. Instances
+without keys cost nothing. A decode group B with instances G is paused for further requests R' if (equations 1 and 2)
 
     gain = sum over R' of w_r x (wait without them - wait with them)
-    cost = sum over B of w_r x (wait with them + T(R u R', E u G))
+    cost = sum over B of w_b x (wait with them + T(R'))
 
-where w is 1 / length times priority and pressure (`objective`), T the prefill's predicted time, R and E what was taken
-before. The paper's wait is until B ends; here it is the least of that, of the end of what R occupies, and of the end of
+where w is what a second costs (`objective`) and T the prefill's predicted time on G. The paper asks this of all R' at
+once, so that one long prompt among them keeps all from starting; here R' is the beginning of the order that gains most.
+The paper's wait is until B ends; here it is the least of that, of the end of what was taken before, and of the end of
 prefills in flight that leave instances without keys. Where pausing does not pay and nothing else can start, one
 instance of G may be freed instead by moving the keys it holds, for (weight of R' + weight of B) x the migration's time,
-and for the longer steps that follow (`moving`).
+and for the longer steps that follow (`moving`). Who may be overtaken no more gets the cheapest of pausing, moving, and
+waiting for a prefill to end.
 """
 
 from __future__ import annotations
@@ -124,9 +127,10 @@ class Dispatcher:
         return choice
 
     def pick(self, instances: Sequence[InstanceId], taken: Sequence[int]) -> list[int]:
-        """Further requests, by their places, that fit on these instances beside those taken, in queue order.
+        """Further requests, by their places, that fit on these instances beside those taken: most weight for the length
+        first.
 
-        The first that does not fit, and a few behind it, are passed over as far as fairness allows.
+        A few that do not fit are passed over, but not the first of the window once it was overtaken enough.
         """
         window, draft, memory = self._window, self._draft, self._memory
         max_num_seqs = draft.view.max_num_seqs

@@ -5,11 +5,11 @@ where waiting for some of them pays, the idle ones are held until then. Every se
 is corrected by what iterations really take.
 
 Why every request ends: each prefill and each decode gives its requests a token, so it is enough that something always
-runs and nobody is passed over for ever. The oldest request of all, if it waits, is prefilled whatever it costs, and
-younger ones are preempted for it; it is never preempted itself. Any waiting request is overtaken a bounded number of
-times, after which nobody is prefilled before it; any running one lets a bounded number of prefills pass, after which
-no prefill starts on its instances before it has decoded. Instances are held only for others that are busy, so with
-nothing in flight nothing is held.
+runs and nobody is passed over for ever. The first request of the queue is overtaken a bounded number of times, after
+which nobody is prefilled before it and it is prefilled whatever it costs. The oldest request of all, if it waits,
+counts as the first, and younger ones are preempted for it; it is never preempted itself. Any running one lets a bounded
+number of prefills pass, after which no prefill starts on its instances before it has decoded. Instances are held only
+for others that are busy, so with nothing in flight nothing is held.
 """
 
 from __future__ import annotations
