@@ -7,9 +7,10 @@ import functools
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from loongjax.core.request import FinishReason, TokenLogprobs
+from loongjax.core.request import FinishReason
 from loongjax.engine.client import OutputDelta
 from loongjax_server.generation import Generation
+from loongjax_server.json_pieces import JsonArray
 from loongjax_server.schemas import StreamOptions
 
 
@@ -17,8 +18,12 @@ from loongjax_server.schemas import StreamOptions
 class ChoiceWriter(Protocol):
     """Writes one choice in the API's own form."""
 
-    def whole(self, delta: OutputDelta) -> dict[str, Any]:
-        """The choice of a whole response; `delta` holds all of its output."""
+    def gather(self, delta: OutputDelta) -> None:
+        """Writes a delta's log-probabilities for `whole`. Called for every token step, in order."""
+        ...
+
+    def whole(self, output: WholeOutput) -> dict[str, Any]:
+        """The choice of a whole response, of which all log-probabilities have been gathered."""
         ...
 
     def chunk(self, delta: OutputDelta) -> dict[str, Any]:
@@ -44,14 +49,20 @@ class Assembly:
         self._writers = writers
 
     async def whole(self) -> dict[str, Any]:
-        """The whole response."""
-        outputs = [_GatheredOutput() for _ in self._writers]
+        """The whole response, whose long arrays are `JsonArray`s: they are written as their tokens come."""
+        outputs = [WholeOutput() for _ in self._writers]
         async with contextlib.aclosing(self._generation.deltas()) as deltas:
             async for choice_idx, delta in deltas:
+                gather = functools.partial(self._writers[choice_idx].gather, delta)
+                # Only the first one of a choice may echo the prompt, log-probabilities and all.
+                if outputs[choice_idx].is_begun:
+                    gather()
+                else:
+                    await self._generation.write(gather)
                 outputs[choice_idx].add(delta)
 
         def write() -> list[dict[str, Any]]:
-            return [writer.whole(output.to_delta()) for writer, output in zip(self._writers, outputs, strict=True)]
+            return [writer.whole(output) for writer, output in zip(self._writers, outputs, strict=True)]
 
         choices = await self._generation.write(write)
         return {**self._header, "choices": choices, "usage": self._generation.usage.to_json()}
@@ -83,29 +94,25 @@ class Assembly:
             yield {**self._chunk_header, "choices": [], "usage": self._generation.usage.to_json()}
 
 
-class _GatheredOutput:
-    """All deltas of one choice."""
+class WholeOutput:
+    """All deltas of one choice, but for the log-probabilities."""
 
     def __init__(self) -> None:
+        self.token_ids = JsonArray()
+        self.finish_reason: FinishReason | None = None
+        self.stop_reason: int | str | None = None
+        self.is_begun = False
+        """Whether there was any delta."""
         self._texts: list[str] = []
-        self._token_ids: list[int] = []
-        self._logprobs: list[TokenLogprobs] = []
-        self._finish_reason: FinishReason | None = None
-        self._stop_reason: int | str | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(self._texts)
 
     def add(self, delta: OutputDelta) -> None:
+        self.is_begun = True
         self._texts.append(delta.text)
-        self._token_ids.extend(delta.token_ids)
-        self._logprobs.extend(delta.logprobs)
+        self.token_ids.extend(delta.token_ids)
         if delta.finish_reason is not None:
-            self._finish_reason = delta.finish_reason
-            self._stop_reason = delta.stop_reason
-
-    def to_delta(self) -> OutputDelta:
-        return OutputDelta(
-            text="".join(self._texts),
-            token_ids=tuple(self._token_ids),
-            logprobs=tuple(self._logprobs),
-            finish_reason=self._finish_reason,
-            stop_reason=self._stop_reason,
-        )
+            self.finish_reason = delta.finish_reason
+            self.stop_reason = delta.stop_reason

@@ -9,12 +9,12 @@ from fastapi import APIRouter, Depends, Request
 from starlette.responses import Response
 
 from loongjax.engine.client import OutputDelta
-from loongjax_server.assembly import Assembly
+from loongjax_server.assembly import Assembly, WholeOutput
 from loongjax_server.body import read_body
 from loongjax_server.context import ServerContext, get_context
 from loongjax_server.disconnect import until_disconnect
 from loongjax_server.generation import Generation
-from loongjax_server.json_response import JsonResponse
+from loongjax_server.json_pieces import JsonArray, PiecewiseJsonResponse
 from loongjax_server.logprobs import chat_logprobs, prompt_logprobs
 from loongjax_server.openapi import generation_request
 from loongjax_server.prompts import chat_prompt
@@ -61,11 +61,11 @@ async def create_chat_completion(request: Request, context: Annotated[ServerCont
     response = await until_disconnect(request.receive, assembly.whole())
     if sampling.prompt_logprobs is not None:
         response["prompt_logprobs"] = await generation.write(
-            lambda: prompt_logprobs(generation.prompt_logprobs_of(0), context.token_texts)
+            lambda: JsonArray(prompt_logprobs(generation.prompt_logprobs_of(0), context.token_texts))
         )
     if body.return_token_ids:
         response["prompt_token_ids"] = list(prompt.token_ids)
-    return JsonResponse(response)
+    return PiecewiseJsonResponse(response)
 
 
 class ChatChoice:
@@ -76,30 +76,45 @@ class ChatChoice:
         self._body = body
         self._generation = generation
         self._token_texts = token_texts
+        self._gathered = JsonArray()
         self._is_first = True
 
-    def whole(self, delta: OutputDelta) -> dict[str, Any]:
-        message = {"role": "assistant", "content": delta.text, "refusal": None}
-        return self._choice("message", message, delta)
+    def gather(self, delta: OutputDelta) -> None:
+        if self._body.logprobs:
+            self._gathered.extend(chat_logprobs(delta.logprobs, self._token_texts)["content"])
+
+    def whole(self, output: WholeOutput) -> dict[str, Any]:
+        message = {"role": "assistant", "content": output.text, "refusal": None}
+        logprobs = {"content": self._gathered, "refusal": None} if self._body.logprobs else None
+        choice = self._choice("message", message, logprobs, output)
+        if self._body.return_token_ids:
+            choice["token_ids"] = output.token_ids
+        return choice
 
     def chunk(self, delta: OutputDelta) -> dict[str, Any]:
         is_first, self._is_first = self._is_first, False
         content: dict[str, Any] = {"content": delta.text}
         if is_first:
             content = {"role": "assistant", **content}
-        choice = self._choice("delta", content, delta)
-        if is_first and self._body.return_token_ids:
-            choice["prompt_token_ids"] = list(self._generation.prompt_of(self._index).token_ids)
-        return choice
-
-    def _choice(self, name: str, content: dict[str, Any], delta: OutputDelta) -> dict[str, Any]:
-        choice: dict[str, Any] = {
-            "index": self._index,
-            name: content,
-            "logprobs": chat_logprobs(delta.logprobs, self._token_texts) if self._body.logprobs else None,
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        }
+        logprobs = chat_logprobs(delta.logprobs, self._token_texts) if self._body.logprobs else None
+        choice = self._choice("delta", content, logprobs, delta)
         if self._body.return_token_ids:
             choice["token_ids"] = list(delta.token_ids)
+            if is_first:
+                choice["prompt_token_ids"] = list(self._generation.prompt_of(self._index).token_ids)
         return choice
+
+    def _choice(
+        self,
+        name: str,
+        content: dict[str, Any],
+        logprobs: dict[str, Any] | None,
+        output: OutputDelta | WholeOutput,
+    ) -> dict[str, Any]:
+        return {
+            "index": self._index,
+            name: content,
+            "logprobs": logprobs,
+            "finish_reason": output.finish_reason,
+            "stop_reason": output.stop_reason,
+        }

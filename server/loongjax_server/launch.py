@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import socket
@@ -46,6 +47,8 @@ async def _serve(
     host = EngineProcess(factory, environment=device_environment(engine_config))
     engine = AsyncEngine(host, tokenizer, seed=engine_config.seed)
     await engine.start()
+    gc.collect()
+    gc.freeze()  # a collection that looks at everything that was imported would hold up every stream for some 30 ms
     await serve(engine, tokenizer, server_config, listener)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from loongjax.core.request import TokenLogprobs
+from loongjax_server.json_pieces import SLICE, JsonArray
 from loongjax_server.token_text import TokenText, TokenTexts
 
 MIN_LOGPROB = -9999.0
@@ -44,6 +46,23 @@ class CompletionLogprobs:
             "top_logprobs": [top for _, _, top in entries],
         }
 
+    def write_arrays(
+        self, arrays: Mapping[str, JsonArray], tokens: Iterable[TokenLogprobs], first_token_id: int | None = None
+    ) -> None:
+        """Appends to an object's arrays, as `empty_arrays` makes them, however many tokens there are. See `write`."""
+        for some in itertools.batched(tokens, SLICE):
+            for name, values in self.write(some, first_token_id).items():
+                arrays[name].extend(values)
+            first_token_id = None
+        if first_token_id is not None:
+            for name, values in self.write((), first_token_id).items():
+                arrays[name].extend(values)
+
+    @staticmethod
+    def empty_arrays() -> dict[str, JsonArray]:
+        """The object before any token."""
+        return {name: JsonArray() for name in ("text_offset", "token_logprobs", "tokens", "top_logprobs")}
+
     def _top(self, token: TokenLogprobs) -> dict[str, float]:
         top: dict[str, float] = {}
         for token_id, logprob in (*token.top, (token.token_id, token.logprob)):
@@ -76,23 +95,20 @@ def _chat_token(token: TokenText, logprob: float) -> dict[str, Any]:
     return {"token": token.text, "logprob": _finite(logprob), "bytes": utf8}
 
 
-def prompt_logprobs(tokens: Sequence[TokenLogprobs], token_texts: TokenTexts) -> list[dict[str, Any] | None]:
-    """`prompt_logprobs`: null for the first token, then token id to log-probability, rank and text."""
-    entries: list[dict[str, Any] | None] = [None]
+def prompt_logprobs(tokens: Sequence[TokenLogprobs], token_texts: TokenTexts) -> Iterator[dict[str, Any] | None]:
+    """Entries of `prompt_logprobs`: null for the first token, then token id to log-probability, rank and text."""
+    yield None
     for token in tokens:
         ranked = [(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(token.top, start=1)]
         ranked.append((token.token_id, token.logprob, token.rank))
-        entries.append(
-            {
-                str(token_id): {
-                    "logprob": _finite(logprob),
-                    "rank": rank,
-                    "decoded_token": token_texts[token_id].text,
-                }
-                for token_id, logprob, rank in ranked
+        yield {
+            str(token_id): {
+                "logprob": _finite(logprob),
+                "rank": rank,
+                "decoded_token": token_texts[token_id].text,
             }
-        )
-    return entries
+            for token_id, logprob, rank in ranked
+        }
 
 
 def _finite(logprob: float) -> float:

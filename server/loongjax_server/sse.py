@@ -11,14 +11,14 @@ from starlette.types import Receive, Scope, Send
 
 from loongjax_server.disconnect import until_disconnect
 from loongjax_server.errors import ClientDisconnectedError, http_error, log_error
-from loongjax_server.json_response import dump_json
+from loongjax_server.json_pieces import json_pieces
 
 DONE = b"data: [DONE]\n\n"
 
 
 def event(payload: Mapping[str, Any]) -> bytes:
-    """One event with a JSON payload."""
-    return b"data: " + dump_json(payload) + b"\n\n"
+    """One event with a JSON payload, which may hold `JsonArray`s."""
+    return b"".join((b"data: ", *json_pieces(payload), b"\n\n"))
 
 
 class EventStream(Response):

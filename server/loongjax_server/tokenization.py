@@ -10,6 +10,7 @@ from starlette.responses import Response
 from loongjax.errors import RequestError
 from loongjax_server.body import read_body
 from loongjax_server.context import ServerContext, get_context
+from loongjax_server.json_pieces import JsonArray, PiecewiseJsonResponse
 from loongjax_server.json_response import JsonResponse
 from loongjax_server.openapi import json_body
 from loongjax_server.prompts import check_token_ids, conversation_token_ids
@@ -22,7 +23,7 @@ router = APIRouter()
 async def tokenize(request: Request, context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """Token ids of a prompt or of a conversation."""
     body = await read_body(request, context, TokenizeBody)
-    return JsonResponse(await context.off_loop(_tokenize, body, context))
+    return PiecewiseJsonResponse(await context.off_loop(_tokenize, body, context))
 
 
 @router.post("/detokenize", openapi_extra=json_body(DetokenizeBody))
@@ -63,8 +64,8 @@ def _tokenize(body: TokenizeBody, context: ServerContext) -> dict[str, object]:
     answer: dict[str, object] = {
         "count": len(token_ids),
         "max_model_len": context.engine.info.max_model_len,
-        "tokens": token_ids,
+        "tokens": JsonArray(token_ids),
     }
     if body.return_token_strs:
-        answer["token_strs"] = list(context.tokenizer.convert_ids_to_tokens(token_ids))
+        answer["token_strs"] = JsonArray(context.tokenizer.convert_ids_to_tokens(token_ids))
     return answer
