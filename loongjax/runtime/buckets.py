@@ -8,6 +8,9 @@ from collections.abc import Sequence
 
 LEAST_NUM_TOKENS = 64
 """Fewer prefill tokens than this on a rank cost no less time."""
+LEAST_HALF_STEP = 1024
+"""From here on there is a size between two powers of two: work follows the padded tokens, and long prompts are most of
+it. A size costs an executable a group."""
 
 
 def powers(low: int, high: int, factor: int) -> tuple[int, ...]:
@@ -17,6 +20,13 @@ def powers(low: int, high: int, factor: int) -> tuple[int, ...]:
         sizes.append(low)
         low *= factor
     return (*sizes, high)
+
+
+def token_sizes(most: int) -> tuple[int, ...]:
+    """Powers of two from `LEAST_NUM_TOKENS` on, from `LEAST_HALF_STEP` on also half as much again, and last `most`."""
+    whole = powers(LEAST_NUM_TOKENS, most, 2)
+    halves = (size * 3 // 2 for size in whole if size >= LEAST_HALF_STEP)
+    return tuple(sorted({*whole, *(size for size in halves if size < most)}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Buckets:
     @classmethod
     def for_limits(cls, *, max_num_batched_tokens: int, max_num_seqs: int, num_pages: int) -> Buckets:
         return cls(
-            num_tokens=powers(LEAST_NUM_TOKENS, max_num_batched_tokens, 2),
+            num_tokens=token_sizes(max_num_batched_tokens),
             num_rows=powers(1, max_num_seqs, 4),
             num_table_entries=num_pages + max(4 * max_num_seqs, 256),
         )

@@ -17,7 +17,7 @@ from loongjax.core.iteration import (
 )
 from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
-from loongjax.runtime.buckets import Buckets, fit, powers
+from loongjax.runtime.buckets import Buckets, fit, powers, token_sizes
 from loongjax.runtime.packing import (
     empty_decode,
     empty_prefill,
@@ -59,6 +59,18 @@ def test_powers_end_with_the_limit_itself():
     assert powers(1, 1, 4) == (1,)
     assert powers(1, 64, 4) == (1, 4, 16, 64)
     assert powers(64, 48, 2) == (48,)
+
+
+@pytest.mark.parametrize("most", [48, 64, 1000, 1024, 1025, 4160, 8192, 131_072])
+def test_long_prompts_are_padded_by_at_most_a_half(most):
+    sizes = token_sizes(most)
+    assert sizes[-1] == most
+    assert list(sizes) == sorted(set(sizes))
+    for num_tokens in range(1, most + 1, 97):
+        padded = fit(num_tokens, sizes)
+        assert padded <= max(64, 1.5 * num_tokens if num_tokens > 1024 else 2 * num_tokens)
+    if most == 8192:
+        assert sizes == (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
 
 def test_a_size_goes_to_the_smallest_bucket_that_holds_it():
