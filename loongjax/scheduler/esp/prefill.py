@@ -175,11 +175,9 @@ def _shortest(waiting: Sequence[WaitingView], count: int) -> list[WaitingView]:
     """
     if len(waiting) <= count:
         return list(waiting)
-    lens = [float(request.num_tokens) for request in waiting]
+    lens = np.array([request.num_tokens for request in waiting], np.float64)
     if waiting[0].priority or waiting[-1].priority:
-        lens = [
-            length / priority_factor(request.priority) ** 0.5 for length, request in zip(lens, waiting, strict=True)
-        ]
+        lens /= np.sqrt([priority_factor(request.priority) for request in waiting])
     lens[0] = -1.0
     places = np.argpartition(lens, count - 1)[:count]
     places.sort()
