@@ -80,9 +80,14 @@ def _in_turns(
     for case in cases:
         bundles[case.kind, case.strategy].setdefault(frozenset(needs(case)), []).append(case)
 
+    means_s = {
+        (owner, needed): sum(map(expected_s, ready)) / len(ready)
+        for owner, mine in bundles.items()
+        for needed, ready in mine.items()
+    }
+
     def rank(owner: tuple, needed: frozenset[ProgramKey]) -> tuple[float, float]:
-        ready = bundles[owner][needed]
-        return compile_cost(needed - have) / len(ready), sum(map(expected_s, ready)) / len(ready)
+        return compile_cost(needed - have) / len(bundles[owner][needed]), means_s[owner, needed]
 
     while bundles:
         bests = {owner: min(rank(owner, needed) for needed in mine) for owner, mine in bundles.items()}

@@ -1,5 +1,6 @@
 """The pace of compilation: against a model of a machine, points never come much later than one by one."""
 
+import functools
 import itertools
 import math
 
@@ -14,6 +15,7 @@ BUCKETS = Buckets.for_limits(max_num_batched_tokens=2048, max_num_seqs=256, num_
 PROGRAM_S, POINT_S = 5.0, 0.2
 
 
+@functools.cache
 def needs(case):
     return programs_of(case, BUCKETS)
 
@@ -25,7 +27,7 @@ def fits(case):
 def ends_of_points(num_devices, width, note, speedup):
     """When each point ends on a machine that compiles programs side by side so many times faster than alone."""
     grid = build_grid("analytical-model", num_devices=num_devices, shrink=256)
-    passes = [list(filter(fits, cases)) for cases in grid.passes]
+    passes = [list(filter(fits, cases)) for cases in grid.passes[:2]]
     now_s, ends, compiled = 0.0, [], set()
     for wave in waves_of(passes, needs, lambda case: case.num_tokens, width=width):
         new = set(itertools.chain.from_iterable(map(needs, wave))) - compiled
@@ -40,6 +42,7 @@ def ends_of_points(num_devices, width, note, speedup):
     return ends
 
 
+@functools.cache
 def one_by_one(num_devices):
     return ends_of_points(num_devices, lambda: 0.0, lambda *_: None, 1.0)
 
@@ -49,14 +52,14 @@ def paced(num_devices, num_threads, speedup):
     return ends_of_points(num_devices, lambda: pace.width(math.inf), pace.note, speedup)
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize(("num_threads", "speedup"), [(2, 2.0), (16, 4.0), (16, 16.0)])
 def test_where_threads_help_no_point_comes_later_than_one_by_one(num_devices, num_threads, speedup):
     ends = paced(num_devices, num_threads, speedup)
     assert all(end <= alone + 1e-6 for end, alone in zip(ends, one_by_one(num_devices), strict=True))
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 8])
+@pytest.mark.parametrize("num_devices", [1, 8])
 @pytest.mark.parametrize("num_threads", [2, 16])
 def test_where_threads_do_not_help_points_come_less_than_twice_as_late(num_devices, num_threads):
     ends = paced(num_devices, num_threads, speedup=1.0)
