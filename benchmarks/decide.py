@@ -3,16 +3,22 @@
     python -m benchmarks.decide --out benchmarks/results/decide.json
 
 Each case is a cluster with so many instances, running and waiting requests. Requests' lengths are log-normal, their
-keys on one instance each. A sample is one answer to a view of its own, in wall-clock time of this process. The views
-differ in what the engine asks about: one decode group that is idle while the others are in flight (a step has ended,
-or is rehearsed), some instances vacant, or everything idle. "picked" is how many waiting requests an answer may
+keys on one instance each, and the policy knows how long the last outputs were. A sample is one answer to a view of its
+own; as while serving, the policy was asked about the same cluster before, when the idle groups had a token less. The
+views differ in what the engine asks about: one decode group that is idle while the others are in flight (a step has
+ended, or is rehearsed), some instances vacant, or everything idle. "picked" is how many waiting requests an answer may
 prefill together, all of which go through the batching of equation 5.
+
+Times are of the wall clock, of the thread (`cpu`: what the answer takes on a machine that nobody else uses; where the
+two differ by milliseconds, the operating system ran somebody else meanwhile), and of garbage collections within
+answers. What lives before a sample is frozen for the collector, as in an engine's process when it is built.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import os
 import pathlib
@@ -25,12 +31,15 @@ import numpy as np
 from tqdm import tqdm
 
 from loongjax.core.cluster import ClusterShape, Group
-from loongjax.core.plan import Decode, SubBatch
+from loongjax.core.plan import Decode, Prefill, SubBatch
+from loongjax.core.request import FinishReason
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.costmodel.work import DecodeWork
 from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.output_lengths import WINDOW
 from loongjax.scheduler.esp.policy import EspPolicy
+from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView, FlightView, InstanceView, RunningView, WaitingView
 from loongjax_profiling.provenance import checked_out_commit
 
@@ -69,6 +78,7 @@ CASES = {
         num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, max_picked=256
     ),
     "64 instances": Case(num_instances=64, num_running=2048, num_waiting=10_000, num_vacant=4),
+    "256 instances": Case(num_instances=256, num_running=8192, num_waiting=100_000, num_vacant=4),
     "1,024 instances": Case(num_instances=1024, num_running=32_768, num_waiting=100_000, num_vacant=4),
 }
 
@@ -148,30 +158,90 @@ def _flights(case: Case, running: list[RunningView]) -> tuple[FlightView, ...]:
     return tuple(flights)
 
 
+def a_step_before(view: ClusterView) -> ClusterView:
+    """The same when those who are idle now had a token less."""
+    running = []
+    for request in view.running:
+        if request.is_in_flight or request.num_output_tokens < 2:
+            running.append(request)
+            continue
+        ((instance, num_tokens),) = request.kv
+        running.append(
+            dataclasses.replace(
+                request,
+                num_tokens=num_tokens - 1,
+                num_output_tokens=request.num_output_tokens - 1,
+                kv=((instance, num_tokens - 1),),
+            )
+        )
+    return dataclasses.replace(view, running=tuple(running), now_s=view.now_s - 0.01)
+
+
+class CollectorClock:
+    """Adds up the time that garbage collections take."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._begin_s = 0.0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        """For `gc.callbacks`."""
+        if phase == "start":
+            self._begin_s = time.perf_counter()
+        else:
+            self.seconds += time.perf_counter() - self._begin_s
+
+
+def make_policy(case: Case, random: np.random.Generator) -> EspPolicy:
+    """One that has seen as many outputs as it remembers."""
+    model = RooflineModel(rates=DeviceRates.of_device("NVIDIA H200"), model=LLAMA3_8B)
+    policy = EspPolicy(EspConfig(max_picked=case.max_picked), model)
+    policy.observe(
+        [
+            RequestEnded(num_prompt_tokens=1000, num_output_tokens=int(length), finish_reason=FinishReason.STOP)
+            for length in random.integers(1, 500, WINDOW)
+        ]
+    )
+    return policy
+
+
 def measure(case: Case, num_samples: int, seed: int) -> dict[str, Any]:
     """Times of answers, in milliseconds."""
     random = np.random.default_rng(seed)
-    model = RooflineModel(rates=DeviceRates.of_device("NVIDIA H200"), model=LLAMA3_8B)
-    policy = EspPolicy(EspConfig(max_picked=case.max_picked), model)
-    samples, num_prefilled = [], []
+    policy = make_policy(case, random)
+    clock = CollectorClock()
+    gc.callbacks.append(clock)
+    wall_ms, cpu_ms, collector_ms, num_prefilled = [], [], [], []
     for index in range(num_samples + 3):
         view = make_view(case, random)
+        policy.copy().plan(a_step_before(view))
         asked = policy.copy()
-        begin = time.perf_counter()
+        gc.collect()
+        gc.freeze()
+        clock.seconds = 0.0
+        begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
         plans = asked.plan(view)
-        elapsed_ms = 1e3 * (time.perf_counter() - begin)
+        cpu_s, wall_s = time.thread_time() - begin_cpu_s, time.perf_counter() - begin_s
+        gc.unfreeze()
         if index >= 3:
-            samples.append(elapsed_ms)
-            num_prefilled.append(sum(len(getattr(plan, "requests", ())) for plan in plans))
-    p50, p90, p99 = np.percentile(samples, (50, 90, 99)).round(3).tolist()
+            wall_ms.append(1e3 * wall_s)
+            cpu_ms.append(1e3 * cpu_s)
+            collector_ms.append(1e3 * clock.seconds)
+            num_prefilled.append(sum(len(plan.requests) for plan in plans if isinstance(plan, Prefill)))
+    gc.callbacks.remove(clock)
     return {
         **dataclasses.asdict(case),
         "num_samples": num_samples,
-        "p50_ms": p50,
-        "p90_ms": p90,
-        "p99_ms": p99,
+        **_percentiles("", wall_ms),
+        **_percentiles("cpu_", cpu_ms),
+        "max_collector_ms": round(max(collector_ms), 3),
         "mean_prefilled": float(np.mean(num_prefilled)),
     }
+
+
+def _percentiles(kind: str, samples_ms: list[float]) -> dict[str, float]:
+    values = np.percentile(samples_ms, (50, 90, 99)).round(3).tolist()
+    return {f"{kind}{name}_ms": value for name, value in zip(("p50", "p90", "p99"), values, strict=True)}
 
 
 def main(argv: list[str] | None = None) -> int:
