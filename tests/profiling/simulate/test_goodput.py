@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loongjax.errors import ConfigError
+from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.command import main
-from loongjax_profiling.simulate.goodput import highest_rate
+from loongjax_profiling.simulate.goodput import highest_rate, least_attainment
 from loongjax_profiling.simulate.paper import DATASETS, ZIPF_GOODPUT, PaperConfig, paper_system, zipf_wish
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
@@ -29,6 +30,29 @@ def test_what_never_holds_has_rate_zero_and_what_always_holds_comes_to_an_end():
 def test_a_search_that_cannot_end_is_refused(start: float, precision: float):
     with pytest.raises(ConfigError):
         highest_rate(lambda rate: True, start=start, precision=precision)
+
+
+def served(prompt_len: int, ttft_s: float) -> RequestRecord:
+    return RequestRecord(
+        request_id=f"{prompt_len}",
+        prompt_len=prompt_len,
+        output_len=1,
+        issue_s=0.0,
+        first_token_s=ttft_s,
+        complete_s=ttft_s,
+        ttft_slo_s=1.0,
+    )
+
+
+def test_long_prompts_that_wait_without_end_show_in_their_own_class():
+    records = [served(prompt_len, ttft_s=0.5 if prompt_len <= 90 else 999.0) for prompt_len in range(100, 0, -1)]
+    assert [least_attainment(records, count) for count in (1, 2, 5, 10)] == [0.9, 0.8, 0.5, 0.0]
+
+
+def test_with_fewer_requests_than_classes_each_is_its_own():
+    assert least_attainment([served(1, 0.5), served(2, 2.0)], 10) == 0.0
+    assert least_attainment([served(1, 0.5)], 10) == 1.0
+    assert least_attainment([], 10) == 1.0
 
 
 def test_wishes_are_the_papers():
