@@ -3,7 +3,7 @@ import math
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from loongjax.costmodel.corrector import CorrectedModel, Corrector, CorrectorConfig
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
@@ -72,6 +72,7 @@ def test_an_untried_strategy_converges_to_the_common_bias_as_strategies_are_trie
     assert corrector.factor("prefill", Strategy(8)) == pytest.approx(expected, rel=1e-6)
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.lists(st.floats(0.3, 3.0), min_size=2, max_size=6))
 def test_strategies_that_are_observed_for_long_go_by_themselves(biases):
     corrector = Corrector()
@@ -82,6 +83,7 @@ def test_strategies_that_are_observed_for_long_go_by_themselves(biases):
         assert corrector.factor("decode", Strategy(sp)) == pytest.approx(bias, rel=1e-6)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.floats(0.3, 3.0)), max_size=40))
 def test_an_untried_strategy_lies_between_no_correction_and_the_largest_of_those_tried(observations):
     corrector = Corrector()
@@ -123,6 +125,7 @@ def test_a_rare_stall_does_not_pull_the_factor_far_from_the_usual():
     assert corrector.factor("decode", ONE) == pytest.approx(1.1, rel=0.08)
 
 
+@settings(deadline=None)
 @given(
     st.floats(0.01, 1.0),
     st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.floats(1e-6, 1e6), st.floats(1e-6, 1e6)), max_size=60),

@@ -5,7 +5,7 @@ import dataclasses
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_shape import ModelShape
@@ -106,6 +106,7 @@ def test_an_extend_reads_the_keys_of_its_decodes_on_top_of_its_chunk():
     assert seconds > 4 * H200.prefill_s(Strategy(1), chunk.totals).item()
 
 
+@settings(deadline=None)
 @given(st.integers(1, 150), st.integers(1, 50_000), st.sampled_from([1, 2, 4]))
 def test_an_extend_of_decodes_alone_takes_as_long_as_the_decode_step(num_rows, context, tp):
     # As long as both read the weights and do not compute for longer than that.

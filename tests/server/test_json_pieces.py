@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from server_client import RunningServer
 from server_fakes import ByteTokenizer, logprob_of
@@ -35,6 +35,7 @@ def with_arrays(value: Any) -> Any:
     return JsonArray(value) if isinstance(value, list) else value
 
 
+@settings(deadline=None)
 @given(VALUES)
 def test_a_value_in_pieces_is_the_same_text(value):
     text = dump_json(value)
@@ -43,6 +44,7 @@ def test_a_value_in_pieces_is_the_same_text(value):
     assert event({"value": with_arrays(value)}) == b'data: {"value":' + text + b"}\n\n"
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(SCALARS, max_size=3 * SLICE), max_size=5))
 def test_an_array_that_grows_is_the_array_of_all_its_values(parts):
     array = JsonArray()
@@ -86,6 +88,7 @@ def test_a_response_tells_its_length_and_comes_in_chunks():
     assert json.loads(body) == {"id": "x", "choices": [{"logprobs": list(range(100_000))}], "usage": None}
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="aé中😀", max_size=3 * SLICE), st.integers(0, 2 * SLICE), st.none() | st.just(256))
 def test_logprobs_in_arrays_are_those_in_lists(text, split, first_token_id):
     tokens = [logprob_of(byte, 2) for byte in text.encode()]
