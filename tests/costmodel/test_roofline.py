@@ -107,9 +107,9 @@ def test_an_extend_reads_the_keys_of_its_decodes_on_top_of_its_chunk():
 
 
 @settings(deadline=None)
-@given(st.integers(1, 150), st.integers(1, 50_000), st.sampled_from([1, 2, 4]))
+@given(st.integers(1, 140), st.integers(1, 50_000), st.sampled_from([1, 2, 4]))
 def test_an_extend_of_decodes_alone_takes_as_long_as_the_decode_step(num_rows, context, tp):
-    # As long as both read the weights and do not compute for longer than that.
+    # Up to 149 rows both compute for less long than they read the weights.
     extend = PrefillWork(new_lens=(1,) * num_rows, past_lens=(context,) * num_rows)
     step = DecodeTotals.of([DecodeWork(rows=(num_rows,), keys=(num_rows * context,))])
     strategy = Strategy(1, tp)
