@@ -87,10 +87,11 @@ class ReplayComparison:
     """Everything compared."""
 
     host: HostTimes
-    """What the simulation took the host to add."""
+    """What the simulations took the host to add."""
     latencies: tuple[LatencyComparison, ...]
-    latencies_without_host: tuple[LatencyComparison, ...]
-    """The same, simulated as if the host added nothing: what it matters."""
+    """Simulated with the cost model scaled to what iterations took in the calibration."""
+    latencies_as_fitted: tuple[LatencyComparison, ...]
+    """The same, simulated with the cost model as it is in its file."""
     latencies_in_hindsight: tuple[LatencyComparison, ...]
     """The same, simulated with the means of this very replay, of iterations and of the host: what is still wrong with
     them is not the cost model's fault."""
@@ -101,7 +102,7 @@ class ReplayComparison:
         """Numbers and objects that `json` can write."""
         errors = {
             name: [dataclasses.asdict(row) | {"relative_error": row.relative_error} for row in getattr(self, name)]
-            for name in ("latencies", "latencies_without_host", "latencies_in_hindsight")
+            for name in ("latencies", "latencies_as_fitted", "latencies_in_hindsight")
         }
         return dataclasses.asdict(self) | errors
 

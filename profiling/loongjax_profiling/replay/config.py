@@ -36,8 +36,8 @@ class ReplayConfig(WorkloadConfig, EngineConfig):
     num_requests: int = 60
     """How many requests come; of a trace: at most so many."""
     num_calibration_requests: int = 12
-    """Requests of another seed that are played first, to measure what the host adds to the times of iterations; 0: the
-    simulation takes it to add nothing."""
+    """Requests of another seed that are played first, to measure by how much the cost model's times are off here, and
+    what the host adds to them; 0: the simulation takes the model as it is, and the host to add nothing."""
     seed: int = 0
     """Of lengths, arrivals and token ids."""
     limit_s: float | None = None

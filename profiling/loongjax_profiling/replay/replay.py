@@ -25,10 +25,10 @@ from loongjax_profiling.replay.comparison import (
 )
 from loongjax_profiling.replay.config import ReplayConfig
 from loongjax_profiling.replay.engine import ReplayEngine
-from loongjax_profiling.replay.hindsight import HindsightModel
 from loongjax_profiling.replay.host_times import measure_host_times
 from loongjax_profiling.replay.player import Playback, Player, make_requests
 from loongjax_profiling.replay.report import format_comparison, write_comparison, write_iterations
+from loongjax_profiling.replay.scaled_model import ScaledModel
 from loongjax_profiling.replay.traced_runtime import TracedIteration
 from loongjax_profiling.simulate.assembly import make_workload, service_level
 from loongjax_profiling.simulate.report import describe
@@ -59,7 +59,7 @@ def replay(config: ReplayConfig, command_line: str) -> int:
     engine = ReplayEngine(config)
     print(f"{engine.hardware}: ready after {engine.ready_s:.1f} s, {engine.cluster}", flush=True)
     try:
-        host = _calibrate(engine, config)
+        calibrated, host = _calibrate(engine, config)
         num_before = engine.runtime.num_recompiles
         playback = _play(engine, config, _requests(engine, config, workload))
         num_recompiles = engine.runtime.num_recompiles - num_before
@@ -71,7 +71,7 @@ def replay(config: ReplayConfig, command_line: str) -> int:
     )
     print(f"played {len(playback.records)} of {len(workload)} requests; {num_recompiles} compilations", flush=True)
 
-    comparison = _compare(engine, config, playback, iterations, workload[: playback.num_sent], host)
+    comparison = _compare(engine, config, playback, iterations, workload[: playback.num_sent], calibrated, host)
     about = _about(config, engine, playback) | {"command": command_line, "num_recompiles": num_recompiles}
     write_comparison(comparison, about, config.out / "comparison.json")
     print(f"{format_comparison(comparison)}\n{config.out}/")
@@ -80,19 +80,23 @@ def replay(config: ReplayConfig, command_line: str) -> int:
     return int(any(record.error is not None for record in playback.records))
 
 
-def _calibrate(engine: ReplayEngine, config: ReplayConfig) -> HostTimes:
-    """What the host adds, measured on other requests."""
+def _calibrate(engine: ReplayEngine, config: ReplayConfig) -> tuple[CostModel, HostTimes]:
+    """What iterations take, and what the host adds, measured on other requests."""
     if config.num_calibration_requests == 0:
-        return NO_HOST
+        return engine.cost_model, NO_HOST
     other = dataclasses.replace(config, seed=config.seed + 1, num_requests=config.num_calibration_requests)
     player = Player(engine.new_core(), engine.runtime)
     playback = player.play(_requests(engine, other, make_workload(other)), limit_s=config.limit_s)
     if playback.is_interrupted:
         raise KeyboardInterrupt
     iterations = [each for each in engine.runtime.take_iterations() if each.error is None]
-    host = measure_host_times(playback, iterations, engine.cost_model, engine.cluster.tp)
-    print(f"calibrated on {len(playback.records)} requests; the host adds, in ms: {_in_ms(host)}", flush=True)
-    return host
+    model = ScaledModel.of(iterations, engine.cost_model, engine.cluster.tp)
+    host = measure_host_times(playback, iterations, model, engine.cluster.tp)
+    factors = f"prefills take {model.prefill_factor:.3f} and decodes {model.decode_factor:.3f} times the prediction"
+    print(
+        f"calibrated on {len(playback.records)} requests: {factors}; the host adds, in ms: {_in_ms(host)}", flush=True
+    )
+    return model, host
 
 
 def _in_ms(host: HostTimes) -> str:
@@ -120,23 +124,24 @@ def _compare(
     playback: Playback,
     iterations: Sequence[TracedIteration],
     workload: Sequence[WorkloadRequest],
+    calibrated: CostModel,
     host: HostTimes,
 ) -> ReplayComparison:
     begin_s = time.perf_counter()
     spans: list[Span] = []
     model, tp = engine.cost_model, engine.cluster.tp
     succeeded = [each for each in iterations if each.error is None]
-    simulated = _simulate(engine, config, workload, model, host, spans)
+    simulated = _simulate(engine, config, workload, calibrated, host, spans)
     print(f"simulated in {time.perf_counter() - begin_s:.1f} s", flush=True)
     write_records(simulated, config.out / "simulated.jsonl")
-    without_host = _simulate(engine, config, workload, model, NO_HOST, [])
-    true_model = HindsightModel.of(succeeded, model, tp)
+    as_fitted = _simulate(engine, config, workload, model, host, [])
+    true_model = ScaledModel.of(succeeded, model, tp)
     true_host = measure_host_times(playback, succeeded, true_model, tp)
     in_hindsight = _simulate(engine, config, workload, true_model, true_host, [])
     return ReplayComparison(
         host=host,
         latencies=compare_latencies(playback.records, simulated),
-        latencies_without_host=compare_latencies(playback.records, without_host),
+        latencies_as_fitted=compare_latencies(playback.records, as_fitted),
         latencies_in_hindsight=compare_latencies(playback.records, in_hindsight),
         iterations=compare_iterations(succeeded, model, tp),
         simulated_iterations=summarize_spans(spans),

@@ -15,14 +15,14 @@ from loongjax_profiling.replay.traced_runtime import TracedIteration
 
 def format_comparison(comparison: ReplayComparison) -> str:
     """The comparison as tables."""
-    rows = zip(comparison.latencies, comparison.latencies_without_host, comparison.latencies_in_hindsight, strict=True)
+    rows = zip(comparison.latencies, comparison.latencies_as_fitted, comparison.latencies_in_hindsight, strict=True)
     lines = [
         f"{'latency (ms)':<22}{'':>6}{'measured':>12}{'simulated':>12}{'error':>10}"
-        f"{'without host':>14}{'in hindsight':>14}",
+        f"{'as fitted':>14}{'in hindsight':>14}",
         *[
             f"{LATENCIES[row.latency]:<22}{row.statistic:>6}{_ms(row.measured_s)}{_ms(row.simulated_s)}"
-            f"{_percent(row.relative_error)}{_percent(bare.relative_error):>14}{_percent(hindsight.relative_error):>14}"
-            for row, bare, hindsight in rows
+            f"{_percent(row.relative_error)}{_percent(fitted.relative_error):>14}{_percent(hindsight.relative_error):>14}"
+            for row, fitted, hindsight in rows
         ],
         "",
         f"{'iterations (ms)':<22}{'DoP':>6}{'measured':>12}{'predicted':>12}{'error':>10}"

@@ -132,7 +132,7 @@ def comparison() -> ReplayComparison:
     return ReplayComparison(
         host=HostTimes(turnaround_s=0.001),
         latencies=compare_latencies(measured, simulated),
-        latencies_without_host=compare_latencies(measured, [record(0, ttft_s=0.5)]),
+        latencies_as_fitted=compare_latencies(measured, [record(0, ttft_s=0.5)]),
         latencies_in_hindsight=compare_latencies(measured, [record(0, ttft_s=1.01)]),
         iterations=compare_iterations([traced_prefill(100, 0.2), traced_recovery(1.0)], RoundModel(), 1),
         simulated_iterations=summarize_spans(
@@ -157,7 +157,7 @@ def test_the_file_holds_numbers_errors_and_where_they_come_from(tmp_path):
     assert written["about"] == {"commit": "0123abc"}
     assert written["host"]["turnaround_s"] == 0.001
     assert written["latencies"][0]["relative_error"] == pytest.approx(0.05)
-    assert written["latencies_without_host"][0]["relative_error"] == pytest.approx(-0.5)
+    assert written["latencies_as_fitted"][0]["relative_error"] == pytest.approx(-0.5)
     assert written["latencies_in_hindsight"][0]["relative_error"] == pytest.approx(0.01)
     assert written["iterations"][0]["kind"] == "prefill"
 

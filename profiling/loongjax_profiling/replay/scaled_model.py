@@ -1,9 +1,10 @@
-"""A cost model as it should have been: what a simulation still gets wrong with it is the simulator's own error."""
+"""A cost model brought to what an engine really took: in a calibration, or in hindsight."""
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -14,16 +15,19 @@ from loongjax_profiling.replay.traced_runtime import TracedIteration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HindsightModel:
+class ScaledModel:
     """A `CostModel` whose times are scaled, kind by kind and strategy by strategy, to what an engine took in all."""
 
     base: CostModel
     prefill_factors: Mapping[Strategy, float]
-    """Measured over predicted time; strategies that are missing stay as they are. Extends count as prefills."""
+    """Measured over predicted time. Extends count as prefills."""
     decode_factors: Mapping[Strategy, float]
+    prefill_factor: float = 1.0
+    """Of strategies that are missing above: that of all prefills together."""
+    decode_factor: float = 1.0
 
     @classmethod
-    def of(cls, iterations: Sequence[TracedIteration], base: CostModel, tp: int) -> HindsightModel:
+    def of(cls, iterations: Sequence[TracedIteration], base: CostModel, tp: int) -> ScaledModel:
         """From iterations that succeeded, of decodes those that went on."""
         prefills: dict[Strategy, list[TracedIteration]] = collections.defaultdict(list)
         decodes: dict[Strategy, list[TracedIteration]] = collections.defaultdict(list)
@@ -38,6 +42,8 @@ class HindsightModel:
             base=base,
             prefill_factors={strategy: _factor(some, base, tp) for strategy, some in prefills.items()},
             decode_factors={strategy: _factor(some, base, tp) for strategy, some in decodes.items()},
+            prefill_factor=_factor(list(itertools.chain.from_iterable(prefills.values())), base, tp),
+            decode_factor=_factor(list(itertools.chain.from_iterable(decodes.values())), base, tp),
         )
 
     @property
@@ -45,10 +51,10 @@ class HindsightModel:
         return self.base.source
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        return self.prefill_factors.get(strategy, 1.0) * self.base.prefill_s(strategy, totals)
+        return self.prefill_factors.get(strategy, self.prefill_factor) * self.base.prefill_s(strategy, totals)
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
-        return self.decode_factors.get(strategy, 1.0) * self.base.decode_s(strategy, totals)
+        return self.decode_factors.get(strategy, self.decode_factor) * self.base.decode_s(strategy, totals)
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
         return self.base.migration_s(num_tokens, tp)
