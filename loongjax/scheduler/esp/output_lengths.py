@@ -92,7 +92,8 @@ class OutputLengths:
             limit = most if most > generated else generated + 1
             first = bisect.bisect_right(ascending, generated)
             if first == num_known:
-                result.append(1.0 / min(max(2 * generated, 1), limit))
+                guess = 2 * generated or 1
+                result.append(1.0 / (guess if guess < limit else limit))
                 continue
             at_limit = bisect.bisect_left(ascending, limit, first) if limit <= ascending[-1] else num_known
             below = reciprocals_from[first] - reciprocals_from[at_limit]
