@@ -89,6 +89,8 @@ class Fairness:
 
     def may_migrate(self, request: RunningView, min_new_tokens: int) -> bool:
         """Whether the request has grown by this much since its keys were last migrated."""
+        if not self._migrated_at:
+            return True
         return request.num_tokens >= self._migrated_at.get(request.request_id, -min_new_tokens) + min_new_tokens
 
     def note_migrated(self, request: RunningView) -> None:

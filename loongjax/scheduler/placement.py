@@ -57,9 +57,11 @@ def _fewest(shelves: Sequence[Shelf], num_needed: int, num_spare: int, num_reque
 
 def _place_one(num_tokens: int, shelves: Sequence[Shelf], page_size: int) -> tuple[TokenInterval, ...]:
     num_pages = -(-num_tokens // page_size)
-    roomiest = sorted(shelves, key=lambda shelf: (shelf.num_seats <= 0, -shelf.num_pages, shelf.instance))
-    whole = next((shelf for shelf in roomiest if shelf.num_pages >= num_pages), None)
-    if whole is not None:
+    fitting = [shelf for shelf in shelves if shelf.num_pages >= num_pages]
+    if fitting:
+        whole = fitting[0]
+        if len(fitting) > 1:
+            whole = min(fitting, key=lambda shelf: (shelf.num_seats <= 0, -shelf.num_pages, shelf.instance))
         whole.num_pages -= num_pages
         whole.num_seats -= 1
         return (TokenInterval(whole.instance, 0, num_tokens),)

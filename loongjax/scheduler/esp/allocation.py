@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
@@ -78,8 +79,9 @@ class Allocator:
     def allocate(self, choice: Choice) -> Move | None:
         """Adds what pays to the choice, and says what keys have to be moved first, if any."""
         num_refusals = 0
+        weight, sums = self._window.weight(choice.places), self._window.sums(choice.places)
         for site in self._candidates(choice):
-            offer = max(self._offers(choice, site), key=lambda offer: offer.gain - offer.cost)
+            offer = max(self._offers(choice, site, weight, sums), key=lambda offer: offer.gain - offer.cost)
             is_taken = offer.gain > 0.0 and offer.gain >= offer.cost
             self._tell(choice, site, offer, is_taken)
             if not is_taken:
@@ -95,15 +97,14 @@ class Allocator:
     def _candidates(self, choice: Choice) -> list[Site]:
         """Sites that are not taken: decode groups, those with fewest keys first, then prefills, the soonest first."""
         decodes = [site for site in self._outlook.decodes if site not in choice.sites]
-        decodes.sort(key=lambda site: (sum([request.num_tokens for request in site.requests]), site.instances))
+        decodes.sort(key=_num_keys)
         return [*decodes, *self._outlook.emptied] if self._may_wait else decodes
 
-    def _offers(self, choice: Choice, site: Site) -> list[_Offer]:
-        requests = self._window.views(choice.places)
-        weight = self._window.weight(choice.places)
+    def _offers(self, choice: Choice, site: Site, weight: float, sums: tuple[int, int]) -> list[_Offer]:
+        """The choice's requests weigh so much, and have so many tokens and squared tokens."""
         paused = sum([taken.pause_weight for taken in choice.sites])
-        now_s = choice.ready_s + self._times.batch_s(choice.dop, requests)
-        duration_s = self._times.batch_s(choice.dop + len(site.instances), requests)
+        now_s = choice.ready_s + self._times.batch_of_s(choice.dop, *sums)
+        duration_s = self._times.batch_of_s(choice.dop + len(site.instances), *sums)
         ready_s = max(choice.ready_s, site.ready_s)
         gain = weight * (now_s - ready_s - duration_s)
         if not site.requests:
@@ -115,7 +116,7 @@ class Allocator:
         # Longer than this, and the cost of moving exceeds the gain.
         longest_s = gain / (weight + site.pause_weight)
         if (move := mover.move_from(site, choice.sites, longest_s)) is not None:
-            gain = weight * (now_s - ready_s - self._times.batch_s(choice.dop + 1, requests))
+            gain = weight * (now_s - ready_s - self._times.batch_of_s(choice.dop + 1, *sums))
             cost = (weight + site.pause_weight) * move.seconds
             if gain > cost:
                 cost += mover.slowdown(site, move)
@@ -140,3 +141,8 @@ class Allocator:
                     ),
                 )
             )
+
+
+def _num_keys(site: Site) -> tuple[int, tuple[InstanceId, ...]]:
+    assert site.facts is not None, site
+    return site.facts.num_tokens, site.instances

@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import numpy as np
+
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.esp.objective import decode_weights
@@ -31,10 +33,15 @@ class GroupFacts:
         return self._lengths.knows_the_same(lengths) and self.requests == tuple(requests)
 
     @functools.cached_property
+    def num_tokens(self) -> int:
+        """That have keys, of all of them."""
+        return sum([request.num_tokens for request in self.requests])
+
+    @functools.cached_property
     def size_of_step(self) -> tuple[int, int, int]:
         """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
         dop = len(self.instances)
-        return dop, len(self.requests), -(-sum([request.num_tokens for request in self.requests]) // dop)
+        return dop, len(self.requests), -(-self.num_tokens // dop)
 
     def pause_weight(self, now_s: float, step_s: float) -> float:
         """What it costs a second that all of them stand still, if each further token takes at least `step_s`."""
@@ -48,12 +55,32 @@ class GroupFacts:
         return sum(decode_weights(self.requests, now_s, self._lengths, step_s))
 
     @functools.cached_property
-    def num_steps_left(self) -> float:
-        """Steps until the last of them is expected to end."""
+    def num_keys(self) -> dict[InstanceId, int]:
+        """On each instance."""
+        num_keys = dict.fromkeys(self.instances, 0)
+        for request in self.requests:
+            for instance, num_tokens in request.kv:
+                num_keys[instance] = num_keys.get(instance, 0) + num_tokens
+        return num_keys
+
+    @functools.cached_property
+    def _expected_left(self) -> list[float]:
+        """Tokens that each is still expected to generate, at least 0."""
         requests = self.requests
         generated = [request.num_output_tokens for request in requests]
         limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
-        return max(0.0, *self._lengths.expected_left(generated, limits))
+        return [max(num_tokens, 0.0) for num_tokens in self._lengths.expected_left(generated, limits)]
+
+    @property
+    def num_steps_left(self) -> float:
+        """Steps until the last of them is expected to end."""
+        return max(self._expected_left)
+
+    @functools.cached_property
+    def weight_of_steps(self) -> float:
+        """The shares of their outputs that they are still expected to generate, summed up."""
+        outputs = zip(self.requests, self._expected_left, strict=True)
+        return float(np.sum([left / max(request.num_output_tokens + left, 1.0) for request, left in outputs]))
 
 
 class GroupMemory:

@@ -10,9 +10,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.components import order_of
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
 from loongjax.scheduler.esp.output_lengths import OutputLengths
@@ -66,16 +65,14 @@ class Mover:
             within_s: the longest that it may take.
             is_forced: whether keys may move that have moved just now.
         """
-        num_keys = dict.fromkeys(site.instances, 0)
-        for request in site.requests:
-            for instance, num_tokens in request.kv:
-                num_keys[instance] = num_keys.get(instance, 0) + num_tokens
+        assert site.facts is not None, site
+        num_keys = site.facts.num_keys
         source = min(site.instances, key=lambda instance: (num_keys[instance], instance))
         seconds = self._times.migration_s(num_keys[source])
         if seconds > within_s:
             return None
-        requests = tuple(sorted(self._draft.residents[source], key=lambda request: request.order))
-        if not requests or any(not self._may_move(request, is_forced) for request in requests):
+        requests = tuple(sorted(self._draft.residents[source], key=order_of))
+        if not requests or not self._may_move(requests, is_forced):
             return None
         target = self._target(site, source, requests, excluded)
         if target is None:
@@ -95,36 +92,25 @@ class Mover:
         """What it costs, in seconds x weight, that steps are longer after this move from the site."""
         source, target = move.source, move.target
         if target in site.instances:
-            together = dataclasses.replace(site, instances=tuple([i for i in site.instances if i != source]))
-            return self._weight_of_steps(site.requests) * max(0.0, self._step_s(together) - self._step_s(site))
+            together = Site(instances=tuple([i for i in site.instances if i != source]), requests=site.requests)
+            return _weight_of_steps(site) * max(0.0, self._step_s(together) - self._step_s(site))
         other = next(other for other in self._outlook.decodes if target in other.instances)
         together = Site(
             instances=tuple(sorted({*site.instances, *other.instances} - {source})),
             requests=(*site.requests, *other.requests),
         )
         together_s = self._step_s(together)
-        return sum(
-            [
-                self._weight_of_steps(group.requests) * max(0.0, together_s - self._step_s(group))
-                for group in (site, other)
-            ]
-        )
+        return sum([_weight_of_steps(group) * max(0.0, together_s - self._step_s(group)) for group in (site, other)])
 
     def _step_s(self, site: Site) -> float:
         return step_s(site, self._times)
 
-    def _weight_of_steps(self, requests: Sequence[RunningView]) -> float:
-        """The shares of their outputs that these requests are still expected to generate, summed up."""
-        generated = [request.num_output_tokens for request in requests]
-        limits = [request.num_output_tokens + request.max_total_tokens - request.num_tokens for request in requests]
-        expected = self._lengths.expected_left(generated, limits)
-        left = [max(num_tokens, 0.0) for num_tokens in expected]
-        shares = [more / max(done + more, 1.0) for done, more in zip(generated, left, strict=True)]
-        return float(np.sum(shares))
-
-    def _may_move(self, request: RunningView, is_forced: bool) -> bool:
-        may_now = is_forced or self._fairness.may_migrate(request, self._min_tokens_between_migrations)
-        return may_now and all(instance not in self._draft.prefilling for instance, _ in request.kv)
+    def _may_move(self, requests: Sequence[RunningView], is_forced: bool) -> bool:
+        may_migrate, least = self._fairness.may_migrate, self._min_tokens_between_migrations
+        if not is_forced and not all(may_migrate(request, least) for request in requests):
+            return False
+        prefilling = self._draft.prefilling
+        return not prefilling or all(instance not in prefilling for request in requests for instance, _ in request.kv)
 
     def _target(
         self, site: Site, source: InstanceId, requests: tuple[RunningView, ...], excluded: Collection[Site]
@@ -150,3 +136,8 @@ class Mover:
             if fitting:
                 return min(fitting, key=lambda instance: (draft.room(instance), instance))
         return None
+
+
+def _weight_of_steps(site: Site) -> float:
+    assert site.facts is not None, site
+    return site.facts.weight_of_steps

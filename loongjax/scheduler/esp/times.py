@@ -49,14 +49,12 @@ class Times:
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""
-        if not requests:
-            return 0.0
         lens = [request.num_tokens for request in requests]
-        return self._batch_s(dop, sum(lens), sum([length * length for length in lens]))
+        return self.batch_of_s(dop, sum(lens), sum([length * length for length in lens]))
 
     def least_prefill_s(self, dop: int) -> float:
         """Of a prefill that has next to nothing to do."""
-        return self._batch_s(dop, 1, 1)
+        return self.batch_of_s(dop, 1, 1)
 
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
@@ -118,7 +116,10 @@ class Times:
                 left[instance] = end_s - view.now_s
         return left
 
-    def _batch_s(self, dop: int, num_tokens: int, squared_lens: int) -> float:
+    def batch_of_s(self, dop: int, num_tokens: int, squared_lens: int) -> float:
+        """Of one prefill, by the sums over its requests; 0 of nothing."""
+        if not num_tokens:
+            return 0.0
         strategy = self._strategy(dop)
         return self._factor("prefill", strategy) * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
 

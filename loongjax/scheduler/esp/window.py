@@ -45,6 +45,11 @@ class Window:
         """Of these requests together."""
         return sum([self.weights[place] for place in places])
 
+    def sums(self, places: Sequence[int]) -> tuple[int, int]:
+        """The sum of these requests' lengths, and that of their squares."""
+        lens = [self.lens[place] for place in places]
+        return sum(lens), sum([length * length for length in lens])
+
     def arrays(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
         """Lengths, int64, and weights, float64, of these requests."""
         return self._len_array[places], self._weight_array[places]
