@@ -57,7 +57,20 @@ def test_who_is_nearly_done_minds_longer_steps_less() -> None:
 
 def test_an_instance_of_a_larger_group_is_freed_into_the_group() -> None:
     """a lies on 0 and 1, with few keys on 1: those go to 0, where the rest is."""
-    view = cluster(
+    plans, _ = ask(larger_group())
+    assert plans[0] == Migrate("a", 1, 0, 12)
+
+
+def test_a_group_that_loses_an_instance_reads_its_keys_on_those_that_are_left() -> None:
+    """812 keys on two instances, or on one; a and b are half way."""
+    _, decisions = ask(larger_group(1400), HandModel(key_s=0.001))
+    decision = next(decision for decision in decisions if decision.step == "migrate")
+    assert decision.instances == (0, 1)
+    assert dict(decision.terms)["slowdown_weight_s"] == pytest.approx((0.5 + 0.5) * (0.812 - 0.406))
+
+
+def larger_group(num_tokens: int = 1000) -> ClusterView:
+    return cluster(
         3,
         num_pages=1000,
         runs=[
@@ -65,10 +78,8 @@ def test_an_instance_of_a_larger_group_is_freed_into_the_group() -> None:
             running("b", 1, (0, 400), num_output_tokens=50),
             running("c", 2, (2, 40), num_output_tokens=50),
         ],
-        waits=[waiting("w", 3, 1000)],
+        waits=[waiting("w", 3, num_tokens)],
     )
-    plans, _ = ask(view)
-    assert plans[0] == Migrate("a", 1, 0, 12)
 
 
 def test_keys_of_a_request_that_has_just_been_moved_stay() -> None:
