@@ -190,3 +190,24 @@ def test_a_corrected_model_multiplies_iterations_and_leaves_migrations():
 def test_settings_that_cannot_work_are_refused(bad):
     with pytest.raises(ConfigError, match=next(iter(bad))):
         CorrectorConfig(**bad)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["prefill", "decode"]),
+            st.sampled_from([ONE, TWO]),
+            st.lists(st.tuples(st.floats(0.0, 10.0), st.floats(0.0, 10.0)), max_size=5),
+        ),
+        max_size=8,
+    )
+)
+def test_many_iterations_at_once_teach_what_one_after_the_other_does(runs) -> None:
+    at_once, one_by_one = Corrector(), Corrector()
+    for kind, strategy, times in runs:
+        at_once.observe_all(kind, strategy, [p for p, _ in times], [a for _, a in times])
+        for predicted_s, actual_s in times:
+            one_by_one.observe(kind, strategy, predicted_s=predicted_s, actual_s=actual_s)
+    assert at_once.factors == one_by_one.factors
+    for kind in ("prefill", "decode"):
+        assert at_once.factor(kind, Strategy(3)) == one_by_one.factor(kind, Strategy(3))
