@@ -36,6 +36,21 @@ def test_the_command_prints_and_stores_a_row_for_each_page_size(tmp_path):
         assert row["rate"] * row["seconds"] == pytest.approx(4 * 8 * 128 * 2 * 2)  # 1K by 256, K and V, bfloat16
 
 
+def test_ctrl_c_keeps_the_rows_measured_by_then(tmp_path, monkeypatch, capsys):
+    def interrupted(cases):
+        yield Row(case=cases[0], seconds=1e-3, method="slope")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(profile, "measure", interrupted)
+    out = tmp_path / "kernels.json"
+    with pytest.raises(KeyboardInterrupt):
+        profile.profile_kernels(KernelsCommand(ops=("decode",), only="1 x 1K", out=out))
+    assert len(json.loads(out.read_text())["rows"]) == 1
+    printed = capsys.readouterr()
+    assert "1 x 1K" in printed.out
+    assert "ended by Ctrl-C after 1 of 3 rows" in printed.err
+
+
 @pytest.mark.parametrize("argv", [[], ["nothing"], ["--only", "x"]])
 def test_a_wrong_sub_command_is_answered_with_the_usage(argv, capsys):
     assert main(argv) == 2
@@ -189,7 +204,7 @@ def test_variants_of_the_same_work_keep_their_order_beside_one_that_fails():
         return chain(lambda keys, q, i: jnp.tanh(q @ keys), jnp.ones((300, 300)), jnp.ones((300, 300)))
 
     cases = [make_case(variant=name, build=broken if name == "b" else works) for name in "abc"]
-    rows = measure([*cases, make_case(work="other", build=works)])
+    rows = list(measure([*cases, make_case(work="other", build=works)]))
     assert [(row.case.work, row.case.variant) for row in rows] == [
         ("p", "a"),
         ("p", "b"),

@@ -15,7 +15,7 @@ from loongjax.pallas_kernels.kv_update import api as update_api
 from loongjax.pallas_kernels.prefill_attention import api as prefill_api
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable
 from loongjax_profiling.command import KernelsCommand
-from loongjax_profiling.kernels.case import Case
+from loongjax_profiling.kernels.case import Case, Row
 from loongjax_profiling.kernels.dense import prefill_cases
 from loongjax_profiling.kernels.paged import HEAD_DIM, decode_cases, extend_cases, update_cases
 from loongjax_profiling.kernels.rivals import installed_rivals
@@ -33,28 +33,41 @@ def profile_kernels(command: KernelsCommand) -> int:
 
     Raises:
         ConfigError: no case is left, or no op has such a variant.
+        KeyboardInterrupt: Ctrl-C ended it; the rows that were measured by then are printed and stored.
     """
-    device = jax.devices()[0]
-    is_gpu = device.platform == "gpu"
+    is_gpu = jax.devices()[0].platform == "gpu"
     cases = select(choose_cases(command, is_gpu=is_gpu), command.only)
     if not cases:
         raise ConfigError(f"--only {command.only!r} leaves nothing: it must be part of a row's description")
     if command.out is not None:
         prepare_file(command.out)
     copy_rate = copy_bytes_per_second(2 << 30 if is_gpu else 64 << 20)
-    rows = measure(cases)
-    print(f"1 x {device.device_kind}; a copy, read and written: {format_rate(copy_rate, 'B')}")
+    rows: list[Row] = []
+    try:
+        for row in measure(cases):
+            rows.append(row)
+    except KeyboardInterrupt:
+        _report(command, rows, copy_rate)
+        print(f"ended by Ctrl-C after {len(rows)} of {len(cases)} rows", file=sys.stderr)
+        raise
+    _report(command, rows, copy_rate)
+    return int(any(row.error is not None for row in rows))
+
+
+def _report(command: KernelsCommand, rows: Sequence[Row], copy_rate: float) -> None:
+    """Prints and stores."""
+    hardware = f"1 x {jax.devices()[0].device_kind}"
+    print(f"{hardware}; a copy, read and written: {format_rate(copy_rate, 'B')}")
     print(format_table(rows, copy_rate))
     if command.out is not None:
         result = {
             "command": "loongjax profile " + " ".join(sys.argv[2:]),
-            "hardware": f"1 x {device.device_kind}",
+            "hardware": hardware,
             "jax": jax.__version__,
             "commit": command.commit or checked_out_commit(),
             "copy_bytes_per_second": round(copy_rate),
         }
         command.out.write_text(to_json(result, rows, copy_rate))
-    return int(any(row.error is not None for row in rows))
 
 
 def choose_cases(command: KernelsCommand, *, is_gpu: bool) -> list[Case]:

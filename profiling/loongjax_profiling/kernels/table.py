@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -25,17 +25,16 @@ MIN_TRACED_REPETITIONS = 8
 SAMPLES = 5
 
 
-def measure(cases: Sequence[Case]) -> list[Row]:
-    """One row a case, with a progress bar. What fails becomes a row that says why, and the rest goes on.
+def measure(cases: Sequence[Case]) -> Iterator[Row]:
+    """One row a case, as they come, with a progress bar. What fails becomes a row that says why, and the rest goes on.
 
     Variants that do the same work, next to each other in `cases`, are timed in turn.
     """
-    rows: list[Row] = []
     with tqdm(total=len(cases), desc="Kernels", unit="case", disable=None) as bar:
         for _, group in itertools.groupby(cases, lambda case: (case.op, case.work)):
-            rows += _measure(list(group))
-            bar.update(len(rows) - bar.n)
-    return rows
+            rows = _measure(list(group))
+            bar.update(len(rows))
+            yield from rows
 
 
 def _measure(cases: Sequence[Case]) -> list[Row]:

@@ -43,6 +43,8 @@ def _draw_series(
     for label, ratios in series.items():
         there = [(x, ratio) for x, work in enumerate(works) if (ratio := ratios.get(work)) is not None]
         axes.plot([x for x, _ in there], [ratio for _, ratio in there], marker="o", label=label)
+    if not any(ratio is not None for ratios in series.values() for ratio in ratios.values()):
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color="gray")
     axes.axhline(1.0, color="gray", linestyle="--", linewidth=1)
     axes.set_ylim(bottom=0.0)
     axes.set_xticks(range(len(works)), [f"{batch_size} x {length:,}" for batch_size, length in works], fontsize=8)
