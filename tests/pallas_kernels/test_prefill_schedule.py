@@ -20,7 +20,7 @@ def items_of(schedule: Schedule) -> list[list[tuple[int, int]]]:
 
     rounds, items = jax.vmap(of_program, axis_name="program")(jnp.zeros(schedule.num_programs))
     items = np.array(items).transpose(2, 0, 1)
-    return [[tuple(map(int, item)) for item in mine[:num]] for num, mine in zip(rounds, items, strict=True)]
+    return [[(int(q), int(head)) for q, head in mine[:num]] for num, mine in zip(rounds, items, strict=True)]
 
 
 @pytest.mark.parametrize("num_heads_abreast", [1, 2, 4, 8])

@@ -4,6 +4,7 @@ import functools
 import inspect
 import subprocess
 import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +120,13 @@ def test_kernels_travel_as_bare_instructions_that_ptxas_takes(compiled, tmp_path
             assert debug not in kernel.ptx
         path = tmp_path / f"{kernel.name}.ptx"
         path.write_text(kernel.ptx)
-        ptxas = [triton.knobs.nvidia.ptxas.path, "-arch=sm_90a", "-o", tmp_path / "kernel.cubin", path]
+        ptxas = [
+            Path(triton.__file__).parent / "backends/nvidia/bin/ptxas",
+            "-arch=sm_90a",
+            "-o",
+            tmp_path / "kernel.cubin",
+            path,
+        ]
         subprocess.run(ptxas, check=True)
 
 
