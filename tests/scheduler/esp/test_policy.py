@@ -181,7 +181,10 @@ def test_every_decision_can_be_read_as_a_json_line(tmp_path: pathlib.Path) -> No
     assert decision["terms"]["prefill_s"] == pytest.approx(1.0)
 
 
-@pytest.mark.parametrize("bad", [{"max_picked": 0}, {"max_overtakes": -1}, {"max_prefills_before_decode": 0}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"max_picked": 0}, {"max_overtakes": -1}, {"max_overtakes_with_wish": -1}, {"max_prefills_before_decode": 0}],
+)
 def test_a_setting_that_cannot_work_is_refused(bad: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(bad))):
         EspConfig(**bad)
