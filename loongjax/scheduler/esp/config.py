@@ -24,6 +24,9 @@ class EspConfig:
     request's own limit; "worst-case" that limit."""
     scale_up: bool = True
     """Whether decode groups take in more instances; only a request that fits nowhere else still does without it."""
+    implied_ttft_s: float = 4.0
+    """Time to the first token that a prompt of up to 640 tokens is taken to wish for if it brings no wish, and a longer
+    one in proportion; inf: such prompts weigh 1 / input length, as in the paper."""
     max_picked: int = 64
     """Requests that one answer may prefill together."""
     max_lookahead: int = 8
@@ -46,6 +49,8 @@ class EspConfig:
         return self.max_overtakes if request.slo.ttft_s is None else self.max_overtakes_with_wish
 
     def __post_init__(self) -> None:
+        if not self.implied_ttft_s > 0.0:
+            raise ConfigError(f"implied_ttft_s must be above 0, got {self.implied_ttft_s}")
         for name, least in (
             ("max_picked", 1),
             ("max_lookahead", 0),

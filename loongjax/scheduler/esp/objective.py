@@ -5,8 +5,13 @@ generated so far (equations 1 to 5). What counts in the end is the latency over 
 weighs the mean of 1 / output length, as far as that can be known. A request that brings wishes is measured by them
 instead: by its share of what is allowed, the time to first token or `tpot` times the output length.
 
-    prefill weight = 2^-priority / input length,           or 2^-priority x TOKEN_S x pressure / ttft
+    prefill weight = 2^-priority x TOKEN_S x pressure / ttft
     decode weight  = 2^-priority x E[1 / output length], times TOKEN_S x pressure / tpot
+
+Who wishes for no tpot has no factor behind the output length. Who wishes for no ttft weighs 2^-priority / input length,
+as in the paper, or as for an implied ttft without pressure, whichever is more. By the former alone a prompt of 2,000
+tokens that waits weighs a tenth of one decode of 200: under load most of such prompts would wait for seconds, since
+decodes would not be paused for the tenth of a second that they need.
 
 Pressure is allowed time / time left, from 1 to MAX_PRESSURE, where time left is what is allowed, less what has passed
 and what the rest of the output needs. What is late presses no more: its wish cannot be met, that of others can.
@@ -14,6 +19,7 @@ and what the rest of the output needs. What is late presses no more: its wish ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from loongjax.scheduler.esp.output_lengths import OutputLengths
@@ -21,19 +27,30 @@ from loongjax.scheduler.view import RunningView, WaitingView
 
 TOKEN_S = 0.05
 """What a request without wishes is taken to wish for, in seconds a token, where it is weighed against one with them."""
+IMPLIED_TTFT_TOKENS = 640
+"""Prompts of up to so many tokens are all taken to wish for the same time to their first token, longer ones for one in
+proportion."""
 MAX_PRESSURE = 16.0
 MAX_PRIORITY_STEPS = 32
 """Priorities are told apart in the weights up to this; the queue's order knows no bound."""
 
 
-def prefill_weight(request: WaitingView, now_s: float) -> float:
-    """What a second until a waiting request's next token costs."""
-    weight = 1.0 / request.num_tokens
+def prefill_weight(request: WaitingView, now_s: float, implied_ttft_s: float = math.inf) -> float:
+    """What a second until a waiting request's next token costs.
+
+    Args:
+        request: it waits.
+        now_s: the engine's clock.
+        implied_ttft_s: what a short prompt without a wish is taken to wish for; inf: nothing.
+    """
+    length = request.num_tokens
     ttft_s = request.slo.ttft_s
     if ttft_s is not None and request.num_output_tokens == 0:
         used = (now_s - request.arrival_s) / ttft_s
         wished = TOKEN_S / ttft_s
-        weight = wished * _pressure(used) if used < 1.0 else min(weight, wished)
+        weight = wished * _pressure(used) if used < 1.0 else min(1.0 / length, wished)
+    else:
+        weight = max(1.0 / length, TOKEN_S / (implied_ttft_s * max(1.0, length / IMPLIED_TTFT_TOKENS)))
     if request.priority:
         weight *= priority_factor(request.priority)
     return weight

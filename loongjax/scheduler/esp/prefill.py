@@ -69,7 +69,7 @@ class PrefillPlanner:
         requests = _shortest(view.waiting[:MAX_SEEN], self._config.max_picked + self._config.max_lookahead)
         if senior is not None:
             requests = [senior, *[request for request in requests if request is not senior]]
-        window = Window(requests, view.shape, view.now_s)
+        window = Window(requests, view.shape, view.now_s, self._config.implied_ttft_s)
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
         outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)

@@ -18,14 +18,17 @@ class Window:
         requests: in that order.
         shape: the cluster's.
         now_s: the engine's clock.
+        implied_ttft_s: see `objective.prefill_weight`.
     """
 
-    def __init__(self, requests: Sequence[WaitingView], shape: ClusterShape, now_s: float) -> None:
+    def __init__(
+        self, requests: Sequence[WaitingView], shape: ClusterShape, now_s: float, implied_ttft_s: float
+    ) -> None:
         self.requests = requests
         self.lens = [request.num_tokens for request in requests]
         self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""
-        self.weights = [prefill_weight(request, now_s) for request in requests]
+        self.weights = [prefill_weight(request, now_s, implied_ttft_s) for request in requests]
         """What a second of waiting costs."""
         self.urgencies = [weight / length for weight, length in zip(self.weights, self.lens, strict=True)]
         """Weight over length: in descending order of it, one after the other costs least."""

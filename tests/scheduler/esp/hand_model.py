@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -55,7 +56,8 @@ class HandModel:
 
 
 def policy_of(model: HandModel, decisions: list[Decision] | None = None, **settings: object) -> EspPolicy:
-    config = EspConfig(**({"growth_tokens": 4} | settings))  # pyright: ignore[reportArgumentType]
+    """Prompts weigh as in the paper, which makes for easy sums."""
+    config = EspConfig(**({"growth_tokens": 4, "implied_ttft_s": math.inf} | settings))  # pyright: ignore[reportArgumentType]
     return EspPolicy(config, model, explain=None if decisions is None else decisions.append)
 
 

@@ -27,6 +27,14 @@ def test_a_waiting_request_weighs_one_over_its_length() -> None:
     assert prefill_weight(waiting("w", 0, 50), 3.0) == pytest.approx(1 / 50)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "weight"), [(20, 1 / 20), (80, 1 / 80), (100, 0.05 / 4), (640, 0.05 / 4), (6400, 0.05 / 40)]
+)
+def test_a_prompt_without_a_wish_is_taken_to_wish_for_a_time_to_its_first_token(num_tokens: int, weight: float) -> None:
+    assert prefill_weight(waiting("w", 0, num_tokens), 3.0, 4.0) == pytest.approx(weight)
+    assert prefill_weight(waiting("w", 0, num_tokens, priority=1), 3.0, 4.0) == pytest.approx(weight / 2)
+
+
 @pytest.mark.parametrize("num_output_tokens", [1, 8, 500])
 def test_a_running_request_weighs_one_over_its_output_that_is_taken_to_be_half_way(num_output_tokens: int) -> None:
     request = running("r", 0, (0, 50), num_output_tokens=num_output_tokens)
