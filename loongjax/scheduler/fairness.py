@@ -59,11 +59,7 @@ class Fairness:
 
     def may_overtake(self, request: WaitingView) -> bool:
         """Whether later requests may be prefilled while this one, the first left waiting, is not."""
-        return self.num_overtakes(request) < self._max_overtakes
-
-    def num_overtakes(self, request: WaitingView) -> float:
-        """How often later requests were prefilled before this one."""
-        return self._num_overtakes.get(request.request_id, 0.0)
+        return self._num_overtakes.get(request.request_id, 0) < self._max_overtakes
 
     def note_overtaken(self, request: WaitingView, count: float = 1.0) -> None:
         """Notes that later requests are prefilled before this one; a part of a time where that costs it little."""

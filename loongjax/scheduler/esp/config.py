@@ -6,7 +6,6 @@ import dataclasses
 from typing import Literal
 
 from loongjax.errors import ConfigError
-from loongjax.scheduler.view import WaitingView
 
 Admission = Literal["quantile", "worst-case"]
 
@@ -31,22 +30,15 @@ class EspConfig:
     """Requests that one answer may prefill together."""
     max_lookahead: int = 8
     """Requests that do not fit now and are passed over in search of some that do."""
-    max_overtakes: int = 2
+    max_overtakes: int = 16
     """Times that later requests may be prefilled before the first one that is left waiting, each counted by what they
-    take of the time that it would take itself, within 1/16 and 1. Few, since nothing in the objective minds how long a
-    long prompt waits as users do."""
-    max_overtakes_with_wish: int = 16
-    """The same, of one that wishes for a time to its first token: it weighs more the less of that is left."""
+    take of the time that it would take itself, within 1/16 and 1."""
     max_prefills_before_decode: int = 4
     """Prefills that a running request lets pass before its next token comes first."""
     growth_tokens: int = 64
     """Tokens of room that a prefill leaves for every running request where its newest token lies."""
     min_tokens_between_migrations: int = 64
     """Tokens that a request generates before its keys may be moved again."""
-
-    def overtakes_allowed(self, request: WaitingView) -> int:
-        """How often a request that waits may be overtaken."""
-        return self.max_overtakes if request.slo.ttft_s is None else self.max_overtakes_with_wish
 
     def __post_init__(self) -> None:
         if not self.implied_ttft_s > 0.0:
@@ -55,7 +47,6 @@ class EspConfig:
             ("max_picked", 1),
             ("max_lookahead", 0),
             ("max_overtakes", 0),
-            ("max_overtakes_with_wish", 0),
             ("max_prefills_before_decode", 1),
             ("growth_tokens", 0),
             ("min_tokens_between_migrations", 1),

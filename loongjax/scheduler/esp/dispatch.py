@@ -96,7 +96,7 @@ class Dispatcher:
         self._lengths = lengths
         self._mover = mover
         self._explain = explain
-        self._is_patient = fairness.num_overtakes(window[0]) < config.overtakes_allowed(window[0])
+        self._is_patient = fairness.may_overtake(window[0])
         self._order = sorted(range(len(window)), key=window.urgencies.__getitem__, reverse=True)
         if not self._is_patient:
             self._order.remove(0)

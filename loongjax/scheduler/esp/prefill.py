@@ -74,7 +74,7 @@ class PrefillPlanner:
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
         outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)
         first = window[0]
-        is_patient = self._fairness.num_overtakes(first) < self._config.overtakes_allowed(first)
+        is_patient = self._fairness.may_overtake(first)
         started, coming = self._optimise(window, outlook, is_patient=is_patient)
         must_start = not is_patient or not view.running
         is_left = 0 not in started and 0 not in coming

@@ -50,7 +50,6 @@ CONFIGS = st.builds(
     max_picked=st.sampled_from([1, 3, 64]),
     max_lookahead=st.integers(0, 8),
     max_overtakes=st.integers(0, 4),
-    max_overtakes_with_wish=st.integers(0, 4),
     max_prefills_before_decode=st.integers(1, 4),
     growth_tokens=st.sampled_from([0, 2, 16]),
     min_tokens_between_migrations=st.sampled_from([1, 4]),
@@ -109,9 +108,7 @@ def test_every_request_ends_and_nothing_leaks(setup: Setup, num_requests: int, s
 @given(setup=SETUPS, seed=st.integers(0, 2**32))
 def test_the_oldest_request_is_never_preempted_and_never_stands_still(setup: Setup, seed: int):
     """Once it is not overtaken any more."""
-    engine = setup.cluster.engine(
-        EspPolicy(dataclasses.replace(setup.config, max_overtakes=0, max_overtakes_with_wish=0), model(setup.kind))
-    )
+    engine = setup.cluster.engine(EspPolicy(dataclasses.replace(setup.config, max_overtakes=0), model(setup.kind)))
     patience = 40 + 30 * engine.shape.num_instances
     check_that_the_oldest_goes_on(
         engine, random.Random(seed), add_wishing_request, num_completions=120, patience=patience

@@ -187,7 +187,6 @@ def test_every_decision_can_be_read_as_a_json_line(tmp_path: pathlib.Path) -> No
     [
         {"max_picked": 0},
         {"max_overtakes": -1},
-        {"max_overtakes_with_wish": -1},
         {"implied_ttft_s": 0.0},
         {"implied_ttft_s": math.nan},
         {"max_prefills_before_decode": 0},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from loongjax.core.plan import Plan, Prefill
-from loongjax.core.request import ServiceLevel
 from tests.scheduler.esp.hand_model import HandModel, ask
 from tests.scheduler.views import cluster, running, waiting
 
@@ -34,12 +33,3 @@ def test_the_first_of_the_queue_is_seen_however_long_it_is() -> None:
     view = cluster(2, num_pages=9999, runs=runs, waits=queue, decoding=[0])
     assert prefilled(ask(view, MODEL, max_overtakes=0)[0])[0] == "long"
     assert "long" not in prefilled(ask(view, MODEL)[0])
-
-
-def test_who_wishes_for_a_time_to_the_first_token_may_be_overtaken_more_often() -> None:
-    runs = [running("old", 0, (0, 4), num_output_tokens=1, is_in_flight=True)]
-    shorts = [waiting(f"short{i}", 2 + i, 10) for i in range(300)]
-    for slo, is_first in ((ServiceLevel(), True), (ServiceLevel(tpot_s=0.1), True), (ServiceLevel(ttft_s=1e6), False)):
-        view = cluster(2, num_pages=9999, runs=runs, waits=[waiting("long", 1, 5000, slo=slo), *shorts], decoding=[0])
-        started = prefilled(ask(view, MODEL, max_overtakes=0, max_overtakes_with_wish=1)[0])
-        assert (started[0] == "long") is is_first
