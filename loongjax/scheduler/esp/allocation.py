@@ -25,6 +25,7 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.moving import Move, Mover
+from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook, Site
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
@@ -54,6 +55,7 @@ class Allocator:
         times: predictions.
         may_wait: whether the choice may wait for prefills to end.
         mover: finds migrations; None: no keys are moved.
+        newcomers: who might find no instance to start on.
         explain: is given each offer.
     """
 
@@ -66,6 +68,7 @@ class Allocator:
         *,
         may_wait: bool,
         mover: Mover | None,
+        newcomers: Newcomers,
         explain: Sink | None,
     ) -> None:
         self._may_wait = may_wait
@@ -74,6 +77,7 @@ class Allocator:
         self._window = window
         self._times = times
         self._mover = mover
+        self._newcomers = newcomers
         self._explain = explain
 
     def allocate(self, choice: Choice) -> Move | None:
@@ -107,6 +111,7 @@ class Allocator:
         duration_s = self._times.batch_of_s(choice.dop + len(site.instances), *sums)
         ready_s = max(choice.ready_s, site.ready_s)
         gain = weight * (now_s - ready_s - duration_s)
+        gain -= self._loss_of_newcomers(choice, site, now_s, ready_s + duration_s)
         if not site.requests:
             return [_Offer("wait", gain, paused * max(0.0, ready_s - choice.ready_s), ready_s)]
         offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)]
@@ -122,6 +127,12 @@ class Allocator:
                 cost += mover.slowdown(site, move)
             offers.append(_Offer("migrate", gain, cost, ready_s + move.seconds, move))
         return offers
+
+    def _loss_of_newcomers(self, choice: Choice, site: Site, now_s: float, then_s: float) -> float:
+        """What it costs them if the choice ends in `then_s` seconds on the site too, instead of in `now_s` without."""
+        without = self._newcomers.cost(dict.fromkeys(choice.instances, now_s))
+        with_site = self._newcomers.cost(dict.fromkeys([*choice.instances, *site.instances], then_s))
+        return with_site - without
 
     def _tell(self, choice: Choice, site: Site, offer: _Offer, is_taken: bool) -> None:
         if self._explain is not None:

@@ -10,9 +10,11 @@ import numpy as np
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.batching import split
-from loongjax.scheduler.esp.dispatch import Choice, num_worth_batching
+from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook, step_s
+from loongjax.scheduler.esp.sparing import Sparing, num_starting, ordered
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.placement import Shelf, place_keys
@@ -40,6 +42,7 @@ def launch(
     times: Times,
     *,
     first: int | None,
+    newcomers: Newcomers,
     growth_tokens: int,
     explain: Sink | None,
 ) -> Launch:
@@ -57,6 +60,7 @@ def launch(
         window: where the requests are.
         times: predictions.
         first: the place of a request that is not put off, if there is one.
+        newcomers: for whom an instance may be spared.
         growth_tokens: room to leave for each request.
         explain: is given each batch that starts.
     """
@@ -64,18 +68,21 @@ def launch(
     by_length = sorted(choice.places, key=lambda place: (-window.lens[place], place))
     started: list[int] = []
     coming: set[int] = set()
-    for places, group in _batches(draft, by_length, instances, window, times):
+    batches = _batches(draft, by_length, instances, window, times)
+    if batches:
+        sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, first=first, explain=explain)
+        decided = sparing.decide(batches, lambda fewer: _batches(draft, by_length, fewer, window, times))
+        if decided is None:
+            draft.reserve(choice.instances)
+            return Launch([], set(choice.places))
+        batches = decided
+    for places, group in batches:
         if not draft.idle.issuperset(group):
             _hold(draft, outlook, choice, group, times)
             coming.update(places)
             continue
-        in_order = sorted(
-            places, key=lambda place: (place != first, -window.weights[place] / window.lens[place], place)
-        )
-        lens, weights = window.arrays(in_order)
-        sites = [site for site in choice.sites if not set(group).isdisjoint(site.instances)]
-        paused_weight = sum([site.pause_weight for site in sites], 0.0)
-        kept = in_order[: num_worth_batching(times, len(group), lens, weights, paused_weight)]
+        in_order = ordered(places, window, first)
+        kept = in_order[: num_starting(in_order, group, choice, window, times)]
         start(draft, group, window.views(kept), growth_tokens)
         started += kept
         coming.update(in_order[len(kept) :])

@@ -26,6 +26,7 @@ from loongjax.errors import ConfigError
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
 from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.arrivals import Arrivals
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Sink
 from loongjax.scheduler.esp.groups import GroupMemory
@@ -56,6 +57,7 @@ class EspPolicy:
         self._can_migrate = _knows_migration(cost_model)
         self._explain = explain
         self._lengths = OutputLengths()
+        self._arrivals = Arrivals()
         self._groups = GroupMemory()
         self._fairness = Fairness(
             max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes
@@ -81,6 +83,7 @@ class EspPolicy:
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """Plans for the instances that are not busy. See `Policy.plan`."""
+        self._arrivals = self._arrivals.after(view.waiting)
         draft = Draft(view, self._config.growth_tokens)
         if not draft.idle:
             return ()
@@ -93,6 +96,7 @@ class EspPolicy:
                 config=self._config,
                 fairness=self._fairness,
                 lengths=self._lengths,
+                arrivals=self._arrivals,
                 groups=self._groups,
                 can_migrate=self._can_migrate,
                 explain=self._explain,

@@ -10,6 +10,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.allocation import Allocator
+from loongjax.scheduler.esp.arrivals import Arrivals
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.dispatch import Dispatcher
 from loongjax.scheduler.esp.explain import Decision, Sink
@@ -17,6 +18,7 @@ from loongjax.scheduler.esp.groups import GroupMemory
 from loongjax.scheduler.esp.launch import launch
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Mover
+from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.objective import priority_factor
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.esp.output_lengths import OutputLengths
@@ -44,6 +46,7 @@ class PrefillPlanner:
         config: EspConfig,
         fairness: Fairness,
         lengths: OutputLengths,
+        arrivals: Arrivals,
         groups: GroupMemory,
         can_migrate: bool,
         explain: Sink | None,
@@ -54,6 +57,7 @@ class PrefillPlanner:
         self._config = config
         self._fairness = fairness
         self._lengths = lengths
+        self._arrivals = arrivals
         self._groups = groups
         self._can_migrate = can_migrate
         self._explain = explain
@@ -108,12 +112,20 @@ class PrefillPlanner:
             mover=mover,
             explain=self._explain,
         )
+        newcomers = Newcomers(self._arrivals.weight_per_s(self._view.now_s), draft, outlook)
         choice = dispatcher.dispatch()
         if not choice.places:
             return [], [0] if choice.is_held else ()
         if choice.move is None:
             allocator = Allocator(
-                draft, outlook, window, self._times, may_wait=is_patient, mover=mover, explain=self._explain
+                draft,
+                outlook,
+                window,
+                self._times,
+                may_wait=is_patient,
+                mover=mover,
+                newcomers=newcomers,
+                explain=self._explain,
             )
             choice.move = allocator.allocate(choice)
         if mover is not None and choice.move is not None:
@@ -127,6 +139,7 @@ class PrefillPlanner:
             window,
             self._times,
             first=None if is_patient else 0,
+            newcomers=newcomers,
             growth_tokens=self._config.growth_tokens,
             explain=self._explain,
         )

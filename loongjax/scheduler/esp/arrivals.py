@@ -1,0 +1,69 @@
+"""How much weight arrives a second, as far as the waiting queue has shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+from loongjax.scheduler.esp.objective import prefill_weight
+from loongjax.scheduler.view import WaitingView
+
+REMEMBERED = 128
+"""Arrivals after which one counts 1 / e of what it did."""
+_KEPT = 1.0 - 1.0 / REMEMBERED
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrivals:
+    """What has arrived, the newest counting most.
+
+    Both sums shrink by the same factor with every arrival, so that their ratio follows the rate over about the last
+    `REMEMBERED` of them, however fast they come. The first one only starts the clock: a queue that came all at once
+    says nothing about what follows. The time since the last one counts too, so where nobody comes the rate falls.
+    """
+
+    weight: float = 0.0
+    """Of a second's waiting, summed over arrivals (`objective.prefill_weight` when they arrive)."""
+    seconds: float = 0.0
+    """From the first of them to the last."""
+    last_order: int = -1
+    """Of the newest request seen."""
+    last_s: float = 0.0
+    """When it arrived, on the engine's clock."""
+
+    def after(self, waiting: Sequence[WaitingView]) -> Arrivals:
+        """With those of a queue, in queue order, that were not seen before. Who was preempted has been seen."""
+        new = self._unseen(waiting)
+        if not new:
+            return self
+        new.sort(key=_order_of)
+        weight, seconds, last_order, last_s = self.weight, self.seconds, self.last_order, self.last_s
+        for request in new:
+            if last_order >= 0:
+                gap_s = max(0.0, request.arrival_s - last_s)
+                seconds = seconds * _KEPT + gap_s
+                if seconds > 0.0:
+                    weight = weight * _KEPT + prefill_weight(request, request.arrival_s)
+            last_order, last_s = request.order, max(last_s, request.arrival_s)
+        return Arrivals(weight=weight, seconds=seconds, last_order=last_order, last_s=last_s)
+
+    def weight_per_s(self, now_s: float) -> float:
+        """What a second of everybody's waiting grows by in a second; 0 before a second arrival."""
+        seconds = self.seconds + max(0.0, now_s - self.last_s)
+        return self.weight / seconds if self.weight else 0.0
+
+    def _unseen(self, waiting: Sequence[WaitingView]) -> list[WaitingView]:
+        """Within a priority the newest are last."""
+        if not waiting:
+            return []
+        if waiting[0].priority == waiting[-1].priority:
+            return list(itertools.takewhile(self._is_unseen, reversed(waiting)))
+        return [request for request in waiting if self._is_unseen(request)]
+
+    def _is_unseen(self, request: WaitingView) -> bool:
+        return request.order > self.last_order
+
+
+def _order_of(request: WaitingView) -> int:
+    return request.order

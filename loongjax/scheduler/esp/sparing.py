@@ -1,0 +1,148 @@
+"""Whether a launch leaves an instance idle for requests that are still to come.
+
+Where prefills would take all instances for H seconds, the plan is compared with the same one on an instance less:
+
+    gain = lambda / 2 x (H^2 - H'^2)                                         (`newcomers`; H' is 0 if nothing else is)
+    cost = sum over R of w_r x (T'(r) - T(r)) + weight of who waits behind them x (end' - end)
+
+where T and T' are the predicted times of the prefills on all instances and on those that remain, and who waits behind
+them does so until the first of them ends. The requests of the only instance may wait for another prefill to end
+instead, at (their weight + that of who waits behind them) x that time; but not if they have waited enough, and not if
+no prefill is in flight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.dispatch import Choice, num_worth_batching
+from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.newcomers import Newcomers
+from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.window import Window
+
+Batches = list[tuple[list[int], list[InstanceId]]]
+"""(places in the window, instances) of prefills."""
+
+
+class Sparing:
+    """Compares ways to start a choice.
+
+    Args:
+        draft: the cluster.
+        outlook: when instances should be free.
+        choice: requests and instances.
+        window: where the requests are.
+        times: predictions.
+        newcomers: for whom an instance may be spared.
+        first: the place of a request that may not be held back, if there is one.
+        explain: is given the comparison.
+    """
+
+    def __init__(
+        self,
+        draft: Draft,
+        outlook: Outlook,
+        choice: Choice,
+        window: Window,
+        times: Times,
+        *,
+        newcomers: Newcomers,
+        first: int | None,
+        explain: Sink | None,
+    ) -> None:
+        self._draft = draft
+        self._outlook = outlook
+        self._choice = choice
+        self._window = window
+        self._times = times
+        self._newcomers = newcomers
+        self._first = first
+        self._explain = explain
+        self._weight_behind = sum(window.weights) - window.weight(choice.places)
+
+    def decide(self, batches: Batches, split_on: Callable[[list[InstanceId]], Batches]) -> Batches | None:
+        """These batches, those that leave an instance idle, or None: nothing is to start now.
+
+        Args:
+            batches: of the choice, on all its instances.
+            split_on: the batches of its requests on fewer instances.
+        """
+        loss = self._newcomers.cost(self._taken(batches))
+        if not loss:
+            return batches
+        paused = {instance for site in self._choice.sites for instance in site.instances}
+        vacant = [instance for instance in self._choice.instances if instance not in paused]
+        if not vacant:
+            return batches
+        if self._choice.dop == 1:
+            return None if self._is_held(vacant, loss) else batches
+        # Who comes is short and needs little room.
+        spared = min(vacant, key=lambda instance: (self._draft.room(instance), instance))
+        fewer = split_on([instance for _, group in batches for instance in group if instance != spared])
+        if sum([len(places) for places, _ in fewer]) < sum([len(places) for places, _ in batches]):
+            return batches
+        gain = loss - self._newcomers.cost(self._taken(fewer))
+        cost = self._cost(fewer) - self._cost(batches)
+        return fewer if self._judge(gain, max(0.0, cost), (spared,)) else batches
+
+    def _is_held(self, vacant: Sequence[InstanceId], loss: float) -> bool:
+        wait_s = self._newcomers.wait_elsewhere_s(vacant)
+        if self._first is not None or wait_s == math.inf:
+            return False
+        weight = self._weight_behind + self._window.weight(self._choice.places)
+        return self._judge(loss, weight * wait_s, vacant)
+
+    def _taken(self, batches: Batches) -> dict[InstanceId, float]:
+        """For how many seconds from now each instance will be, by what starts first."""
+        taken: dict[InstanceId, float] = {}
+        for places, group in batches:
+            in_order = ordered(places, self._window, self._first)
+            kept = in_order[: num_starting(in_order, group, self._choice, self._window, self._times)]
+            ready_s = max([self._outlook.until_free_s[instance] for instance in group])
+            end_s = ready_s + self._times.batch_s(len(group), self._window.views(kept))
+            taken.update(dict.fromkeys(group, end_s))
+        return taken
+
+    def _cost(self, batches: Batches) -> float:
+        seconds = [self._times.batch_s(len(group), self._window.views(places)) for places, group in batches]
+        weights = [self._window.weight(places) for places, _ in batches]
+        own = sum([weight * duration_s for weight, duration_s in zip(weights, seconds, strict=True)])
+        return own + self._weight_behind * min(seconds)
+
+    def _judge(self, gain: float, cost: float, spared: Sequence[InstanceId]) -> bool:
+        """Whether the gain exceeds the cost."""
+        if self._explain is not None:
+            self._explain(
+                Decision(
+                    now_s=self._draft.view.now_s,
+                    step="spare",
+                    is_taken=gain > cost,
+                    gain=gain,
+                    cost=cost,
+                    instances=tuple(spared),
+                    request_ids=tuple([request.request_id for request in self._window.views(self._choice.places)]),
+                    terms=(("arriving_weight_per_s", self._newcomers.weight_per_s),),
+                )
+            )
+        return gain > cost
+
+
+def ordered(places: Sequence[int], window: Window, first: int | None) -> list[int]:
+    """The requests of a batch in the order in which they would best follow each other: most weight for the time
+    first, behind one that may not be put off."""
+    return sorted(places, key=lambda place: (place != first, -window.urgencies[place], place))
+
+
+def num_starting(
+    in_order: Sequence[int], group: Sequence[InstanceId], choice: Choice, window: Window, times: Times
+) -> int:
+    """How many of these requests of a batch one prefill on the group should take."""
+    lens, weights = window.arrays(in_order)
+    sites = [site for site in choice.sites if not set(group).isdisjoint(site.instances)]
+    paused_weight = sum([site.pause_weight for site in sites], 0.0)
+    return num_worth_batching(times, len(group), lens, weights, paused_weight)
