@@ -11,8 +11,9 @@ is no less than what it takes to free e, the cheapest of
                                   decode elsewhere, in longer steps (`moving`)
     waiting for prefills to end:  the weight of the decodes paused already x the wait, which the gain has in it
 
-The paper looks at used slots only, fewest first, and moves keys at a fixed rate; the seconds here all come from the
-cost model. Keys are moved to one instance that has room for all of them, and free one instance at a time.
+From each gain is taken what requests that are still to come lose where e was the last instance that they could start on
+(`newcomers`). The paper looks at used slots only, fewest first, and moves keys at a fixed rate; the seconds here all
+come from the cost model. Keys are moved to one instance that has room for all of them, and free one instance at a time.
 """
 
 from __future__ import annotations

@@ -25,6 +25,10 @@ class Arrivals:
 
     weight: float = 0.0
     """Of a second's waiting, summed over arrivals (`objective.prefill_weight` when they arrive)."""
+    tokens: float = 0.0
+    """Weight times length, so that `tokens / weight` is the length of what weighs."""
+    squared_tokens: float = 0.0
+    """Weight times length squared."""
     seconds: float = 0.0
     """From the first of them to the last."""
     last_order: int = -1
@@ -38,20 +42,38 @@ class Arrivals:
         if not new:
             return self
         new.sort(key=_order_of)
-        weight, seconds, last_order, last_s = self.weight, self.seconds, self.last_order, self.last_s
+        weight, tokens, squared_tokens = self.weight, self.tokens, self.squared_tokens
+        seconds, last_order, last_s = self.seconds, self.last_order, self.last_s
         for request in new:
             if last_order >= 0:
                 gap_s = max(0.0, request.arrival_s - last_s)
                 seconds = seconds * _KEPT + gap_s
                 if seconds > 0.0:
-                    weight = weight * _KEPT + prefill_weight(request, request.arrival_s)
+                    own = prefill_weight(request, request.arrival_s)
+                    weight = weight * _KEPT + own
+                    tokens = tokens * _KEPT + own * request.num_tokens
+                    squared_tokens = squared_tokens * _KEPT + own * request.num_tokens**2
             last_order, last_s = request.order, max(last_s, request.arrival_s)
-        return Arrivals(weight=weight, seconds=seconds, last_order=last_order, last_s=last_s)
+        return Arrivals(
+            weight=weight,
+            tokens=tokens,
+            squared_tokens=squared_tokens,
+            seconds=seconds,
+            last_order=last_order,
+            last_s=last_s,
+        )
 
     def weight_per_s(self, now_s: float) -> float:
         """What a second of everybody's waiting grows by in a second; 0 before a second arrival."""
         seconds = self.seconds + max(0.0, now_s - self.last_s)
         return self.weight / seconds if self.weight else 0.0
+
+    @property
+    def sums(self) -> tuple[int, int]:
+        """The mean length, and the mean squared length, of what weighs; 0 before a second arrival."""
+        if not self.weight:
+            return 0, 0
+        return round(self.tokens / self.weight), round(self.squared_tokens / self.weight)
 
     def _unseen(self, waiting: Sequence[WaitingView]) -> list[WaitingView]:
         """Within a priority the newest are last."""

@@ -1,12 +1,13 @@
 """What prefills cost requests that are still to come: nothing as long as these find an instance to start on.
 
-If no instance takes a prefill for the next H seconds, who arrives t seconds from now waits H - t, and where weight
-arrives at lambda a second (`arrivals`) that costs
+If no instance is to be had for the next H seconds, who arrives t seconds from now waits H - t, where on an idle
+instance it would start at once, but take p seconds longer than on all of them. So where weight arrives at lambda a
+second (`arrivals`), what could be saved is
 
-    integral from 0 to H of lambda x (H - t) dt  =  lambda x H^2 / 2.
+    integral from 0 to H of lambda x max(0, H - t - p) dt  =  lambda x max(0, H - p)^2 / 2.
 
-An idle instance makes H zero, and so does one that decodes and has room, which newcomers may pause as they are short.
-H is 0 unless all instances prefill; then it is the time until the first of them ends.
+An idle instance makes H zero, and so does one that decodes and has room, which short prompts may pause at little cost.
+H is above 0 only if all instances prefill; then it is the time until the first of them ends.
 """
 
 from __future__ import annotations
@@ -16,20 +17,25 @@ from collections.abc import Collection, Mapping
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.arrivals import Arrivals
 from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.esp.times import Times
 
 
 class Newcomers:
     """Those who are still to come.
 
     Args:
-        weight_per_s: lambda, the weight of a second's waiting that arrives a second.
+        arrivals: what has been seen of others.
         draft: the cluster.
         outlook: when instances should be free.
+        times: predictions.
     """
 
-    def __init__(self, weight_per_s: float, draft: Draft, outlook: Outlook) -> None:
-        self.weight_per_s = weight_per_s
+    def __init__(self, arrivals: Arrivals, draft: Draft, outlook: Outlook, times: Times) -> None:
+        self.weight_per_s = arrivals.weight_per_s(draft.view.now_s)
+        self._arrivals = arrivals
+        self._times = times
         self._draft = draft
         self._outlook = outlook
 
@@ -51,8 +57,16 @@ class Newcomers:
         )
 
     def cost(self, taken: Mapping[InstanceId, float]) -> float:
-        """What their waiting costs then, in seconds x weight."""
+        """What their waiting costs then, in seconds x weight, beyond what they would lose on an idle instance."""
         if not self.weight_per_s:
             return 0.0
         wait_s = self.wait_s(taken)
-        return self.weight_per_s * wait_s * wait_s / 2.0
+        if not wait_s:
+            return 0.0
+        saved_s = max(0.0, wait_s - self._slower_alone_s())
+        return self.weight_per_s * saved_s * saved_s / 2.0
+
+    def _slower_alone_s(self) -> float:
+        """The p above, of the mean length of what weighs."""
+        sums = self._arrivals.sums
+        return self._times.batch_of_s(1, *sums) - self._times.batch_of_s(self._draft.shape.num_instances, *sums)

@@ -112,7 +112,7 @@ class PrefillPlanner:
             mover=mover,
             explain=self._explain,
         )
-        newcomers = Newcomers(self._arrivals.weight_per_s(self._view.now_s), draft, outlook)
+        newcomers = Newcomers(self._arrivals, draft, outlook, self._times)
         choice = dispatcher.dispatch()
         if not choice.places:
             return [], [0] if choice.is_held else ()

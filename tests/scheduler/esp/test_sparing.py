@@ -1,0 +1,126 @@
+"""Instances left idle for requests that are still to come: the term by hand, and what the policy makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from loongjax.core.cluster import Group
+from loongjax.core.plan import Plan, Prefill, PrefillRequest
+from loongjax.costmodel.work import PrefillWork
+from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.esp.arrivals import Arrivals
+from loongjax.scheduler.esp.explain import Decision
+from loongjax.scheduler.esp.newcomers import Newcomers
+from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.policy import EspPolicy
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.validate import check_plan
+from loongjax.scheduler.view import ClusterView, FlightView
+from tests.scheduler.esp.hand_model import HandModel, only, policy_of
+from tests.scheduler.views import cluster, running, waiting
+
+LONG = waiting("long", 999, 4000, arrival_s=100.0)
+"""10 s on four instances, 13.3 s on three, 40 s on one."""
+
+
+def who_saw_short_ones(decisions: list[Decision] | None = None, **settings: object) -> EspPolicy:
+    """A prompt of ten tokens a second, for 101 s: lambda is 1 / 10 a second."""
+    policy = policy_of(HandModel(moved_s=1e9), decisions, **settings)
+    for second in range(101):
+        short = waiting(f"short{second}", second, 10, arrival_s=float(second))
+        policy.plan(cluster(4, num_pages=2000, waits=[short], now_s=float(second)))
+    if decisions is not None:
+        decisions.clear()
+    return policy
+
+
+def groups(policy: EspPolicy, view: ClusterView) -> list[Group]:
+    plans: tuple[Plan, ...] = policy.plan(view)
+    check_plan(view, plans)
+    return [plan.group for plan in plans if isinstance(plan, Prefill)]
+
+
+def while_another_prefills(num_instances: int = 2) -> ClusterView:
+    """All instances but the first prefill for another 5 s."""
+    others = list(range(1, num_instances))
+    flight = FlightView(
+        plan=Prefill(Group.of(others), (PrefillRequest("old", ()),)),
+        group=Group.of(others),
+        work=PrefillWork(new_lens=(1000 * len(others),)),
+        started_s=95.0,
+    )
+    runs = [running("old", 0, (1, 1000), is_in_flight=True)]
+    return cluster(
+        num_instances, num_pages=2000, runs=runs, waits=[LONG], prefilling=others, flights=[flight], now_s=100.0
+    )
+
+
+def test_what_newcomers_lose_by_hand() -> None:
+    """One of 10 tokens takes 0.1 s alone, 0.05 s on two instances."""
+    shorts = [waiting(f"short{i}", i, 10, arrival_s=float(i)) for i in range(101)]
+    model = HandModel()
+    for view, seconds in ((while_another_prefills(), 5.0), (cluster(2, now_s=100.0), 0.0)):
+        draft, times = Draft(view, 0), Times(model, 1)
+        outlook = Outlook(draft, times, (), OutputLengths())
+        newcomers = Newcomers(Arrivals().after(shorts), draft, outlook, times)
+        assert newcomers.wait_s({0: 40.0}) == seconds
+        assert newcomers.wait_s({}) == 0.0
+        assert newcomers.cost({0: 40.0}) == pytest.approx(0.1 * max(0.0, seconds - 0.05) ** 2 / 2)
+        assert newcomers.cost({0: 3.0, 1: 7.0}) == pytest.approx(0.1 * 2.95**2 / 2)
+
+
+def test_without_arrivals_a_long_prompt_takes_all_instances() -> None:
+    view = cluster(4, num_pages=2000, waits=[LONG], now_s=100.0)
+    assert groups(policy_of(HandModel()), view) == [Group.of([0, 1, 2, 3])]
+
+
+def test_where_short_ones_arrive_a_long_prompt_leaves_an_instance_idle() -> None:
+    decisions: list[Decision] = []
+    (group,) = groups(who_saw_short_ones(decisions), cluster(4, num_pages=2000, waits=[LONG], now_s=100.0))
+    assert group.dop == 3
+    spare = only(decisions, "spare")
+    assert spare.gain == pytest.approx(0.1 * (10.0 - 0.075) ** 2 / 2, rel=1e-3)
+    assert spare.cost == pytest.approx((40 / 3 - 10) / 4000)
+
+
+def test_who_waits_behind_counts_too() -> None:
+    """An instance computes 1,500 tokens at once, so that the second long one has to wait for the first."""
+    decisions: list[Decision] = []
+    second = waiting("second", 1000, 4000, arrival_s=100.0)
+    view = cluster(4, num_pages=2000, waits=[LONG, second], max_num_batched_tokens=1500, now_s=100.0)
+    (group,) = groups(who_saw_short_ones(decisions), view)
+    assert group.dop == 3
+    assert only(decisions, "spare").cost == pytest.approx(2 * (40 / 3 - 10) / 4000)
+
+
+def test_who_needs_the_memory_of_all_instances_gets_them() -> None:
+    view = cluster(4, num_pages=260, waits=[LONG], now_s=100.0)
+    assert groups(who_saw_short_ones(), view) == [Group.of([0, 1, 2, 3])]
+
+
+def test_an_instance_that_decodes_is_enough_for_newcomers() -> None:
+    view = cluster(4, num_pages=2000, runs=[running("d", 0, (3, 40))], waits=[LONG], decoding=[3], now_s=100.0)
+    assert groups(who_saw_short_ones(), view) == [Group.of([0, 1, 2])]
+
+
+def test_decodes_are_not_paused_on_the_last_instance_that_newcomers_could_have() -> None:
+    """Though this one is in no hurry."""
+    runs = [running("d", 0, (3, 40), priority=20, num_output_tokens=50)]
+    view = cluster(4, num_pages=2000, runs=runs, waits=[LONG], now_s=100.0)
+    assert groups(policy_of(HandModel(moved_s=1e9)), view) == [Group.of([0, 1, 2, 3])]
+    assert groups(who_saw_short_ones(), view) == [Group.of([0, 1, 2])]
+
+
+def test_a_long_prompt_leaves_the_only_idle_instance_while_another_one_is_prefilled() -> None:
+    assert groups(policy_of(HandModel(moved_s=1e9)), while_another_prefills()) == [Group.of([0])]
+    assert groups(who_saw_short_ones(), while_another_prefills()) == []
+
+
+def test_who_was_overtaken_enough_is_not_held_back_for_others_to_come() -> None:
+    assert groups(who_saw_short_ones(max_overtakes=0), while_another_prefills()) == [Group.of([0])]
+
+
+def test_the_only_instance_of_a_cluster_is_never_left_idle() -> None:
+    view = cluster(1, num_pages=2000, waits=[LONG], now_s=100.0)
+    assert groups(who_saw_short_ones(), view) == [Group.of([0])]
