@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import os
 import threading
+import time
 from collections.abc import Sequence
 
 import jax
@@ -34,12 +36,13 @@ def compile_calls(
         For each call a future that is done; cancelled if the time did not suffice.
     """
     lowering = threading.Lock()
-    is_late = threading.Event()
+    is_over = threading.Event()
+    deadline_s = math.inf if timeout_s is None else time.monotonic() + timeout_s
 
     def lower_and_compile(call: Call) -> None:
         with jax.set_mesh(calls.mesh(call)):
             with lowering:  # holds Python's lock anyway, and Triton compiles its kernels in it
-                if is_late.is_set():
+                if is_over.is_set() or time.monotonic() >= deadline_s:
                     raise concurrent.futures.CancelledError
                 lowered = call.program.lower(*call.arguments)  # type: ignore[attr-defined]
             lowered.compile()
@@ -54,7 +57,7 @@ def compile_calls(
         except TimeoutError:
             pass
     finally:
-        is_late.set()
+        is_over.set()
         threads.shutdown(cancel_futures=True)
     return futures
 

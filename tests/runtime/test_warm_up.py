@@ -124,5 +124,5 @@ def test_nothing_is_compiled_when_the_time_is_over(tmp_path):
     checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
     runtime = small_runtime(checkpoint, tmp_path / "cache", num_instances=1, max_num_seqs=6)
     keys = [ProgramKey("decode", 1, rows) for rows in (1, 4, 6)]
-    assert runtime.compile(keys, timeout_s=0.0) < set(keys)
+    assert runtime.compile(keys, timeout_s=0.0) == set()
     runtime.close()
