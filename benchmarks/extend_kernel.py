@@ -96,7 +96,7 @@ def compare(
     variants: dict[str, Callable[[], tuple[Attend, Any]]] = {
         "prefill_attention": lambda: prefill(num_keys, num_kv_heads)
     }
-    for tuning, page_size in [(MOSAIC_TUNING, 16), (MOSAIC_TUNING, 64), *itertools.product(tunings, (16, 1))]:
+    for tuning, page_size in [*((MOSAIC_TUNING, size) for size in (1, 16, 64)), *itertools.product(tunings, (16, 1))]:
         implementation = "triton" if isinstance(tuning, PagedTuning) else "mosaic_gpu"
         name = f"{implementation}, page size {page_size}, {dataclasses.astuple(tuning)}"
         variants[name] = functools.partial(extend, num_keys, num_kv_heads, page_size, tuning)

@@ -61,7 +61,6 @@ MIXES: dict[str, Callable[[], Ranges]] = {
 TUNINGS = {
     "default": PrefillTuning(),
     "not_dealt_out": PrefillTuning(num_programs=2**30),
-    "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=3),
     "kv64": PrefillTuning(block_kv=64, num_stages=4),
     "all_heads": PrefillTuning(num_heads_abreast=2**10),
     "abreast1": PrefillTuning(num_heads_abreast=1),

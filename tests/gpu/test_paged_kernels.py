@@ -52,7 +52,7 @@ EXTENSIONS = {
 
 @pytest.mark.parametrize(
     ("implementation", "page_size"),
-    [("triton", 1), ("triton", 16), ("mosaic_gpu", 8), ("mosaic_gpu", 16), ("mosaic_gpu", 64), ("mosaic_gpu", 256)],
+    [("triton", 1), ("triton", 16), *(("mosaic_gpu", page_size) for page_size in (1, 4, 8, 16, 64, 256))],
 )
 @pytest.mark.parametrize("lengths", EXTENSIONS)
 def test_extend_attention_is_float64s(lengths, implementation, page_size):

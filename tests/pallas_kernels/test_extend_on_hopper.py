@@ -1,6 +1,7 @@
 """Extend attention's Hopper variant on the CPU: interpreted against float64 over poisoned pools, and lowered."""
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import extend_attention
 from loongjax.pallas_kernels.extend_attention import api
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention, row_ranges
@@ -19,7 +21,7 @@ from tests.pallas_kernels.paged_case import make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
 
 H = 64
-MOSAIC_CALL = jax.export.DisabledSafetyCheck.custom_call("mosaic_gpu_v2")
+KERNEL_CALLS = [jax.export.DisabledSafetyCheck.custom_call(x) for x in ("mosaic_gpu_v2", "triton_kernel_call_ffi")]
 Shape = jax.ShapeDtypeStruct
 extend = functools.partial(extend_attention, implementation="mosaic_gpu")
 
@@ -47,6 +49,25 @@ def test_every_page_size(page_size):
 @pytest.mark.parametrize("tuning", [{"num_programs": 2}, {"block_kv": 64, "num_stages": 4}], ids=str)
 def test_other_tunings(tuning):
     check([130], [330], 16, **tuning)
+
+
+@pytest.mark.parametrize("page_size", [1, 4, 12])
+def test_pages_too_small_to_fetch_are_brought_into_order_before(page_size, monkeypatch):
+    # By their modules: the package's name leads to the op.
+    module = importlib.import_module("loongjax.pallas_kernels.extend_attention.gather_pages")
+    monkeypatch.setattr(module, "gather_pages", gather_with_numpy)
+    check([70, 3, 40], [300, 0, 41], page_size)
+    check([1], [5], page_size)
+
+
+def gather_with_numpy(kv_pool, layer, page_indices, num_used, *, num_rows: int) -> list[jax.Array]:
+    """What `gather_pages` is to do. Rows that nobody uses are NaN."""
+    _, _, num_pages, page_size, *heads = kv_pool.shape
+    slots = (jnp.clip(page_indices, 0, num_pages - 1)[:, None] * page_size + jnp.arange(page_size)[None, :]).reshape(-1)
+    is_used = (jnp.arange(len(slots)) < num_used)[:, None, None]
+    found = (jnp.where(is_used, pool.reshape(-1, *heads)[slots], jnp.nan) for pool in kv_pool[layer])
+    missing = ((0, num_rows - len(slots)), (0, 0), (0, 0))
+    return [jnp.pad(x, missing, constant_values=jnp.nan) for x in found]
 
 
 def test_requests_of_any_length_share_blocks_of_rows():
@@ -77,13 +98,31 @@ def arguments(num_rows: int, num_requests: int, page_size: int, dtype: str = "bf
 
 
 def lower(function, *operands) -> str:
-    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=[MOSAIC_CALL])(*operands)
+    exported = jax.export.export(jax.jit(function), platforms=["cuda"], disabled_checks=KERNEL_CALLS)(*operands)
     return exported.mlir_module()
 
 
 @pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (512, 8), (512, 16), (300, 64)])
 def test_it_lowers_to_one_kernel(num_rows, page_size):
-    assert lower(extend, *arguments(num_rows, 3, page_size)).count("custom_call @mosaic_gpu_v2") == 1
+    module = lower(extend, *arguments(num_rows, 3, page_size))
+    assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 0)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 12])
+def test_with_small_pages_it_lowers_to_a_gather_and_the_kernel(page_size):
+    module = lower(extend, *arguments(512, 3, page_size))
+    assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 1)
+
+
+def test_small_pages_want_the_packages_that_triton_needs(monkeypatch):
+    def without_triton(op: str) -> None:
+        raise ConfigError(f"{op} needs Triton")
+
+    module = importlib.import_module("loongjax.pallas_kernels.extend_attention.mosaic_gpu")
+    monkeypatch.setattr(module, "require_triton", without_triton)
+    with pytest.raises(ConfigError, match="extend_attention needs Triton"):
+        jax.eval_shape(extend, *arguments(8, 1, 1))
+    jax.eval_shape(extend, *arguments(8, 1, 8))
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -107,7 +146,7 @@ def test_without_rows_or_requests_there_is_no_kernel(num_rows, num_requests):
 
 @pytest.mark.parametrize(
     ("page_size", "dtype", "head_dim", "message"),
-    [(1, "bfloat16", 128, "multiples of 8"), (16, "float32", 128, "takes any"), (16, "bfloat16", 32, "takes any")],
+    [(1, "float32", 128, "takes any"), (16, "float32", 128, "takes any"), (16, "bfloat16", 32, "takes any")],
 )
 def test_what_it_does_not_take_is_told_with_what_does(page_size, dtype, head_dim, message):
     with pytest.raises(ValueError, match=message):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import Schedule
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import causal_imbalance, choose_heads_abreast
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule
 
 NUM_PROCESSORS = 132
 

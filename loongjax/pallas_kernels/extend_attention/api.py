@@ -70,8 +70,8 @@ def extend_attention(
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference", "blockwise" (forward only), "mosaic_gpu" (on Hopper, bfloat16 and float16, head
-            dims 64 and 128, page sizes that are multiples of 8; forward only), "triton" (on a GPU, bfloat16 and
-            float16, head dims 32 to 256; forward only), or None for the best here.
+            dims 64 and 128; pages of sizes that are no multiples of 8 are copied into order first; forward only),
+            "triton" (on a GPU, bfloat16 and float16, head dims 32 to 256; forward only), or None for the best here.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
@@ -79,7 +79,7 @@ def extend_attention(
     Raises:
         ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
         NotImplementedError: an implementation that is not built.
-        ConfigError: "triton" without the packages that it needs.
+        ConfigError: "triton", or "mosaic_gpu" with such pages, without the packages that Triton needs.
     """
     device = jax.local_devices()[0]
     default = default_variant(

@@ -1,7 +1,9 @@
-"""Extend attention on Hopper: prefill attention's kernel, which fetches the keys page by page.
+"""Extend attention on Hopper: prefill attention's kernel, over the keys in the order of the table.
 
-The table is the order of the keys: entry i holds the keys i * page_size and on, whatever request it belongs to. So each
-request's keys are one contiguous range, and so are those that a query row sees.
+Entry i of the table holds the keys i * page_size and on, whatever request it belongs to. So each request's keys are one
+contiguous range, and so are those that a query row sees. The kernel fetches them page by page. Pages too small for that
+are first brought into order: a copy of all keys and values that are used, which costs their bytes, written and read,
+where every 128 query tokens of each head cost their products.
 """
 
 import functools
@@ -12,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import extend_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import extend_kernel, prefill_kernel
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import Launch, attend_rows_over
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import check_supported as check_kernel
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import Launch, attend_rows_over, check_supported
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import is_supported as has_kernel
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
+from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.varying import vary_as, vary_together
 
 DEFAULT_TUNING = PrefillTuning()
@@ -25,7 +27,12 @@ DEFAULT_TUNING = PrefillTuning()
 
 def is_supported(dtype: str, head_dim: int, page_size: int) -> bool:
     """Whether there is a kernel for queries of this dtype and head dim, and pages of this size."""
-    return has_kernel(dtype, head_dim) and page_size % TMA_ROWS == 0
+    return has_kernel(dtype, head_dim) and (is_fetched_by_page(page_size) or is_triton_usable())
+
+
+def is_fetched_by_page(page_size: int) -> bool:
+    """Whether the kernel can fetch pages of this size itself."""
+    return page_size % TMA_ROWS == 0
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
@@ -45,38 +52,23 @@ def mosaic_gpu_extend_attention(
     """See `extend_attention`. Forward only.
 
     A block of query rows reads all keys between the first and the last that any of its rows sees, so it is fast for
-    requests of many query tokens. In blocks where keys are masked, values that are not finite count as zero.
+    requests of many query tokens. In blocks where keys are masked, values that are not finite count as zero. For page
+    sizes that are no multiples of 8, XLA sets room aside for keys and values of I pages.
 
     Raises:
-        ValueError: a dtype, head dim or page size that there is no kernel for.
+        ValueError: a dtype or head dim that there is no kernel for.
+        ConfigError: a page size that is no multiple of 8, without the packages that Triton needs.
         NotImplementedError: a gradient is asked for.
     """
     T, N, H = q.shape
-    num_layers, _, num_pages, page_size, K, _ = kv_pool.shape
-    check_kernel("extend_attention", q.dtype, H)
-    if page_size % TMA_ROWS:
-        raise ValueError(
-            f"extend_attention: implementation 'mosaic_gpu' takes page sizes that are multiples of {TMA_ROWS}, got "
-            f"{page_size}; 'triton' takes any"
-        )
+    check_supported("extend_attention", q.dtype, H)
+    if not is_fetched_by_page(kv_pool.shape[3]):
+        require_triton("extend_attention")
     operands = vary_together(q, cu_q_lens, kv_pool, layer, page_indices, page_starts, kv_lens)
     if T == 0 or kv_lens.shape[0] == 0 or page_indices.shape[0] == 0 or kv_pool.size == 0:
         nothing = jnp.zeros((T, N, H), out_dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
         return vary_as(nothing, operands)
-    q, cu_q_lens, kv_pool, layer, page_indices, page_starts, kv_lens = operands
-    launch = Launch(
-        body=functools.partial(extend_kernel, num_pages=num_pages, page_size=page_size),
-        name="extend_attention",
-        num_keys=page_indices.shape[0] * page_size,
-        key_alignment=math.gcd(page_size, tuning.block_kv),
-        copies_per_block=tuning.block_kv // math.gcd(page_size, tuning.block_kv),
-        sm_scale=sm_scale,
-        out_dtype=out_dtype,
-        tuning=tuning,
-    )
-    slots = kv_pool.reshape(num_layers * 2 * num_pages * page_size, K, H)
-    ranges = row_ranges(cu_q_lens, page_starts, kv_lens, num_rows=T, page_size=page_size)
-    return _attend(launch, q, slots, page_indices, layer[None], *ranges)
+    return _attend(sm_scale, out_dtype, tuning, *operands)
 
 
 def row_ranges(
@@ -96,8 +88,42 @@ def row_ranges(
     return k_start, k_start + lens
 
 
-def _attend_forward(launch: Launch, q, slots, page_indices, layer, k_start, k_end):
-    return attend_rows_over(launch, q, (slots, page_indices, layer), k_start, k_end)
+def _attend_forward(
+    sm_scale: float,
+    out_dtype: np.dtype,
+    tuning: PrefillTuning,
+    q: Float[Array, "T N H"],
+    cu_q_lens: Int32[Array, "B_plus_1"],
+    kv_pool: Float[Array, "L 2 P page_size K H"],
+    layer: Int32[Array, ""],
+    page_indices: Int32[Array, "I"],
+    page_starts: Int32[Array, "B"],
+    kv_lens: Int32[Array, "B"],
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
+    num_layers, _, num_pages, page_size, K, H = kv_pool.shape
+    k_start, k_end = row_ranges(cu_q_lens, page_starts, kv_lens, num_rows=q.shape[0], page_size=page_size)
+    num_keys = page_indices.shape[0] * page_size
+    launch = functools.partial(
+        Launch, name="extend_attention", num_keys=num_keys, sm_scale=sm_scale, out_dtype=out_dtype, tuning=tuning
+    )
+    if is_fetched_by_page(page_size):
+        piece = math.gcd(page_size, tuning.block_kv)
+        over_pages = launch(
+            body=functools.partial(extend_kernel, num_pages=num_pages, page_size=page_size),
+            key_alignment=piece,
+            copies_per_block=tuning.block_kv // piece,
+        )
+        slots = kv_pool.reshape(num_layers * 2 * num_pages * page_size, K, H)
+        return attend_rows_over(over_pages, q, (slots, page_indices, layer[None]), k_start, k_end)
+
+    from loongjax.pallas_kernels.extend_attention.gather_pages import gather_pages
+
+    num_rows = max(-(-num_keys // TMA_ROWS) * TMA_ROWS, tuning.block_kv)
+    keys = gather_pages(kv_pool, layer, page_indices, k_end.max(), num_rows=num_rows)
+    in_order = launch(
+        body=functools.partial(prefill_kernel, drops_junk=True), key_alignment=TMA_ROWS, copies_per_block=1
+    )
+    return attend_rows_over(in_order, q, keys, k_start, k_end)
 
 
 def _refuse_gradient(*_):
@@ -106,5 +132,5 @@ def _refuse_gradient(*_):
     )
 
 
-_attend = jax.custom_vjp(_attend_forward, nondiff_argnums=(0,))
+_attend = jax.custom_vjp(_attend_forward, nondiff_argnums=(0, 1, 2))
 _attend.defvjp(_refuse_gradient, _refuse_gradient)

@@ -14,8 +14,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.errors import ConfigError
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_kernel import Schedule, make_scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import make_scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
 from loongjax.pallas_kernels.triton_gpu import num_multiprocessors

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loongjax.pallas_kernels.extend_attention.gather_pages import TOKENS, gather_kernel
 from loongjax.pallas_kernels.extend_attention.triton_variant import cut_into_tiles, row_kv_lens
 from loongjax.pallas_kernels.kv_update.triton_variant import update_kernel
 from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
@@ -128,3 +129,39 @@ def test_kv_update_writes_its_slots_and_nothing_else():
     layer = np.array([1], np.int32)
     interpret(update_kernel, (7,), pool, k, v, layer, slots, 24, pool, row_size=24, padded_row=32)
     np.testing.assert_array_equal(pool, expected)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 4])
+@pytest.mark.parametrize("num_used", [0, 1, TOKENS, TOKENS + 1, 10**9])
+def test_gather_brings_the_used_pages_into_order_and_leaves_the_rest_alone(page_size, num_used):
+    rng = np.random.default_rng(page_size)
+    num_pages, num_entries, heads = 40, 30, (3, 8)
+    pool = rng.standard_normal((2, 2, num_pages, page_size, *heads)).astype(np.float32)
+    pages = rng.permutation(num_pages)[:num_entries].astype(np.int32)
+    num_rows = -(-num_entries * page_size // 8) * 8
+    k, v = (np.full((num_rows, *heads), np.nan, np.float32) for _ in range(2))
+    layer, used = np.array([1], np.int32), np.array([num_used], np.int32)
+    interpret(
+        gather_kernel,
+        (-(-num_rows // TOKENS),),
+        *(pool, layer, pages, used, num_entries, num_pages, k, v),
+        page_size=page_size,
+        row_size=24,
+        padded_row=32,
+        tokens=TOKENS,
+    )
+    num_moved = min(num_used, num_entries * page_size)
+    for kind, found in enumerate((k, v)):
+        np.testing.assert_array_equal(found[:num_moved], pool[1, kind][pages].reshape(-1, *heads)[:num_moved])
+        assert np.isnan(found[num_moved:]).all()
+
+
+def test_gather_takes_entries_that_no_request_names_for_some_page():
+    pool = np.arange(2 * 3 * 2 * 8, dtype=np.float32).reshape(1, 2, 3, 2, 1, 8)
+    pages = np.array([2, np.iinfo(np.int32).max, -7, 1], np.int32)
+    k, v = (np.full((8, 1, 8), np.nan, np.float32) for _ in range(2))
+    layer, used = np.array([0], np.int32), np.array([8], np.int32)
+    shape = {"page_size": 2, "row_size": 8, "padded_row": 8, "tokens": TOKENS}
+    interpret(gather_kernel, (1,), pool, layer, pages, used, 4, 3, k, v, **shape)
+    for kind, found in enumerate((k, v)):
+        np.testing.assert_array_equal(found.reshape(4, 2, 1, 8), pool[0, kind][[2, 2, 0, 1]])

@@ -1,0 +1,56 @@
+"""What a thread block of Hopper's kernel allocates: tiles in shared memory, and barriers."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import WARPGROUP_ROWS, PrefillTuning
+
+
+class Scratch(NamedTuple):
+    """Shared memory and barriers; a tile for each warpgroup that computes, or for each stage."""
+
+    q: Any  # [2, warpgroups, 64, H], of an item and the next one
+    k: Any  # [stages, block_kv, H]
+    v: Any  # [stages, block_kv, H]
+    o: Any  # [warpgroups, 64, columns]
+    bounds: Any  # [warpgroups, 2, 64]
+    lse: Any  # [warpgroups, 64]
+    rows_ready: Any  # [warpgroups], of queries and their bounds
+    k_ready: Any  # [stages]
+    v_ready: Any  # [stages]
+    k_free: Any  # [stages]
+    v_free: Any  # [stages]
+
+
+def make_scratch(
+    tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: Any, *, copies_per_block: int = 1
+) -> Scratch:
+    """What a thread block allocates, if every block of keys, or of values, comes in so many copies."""
+    warpgroups, stages = tuning.num_compute_warpgroups, tuning.num_stages
+
+    def swizzled(*shape: int, dtype: Any) -> Any:
+        # Pyright takes both transforms for abstract.
+        tiling = plgpu.TilingTransform((TMA_ROWS, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore[reportAbstractUsage]
+        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
+        return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
+
+    # An output of four bytes an element leaves in two halves.
+    out_columns = head_dim * jnp.dtype(dtype).itemsize // jnp.dtype(out_dtype).itemsize
+    key_tiles = functools.partial(swizzled, stages, tuning.block_kv, head_dim, dtype=dtype)
+    return Scratch(
+        q=swizzled(2, warpgroups, WARPGROUP_ROWS, head_dim, dtype=dtype),
+        k=key_tiles(),
+        v=key_tiles(),
+        o=swizzled(warpgroups, WARPGROUP_ROWS, out_columns, dtype=out_dtype),
+        bounds=plgpu.SMEM((warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
+        lse=plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
+        rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),
+        k_ready=plgpu.Barrier(num_arrivals=copies_per_block, num_barriers=stages),
+        v_ready=plgpu.Barrier(num_arrivals=copies_per_block, num_barriers=stages),
+        k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+        v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+    )
