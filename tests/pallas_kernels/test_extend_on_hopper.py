@@ -60,14 +60,14 @@ def test_pages_too_small_to_fetch_are_brought_into_order_before(page_size, monke
     check([1], [5], page_size)
 
 
-def gather_with_numpy(kv_pool, layer, page_indices, num_used, *, num_rows: int) -> list[jax.Array]:
+def gather_with_numpy(kv_pool, layer, page_indices, num_used, *, num_rows: int) -> tuple[jax.Array, ...]:
     """What `gather_pages` is to do. Rows that nobody uses are NaN."""
     _, _, num_pages, page_size, *heads = kv_pool.shape
     slots = (jnp.clip(page_indices, 0, num_pages - 1)[:, None] * page_size + jnp.arange(page_size)[None, :]).reshape(-1)
     is_used = (jnp.arange(len(slots)) < num_used)[:, None, None]
     found = (jnp.where(is_used, pool.reshape(-1, *heads)[slots], jnp.nan) for pool in kv_pool[layer])
     missing = ((0, num_rows - len(slots)), (0, 0), (0, 0))
-    return [jnp.pad(x, missing, constant_values=jnp.nan) for x in found]
+    return tuple(jnp.pad(x, missing, constant_values=jnp.nan) for x in found)
 
 
 def test_requests_of_any_length_share_blocks_of_rows():
