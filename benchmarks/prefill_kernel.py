@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import json
 import pathlib
 import random
@@ -87,6 +86,11 @@ class Work:
         return len(self.ranges[0])
 
     @property
+    def heads(self) -> str:
+        """Query heads / KV heads."""
+        return f"{self.num_q_heads}/{self.num_kv_heads}"
+
+    @property
     def batch_size(self) -> int | None:
         """Prompts, if they are equal and dense, so that rivals can do the same work; else None."""
         if self.mask in DENSE_MASKS:
@@ -143,9 +147,9 @@ def num_visited_pairs(work: Work, tuning: PrefillTuning) -> int:
     return int(np.asarray(visits.num_blocks, np.int64).sum()) * tuning.block_q * tuning.block_kv
 
 
-def reference_rows(work: Work, rows: np.ndarray) -> list[np.ndarray]:
+def reference_rows(work: Work, inputs: tuple[jax.Array, ...], rows: np.ndarray) -> list[np.ndarray]:
     """Output and log-sum-exp of some of the query rows, in float32."""
-    q, k, v = random_inputs(work)
+    q, k, v = inputs
     k_start, k_end = (jnp.asarray(x[rows]) for x in work.ranges)
     results = reference_prefill_attention(
         q[rows], k, v, k_start, k_end, sm_scale=SM_SCALE, out_dtype=np.dtype(np.float32)
@@ -159,53 +163,60 @@ def largest_difference(found: jax.Array, truth: np.ndarray) -> float:
     return float(np.where(found_f32 == truth, 0.0, np.abs(found_f32 - np.where(np.isinf(truth), 0.0, truth))).max())
 
 
-class Timer:
-    """One variant of the op, compiled. Nothing runs before `check`, since a program's first run may not fall into the
-    time in which another thread records one.
+class Program:
+    """One variant of the op on some work, compiled; no device has run or holds anything of it.
 
     Args:
         attend: the variant.
         work: what it is to do.
-        rows: those whose output and log-sum-exp are to be checked.
     """
 
-    def __init__(self, attend: Attend, work: Work, rows: np.ndarray) -> None:
+    def __init__(self, attend: Attend, work: Work) -> None:
         started = time.perf_counter()
-        self._q, *self._kv = random_inputs(work)
-        self._flops = work.flops
-        self._repeats = max(1, round(PROGRAM_S / (work.flops / 600e12)))
+        operands = jax.eval_shape(lambda: random_inputs(work))
+        self.repeats = max(1, round(PROGRAM_S / (work.flops / 600e12)))
 
-        @functools.partial(jax.jit, donate_argnums=0)
-        def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-            def repeat(_, q: jax.Array) -> jax.Array:
-                # One element is enough to make each repetition wait for the one before.
-                return q.at[0, 0, 0].add(attend(q, k, v)[0][0, 0, 0] * 1e-3)
+        def run(token: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+            def repeat(_, token: jax.Array) -> jax.Array:
+                # Each repetition waits for the one before, and nothing large is carried: XLA would copy it.
+                awaited, _ = jax.lax.optimization_barrier((q, token))
+                return attend(awaited, k, v)[0][0, 0, 0].astype(jnp.float32)
 
-            return jax.lax.fori_loop(0, self._repeats, repeat, q)
+            return jax.lax.fori_loop(0, self.repeats, repeat, token)
 
-        pick = jax.jit(lambda *operands: [x[rows] for x in attend(*operands)])
-        self._run, self._pick = (call.lower(self._q, *self._kv).compile() for call in (run, pick))
+        pick = jax.jit(lambda q, k, v, rows: [x[rows] for x in attend(q, k, v)])
+        self.run = jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.float32), *operands).compile()
+        self.pick = pick.lower(*operands, jax.ShapeDtypeStruct((NUM_CHECKED_ROWS,), jnp.int32)).compile()
+        self.compile_s = time.perf_counter() - started
+
+
+class Timer:
+    """A program and what it runs on. Nothing runs while others are compiled in the same thread."""
+
+    def __init__(self, program: Program, work: Work, inputs: tuple[jax.Array, ...]) -> None:
+        self._program, self._inputs, self._flops = program, inputs, work.flops
+        self._token = jnp.float32(0)
         self._slopes: list[float] = []
-        self._checks = {"compile_s": time.perf_counter() - started}
+        self._checks: dict[str, float] = {"compile_s": program.compile_s}
 
-    def check(self, truth: list[np.ndarray]) -> float:
-        """Compares the chosen rows with `reference_rows`, warms up, and gives the seconds of one call."""
-        differences = [largest_difference(*pair) for pair in zip(self._pick(self._q, *self._kv), truth, strict=True)]
+    def check(self, rows: np.ndarray, truth: list[np.ndarray]) -> float:
+        """Compares these rows with `reference_rows`, warms up, and gives the seconds of one call."""
+        found = self._program.pick(*self._inputs, jnp.asarray(rows))
+        differences = [largest_difference(*pair) for pair in zip(found, truth, strict=True)]
         self._checks |= {"difference": differences[0], "lse_difference": differences[1]}
         self._seconds(1)
         return self._seconds(1)
 
     def _seconds(self, num_calls: int) -> float:
-        self._q.block_until_ready()
         started = time.perf_counter()
         for _ in range(num_calls):
-            self._q = self._run(self._q, *self._kv)
-        self._q.block_until_ready()
+            self._token = self._program.run(self._token, *self._inputs)
+        self._token.block_until_ready()
         return time.perf_counter() - started
 
     def sample(self) -> None:
         """One more slope between three calls and one."""
-        self._slopes.append((self._seconds(3) - self._seconds(1)) / (2 * self._repeats))
+        self._slopes.append((self._seconds(3) - self._seconds(1)) / (2 * self._program.repeats))
 
     @property
     def numbers(self) -> dict[str, Any]:
@@ -216,41 +227,66 @@ class Timer:
             "lowest": rates[0],
             "highest": rates[-1],
             "seconds": statistics.median(self._slopes),
-            "repeats": self._repeats,
+            "repeats": self._program.repeats,
             **self._checks,
         }
 
 
-class Table:
-    """Rows as they come, and what they are compared with."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Some work, and its variants: programs, or what will be."""
 
-    def __init__(self, rivals: dict[str, Rival], samples: int) -> None:
+    work: Work
+    programs: dict[str, concurrent.futures.Future[Program]]
+
+
+class Table:
+    """Rows as they come, and what they are compared with.
+
+    Args:
+        rivals: by name.
+        tunings: of our kernel, by name.
+        samples: of each variant, where they do not take too long.
+    """
+
+    def __init__(self, rivals: dict[str, Rival], tunings: list[str], samples: int) -> None:
         self.rows: list[dict[str, Any]] = []
-        self._rivals = rivals
-        self._samples = samples
+        self._rivals, self._tunings, self._samples = rivals, tunings, samples
         self._rng = random.Random(0)
         self._causal_rates: dict[tuple[str, str, int], float] = {}
 
-    def add(self, mask: str, num_tokens: int, heads: str, tunings: list[str]) -> None:
-        """One row a variant; a variant that fails is printed, and does not stop the others."""
-        work = make_work(mask, num_tokens, heads)
-        if mask in MIXES and (tunings[0], heads, work.num_tokens) not in self._causal_rates:
-            self.add("causal", work.num_tokens, heads, tunings)
-        checked = np.linspace(0, work.num_tokens - 1, NUM_CHECKED_ROWS, dtype=np.int32)
-        truth = reference_rows(work, checked)
-        rival_rates: list[float] = []
+    def prepare(self, works: list[Work], pool: concurrent.futures.Executor) -> list[Case]:
+        """Begins to compile; before a mix, also a causal mask over as many tokens, if it is in no case yet."""
+        causal = {(work.heads, work.num_tokens) for work in works if work.mask == "causal"}
+        cases = []
+        for work in works:
+            if work.mask in MIXES and (work.heads, work.num_tokens) not in causal:
+                causal.add((work.heads, work.num_tokens))
+                cases.append(self._case(make_work("causal", work.num_tokens, work.heads), pool))
+            cases.append(self._case(work, pool))
+        return cases
+
+    def _case(self, work: Work, pool: concurrent.futures.Executor) -> Case:
         rivals = self._rivals if work.batch_size is not None else {}
         variants = {name: rival(work, attention) for name, attention in rivals.items()}
-        variants |= {name: ours(work, TUNINGS[name]) for name in tunings}
-        rows = {name: {"mask": mask, "length": work.num_tokens, "heads": heads, "variant": name} for name in variants}
+        variants |= {name: ours(work, TUNINGS[name]) for name in self._tunings}
+        return Case(work, {name: pool.submit(Program, attend, work) for name, attend in variants.items()})
+
+    def add(self, case: Case) -> None:
+        """One row a variant; a variant that fails is printed, and does not stop the others."""
+        work, inputs = case.work, random_inputs(case.work)
+        checked = np.linspace(0, work.num_tokens - 1, NUM_CHECKED_ROWS, dtype=np.int32)
+        truth = reference_rows(work, inputs, checked)
+        rows = {
+            name: {"mask": work.mask, "length": work.num_tokens, "heads": work.heads, "variant": name}
+            for name in case.programs
+        }
         timers: dict[str, Timer] = {}
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            futures = {name: pool.submit(Timer, attend, work, checked) for name, attend in variants.items()}
         longest = 0.0
-        for name, future in futures.items():
+        for name, program in case.programs.items():
             try:
-                timer = future.result()
-                longest = max(longest, timer.check(truth))
+                timer = Timer(program.result(), work, inputs)
+                longest = max(longest, timer.check(checked, truth))
                 timers[name] = timer
             except Exception as error:
                 traceback.print_exception(error)
@@ -259,6 +295,7 @@ class Table:
         for _ in range(max(3, min(self._samples, round(SAMPLING_S / (4 * longest or SAMPLING_S))))):
             for timer in self._rng.sample(list(timers.values()), len(timers)):
                 timer.sample()
+        rival_rates: list[float] = []
         for name, row in rows.items():
             if name in timers:
                 row |= timers[name].numbers
@@ -295,7 +332,7 @@ def main() -> None:
     args = parser.parse_args()
 
     rivals = {name: attention for name, attention in installed_rivals().items() if name in args.rivals}
-    table = Table(rivals, args.samples)
+    table = Table(rivals, args.tunings, args.samples)
     result = {
         "command": "python -m benchmarks.prefill_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"1 x {jax.devices()[0].device_kind}",
@@ -303,15 +340,21 @@ def main() -> None:
         "commit": args.commit,
     }
     dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
-    for mask, length in [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]:
-        for heads in args.heads:
-            table.add(mask, length, heads, args.tunings)
-            if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                lines = ",\n  ".join(map(json.dumps, table.rows))
-                args.out.write_text(
-                    json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
-                )
+    masks = [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]
+    works = [make_work(mask, length, heads) for mask, length in masks for heads in args.heads]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        cases = table.prepare(works, pool)
+        # One thread's first run must not fall into the time in which another one records a CUDA graph.
+        concurrent.futures.wait([program for case in cases for program in case.programs.values()])
+    print(f"compiled {sum(len(case.programs) for case in cases)} programs", flush=True)
+    for case in cases:
+        table.add(case)
+        if args.out:
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            lines = ",\n  ".join(map(json.dumps, table.rows))
+            args.out.write_text(
+                json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
+            )
 
 
 if __name__ == "__main__":

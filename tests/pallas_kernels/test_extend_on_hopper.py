@@ -60,6 +60,19 @@ def test_pages_too_small_to_fetch_are_brought_into_order_before(page_size, monke
     check([1], [5], page_size)
 
 
+@pytest.fixture
+def with_triton(monkeypatch) -> None:
+    """As on a GPU with the packages that Triton needs."""
+    module = importlib.import_module("loongjax.pallas_kernels.extend_attention.mosaic_gpu")
+    monkeypatch.setattr(module, "is_triton_usable", lambda: True)
+
+
+def test_small_pages_are_brought_into_order_before_many_queries(monkeypatch, with_triton):
+    module = importlib.import_module("loongjax.pallas_kernels.extend_attention.gather_pages")
+    monkeypatch.setattr(module, "gather_pages", gather_with_numpy)
+    check([500, 12], [33, 150], 16, heads=(1, 1))
+
+
 def gather_with_numpy(kv_pool, layer, page_indices, num_used, *, num_rows: int) -> tuple[jax.Array, ...]:
     """What `gather_pages` is to do. Rows that nobody uses are NaN."""
     _, _, num_pages, page_size, *heads = kv_pool.shape
@@ -102,15 +115,15 @@ def lower(function, *operands) -> str:
     return exported.mlir_module()
 
 
-@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (512, 8), (512, 16), (300, 64)])
-def test_it_lowers_to_one_kernel(num_rows, page_size):
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (511, 8), (511, 16), (512, 32), (2048, 64)])
+def test_it_lowers_to_one_kernel(num_rows, page_size, with_triton):
     module = lower(extend, *arguments(num_rows, 3, page_size))
     assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 0)
 
 
-@pytest.mark.parametrize("page_size", [1, 2, 12])
-def test_with_small_pages_it_lowers_to_a_gather_and_the_kernel(page_size):
-    module = lower(extend, *arguments(512, 3, page_size))
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 1), (512, 2), (100, 12), (512, 8), (2048, 16)])
+def test_with_small_pages_it_lowers_to_a_gather_and_the_kernel(num_rows, page_size, with_triton):
+    module = lower(extend, *arguments(num_rows, 3, page_size))
     assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 1)
 
 
@@ -122,7 +135,8 @@ def test_small_pages_want_the_packages_that_triton_needs(monkeypatch):
     monkeypatch.setattr(module, "require_triton", without_triton)
     with pytest.raises(ConfigError, match="extend_attention needs Triton"):
         jax.eval_shape(extend, *arguments(8, 1, 1))
-    jax.eval_shape(extend, *arguments(8, 1, 8))
+    for num_rows in (8, 512):
+        assert lower(extend, *arguments(num_rows, 1, 8)).count("@triton_kernel_call_ffi") == 0
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

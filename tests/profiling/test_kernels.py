@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -179,9 +180,17 @@ def test_repetitions_depend_on_each_other():
     np.testing.assert_array_equal(repeat(3)(), np.full(3, ((1 * 2 + 0) * 2 + 1) * 2 + 2, np.float32))
 
 
-def test_repetitions_that_keep_their_queries_change_one_element_each():
-    repeat = chain(lambda keys, q, i: q * 1000.0, None, jnp.ones((2, 2)), keeps_queries=True)
-    np.testing.assert_allclose(repeat(3)(), [[8.0, 1.0], [1.0, 1.0]], rtol=1e-6)
+def test_repetitions_that_keep_their_queries_run_one_after_another_on_the_same():
+    calls = []
+
+    def attend(keys, q, i):
+        jax.debug.callback(lambda i, q: calls.append((int(i), q.tolist())), i, q, ordered=True)
+        return q * 1000.0 + i
+
+    repeat = chain(attend, None, jnp.ones((1, 2)), keeps_queries=True)
+    assert float(repeat(3)()) == 1002.0
+    jax.effects_barrier()
+    assert calls == [(i, [[1.0, 1.0]]) for i in range(3)]
 
 
 def test_a_case_that_fails_is_a_row_that_says_why_and_the_rest_goes_on():
@@ -194,6 +203,15 @@ def test_a_case_that_fails_is_a_row_that_says_why_and_the_rest_goes_on():
     failed, measured = measure([make_case(work="a", build=broken), make_case(work="b", build=works)])
     assert failed.error == "RuntimeError: no such kernel"
     assert (measured.error, measured.method) in ((None, "slope"), ("too short to be timed", None))
+
+
+def test_a_case_whose_program_cannot_be_compiled_is_a_row_that_says_why_too():
+    def unfit():
+        return chain(lambda keys, q, i: jnp.reshape(q, (5,)), None, jnp.ones(3))
+
+    failed, _ = measure([make_case(work="a", build=unfit), make_case(work="b")])
+    assert failed.error is not None
+    assert failed.error.startswith("TypeError: cannot reshape")
 
 
 def test_variants_of_the_same_work_keep_their_order_beside_one_that_fails():

@@ -1,9 +1,9 @@
 """Extend attention on Hopper: prefill attention's kernel, over the keys in the order of the table.
 
 Entry i of the table holds the keys i * page_size and on, whatever request it belongs to. So each request's keys are one
-contiguous range, and so are those that a query row sees. The kernel fetches them page by page. Pages too small for that
-are first brought into order: a copy of all keys and values that are used, which costs their bytes, written and read,
-where every 128 query tokens of each head cost their products.
+contiguous range, and so are those that a query row sees. The kernel fetches them page by page, as fast as keys in order
+if pages are large. Small pages are first brought into order if there are many query tokens, or if they are too small
+for the kernel: that moves all keys and values in use once, while every block of query tokens computes with them.
 """
 
 import functools
@@ -23,16 +23,21 @@ from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.varying import vary_as, vary_together
 
 DEFAULT_TUNING = PrefillTuning()
+SMALL_PAGE = 16
+"""Tokens of the largest pages that may be brought into order."""
+MANY_ROWS = 512
+"""Query tokens, of all requests, from which that is faster."""
 
 
 def is_supported(dtype: str, head_dim: int, page_size: int) -> bool:
     """Whether there is a kernel for queries of this dtype and head dim, and pages of this size."""
-    return has_kernel(dtype, head_dim) and (is_fetched_by_page(page_size) or is_triton_usable())
+    return has_kernel(dtype, head_dim) and (page_size % TMA_ROWS == 0 or is_triton_usable())
 
 
-def is_fetched_by_page(page_size: int) -> bool:
-    """Whether the kernel can fetch pages of this size itself."""
-    return page_size % TMA_ROWS == 0
+def brings_into_order(page_size: int, num_rows: int) -> bool:
+    """Whether the keys are brought into order for so many query tokens, or fetched page by page."""
+    is_faster = page_size <= SMALL_PAGE and num_rows >= MANY_ROWS and is_triton_usable()
+    return page_size % TMA_ROWS != 0 or is_faster
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
@@ -52,8 +57,8 @@ def mosaic_gpu_extend_attention(
     """See `extend_attention`. Forward only.
 
     A block of query rows reads all keys between the first and the last that any of its rows sees, so it is fast for
-    requests of many query tokens. In blocks where keys are masked, values that are not finite count as zero. For page
-    sizes that are no multiples of 8, XLA sets room aside for keys and values of I pages.
+    requests of many query tokens. In blocks where keys are masked, values that are not finite count as zero. Where
+    pages are brought into order, XLA sets room aside for keys and values of I pages.
 
     Raises:
         ValueError: a dtype or head dim that there is no kernel for.
@@ -62,7 +67,7 @@ def mosaic_gpu_extend_attention(
     """
     T, N, H = q.shape
     check_supported("extend_attention", q.dtype, H)
-    if not is_fetched_by_page(kv_pool.shape[3]):
+    if kv_pool.shape[3] % TMA_ROWS:
         require_triton("extend_attention")
     operands = vary_together(q, cu_q_lens, kv_pool, layer, page_indices, page_starts, kv_lens)
     if T == 0 or kv_lens.shape[0] == 0 or page_indices.shape[0] == 0 or kv_pool.size == 0:
@@ -106,24 +111,19 @@ def _attend_forward(
     launch = functools.partial(
         Launch, name="extend_attention", num_keys=num_keys, sm_scale=sm_scale, out_dtype=out_dtype, tuning=tuning
     )
-    if is_fetched_by_page(page_size):
-        piece = math.gcd(page_size, tuning.block_kv)
-        over_pages = launch(
-            body=functools.partial(extend_kernel, num_pages=num_pages, page_size=page_size),
-            key_alignment=piece,
-            copies_per_block=tuning.block_kv // piece,
-        )
-        slots = kv_pool.reshape(num_layers * 2 * num_pages * page_size, K, H)
-        return attend_rows_over(over_pages, q, (slots, page_indices, layer[None]), k_start, k_end)
+    if brings_into_order(page_size, q.shape[0]):
+        from loongjax.pallas_kernels.extend_attention.gather_pages import gather_pages
 
-    from loongjax.pallas_kernels.extend_attention.gather_pages import gather_pages
+        num_rows = max(-(-num_keys // TMA_ROWS) * TMA_ROWS, tuning.block_kv)
+        keys = gather_pages(kv_pool, layer, page_indices, k_end.max(), num_rows=num_rows)
+        body = functools.partial(prefill_kernel, drops_junk=True)
+        return attend_rows_over(launch(body=body, key_alignment=TMA_ROWS, copies_per_block=1), q, keys, k_start, k_end)
 
-    num_rows = max(-(-num_keys // TMA_ROWS) * TMA_ROWS, tuning.block_kv)
-    keys = gather_pages(kv_pool, layer, page_indices, k_end.max(), num_rows=num_rows)
-    in_order = launch(
-        body=functools.partial(prefill_kernel, drops_junk=True), key_alignment=TMA_ROWS, copies_per_block=1
-    )
-    return attend_rows_over(in_order, q, keys, k_start, k_end)
+    piece = math.gcd(page_size, tuning.block_kv)
+    body = functools.partial(extend_kernel, num_pages=num_pages, page_size=page_size)
+    over_pages = launch(body=body, key_alignment=piece, copies_per_block=tuning.block_kv // piece)
+    slots = kv_pool.reshape(num_layers * 2 * num_pages * page_size, K, H)
+    return attend_rows_over(over_pages, q, (slots, page_indices, layer[None]), k_start, k_end)
 
 
 def _refuse_gradient(*_):

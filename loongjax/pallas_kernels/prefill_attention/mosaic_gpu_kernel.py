@@ -143,18 +143,19 @@ def copy_items(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_gmem: Any,
         place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
         keys.copy(place, q_head // group_size, tiles.at[stage], ready.at[stage], values=values)
 
-    def copy_item(number: jax.Array, num_before: jax.Array) -> jax.Array:
-        work = find_work(visits_gmem, schedule, number, num_before)
+    def copy_item(number: jax.Array, work: Work) -> Work:
+        # Read long before it is needed: global memory takes as long as a key block.
+        next_work = find_work(visits_gmem, schedule, number + 1, work.num_before + work.num_blocks)
 
         @pl.loop(0, work.num_blocks)
         def _(step):
             copy_block(number, work, step, values=False)
             copy_block(number, work, step, values=True)
 
-        return num_before + work.num_blocks
+        return next_work
 
-    num_before = lax.fori_loop(0, schedule.num_rounds, copy_item, jnp.int32(0))
-    behind = find_work(visits_gmem, schedule, schedule.num_rounds, num_before)
+    first = find_work(visits_gmem, schedule, jnp.int32(0), jnp.int32(0))
+    behind = lax.fori_loop(0, schedule.num_rounds, copy_item, first)
     copy_block(schedule.num_rounds, behind, jnp.int32(0), values=False)
 
 
@@ -303,7 +304,7 @@ class Softmax(NamedTuple):
 
 def attend_items(memory: RowMemory, visits_gmem: Any, setting: Setting, o_acc: Any) -> None:
     """All items of this warpgroup, one after another."""
-    schedule = setting.schedule
+    schedule, first = setting.schedule, jnp.int32(0)
 
     def tile_of(number: jax.Array) -> RowTile:
         return RowTile(memory, setting, number)
@@ -311,12 +312,12 @@ def attend_items(memory: RowMemory, visits_gmem: Any, setting: Setting, o_acc: A
     def attend_item(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
         *known, softmax = carry
         rows = Rows(tile_of(number), *known)
-        # Read long before it is needed: global memory takes as long as a key block.
         work = find_work(visits_gmem, schedule, number + 1, rows.work.num_before + rows.work.num_blocks)
         softmax = attend_blocks(rows, softmax, o_acc)
         next_tile = tile_of(number + 1)
         next_rows = Rows(next_tile, work, *next_tile.await_bounds())
-        next_softmax, _, o = step_ahead(next_rows, jnp.int32(0), rows, softmax.weights, full_row(LOWEST), o_acc)
+        last = Pending(rows, rows.work.num_blocks - 1, softmax.weights)
+        next_softmax, _, o = step_ahead(next_rows, first, full_row(LOWEST), last, o_acc, masked=True)
         o_acc[...] = jnp.zeros_like(o)
         rows.tile.store(*rows.finish(o, softmax.maximum, softmax.denominator))
 
@@ -327,7 +328,6 @@ def attend_items(memory: RowMemory, visits_gmem: Any, setting: Setting, o_acc: A
 
         return next_rows.work, next_rows.k_start, next_rows.k_end, next_softmax
 
-    first = jnp.int32(0)
     tile_of(first).copy_in()
     rows = Rows(tile_of(first), find_work(visits_gmem, schedule, first, first), *tile_of(first).await_bounds())
     plgpu.commit_smem()
@@ -341,53 +341,52 @@ def attend_blocks(rows: Rows, softmax: Softmax, o_acc: Any) -> Softmax:
     """All key blocks of an item but the first, and the values of all but the last: masked ones, then bare ones."""
 
     def attend_block(step: jax.Array, softmax: Softmax, *, masked: bool) -> Softmax:
-        weights, maximum, denominator = softmax
-        ahead, rescale, o = step_ahead(rows, step, rows, weights, maximum, o_acc, masked=masked)
+        behind = Pending(rows, step - 1, softmax.weights)
+        ahead, rescale, o = step_ahead(rows, step, softmax.maximum, behind, o_acc, masked=masked)
         o_acc[...] = o * across(rescale, o)
-        return ahead._replace(denominator=denominator * rescale + ahead.denominator)
+        return ahead._replace(denominator=softmax.denominator * rescale + ahead.denominator)
 
     num_masked, num_blocks = rows.work.num_masked, rows.work.num_blocks
     softmax = lax.fori_loop(1, num_masked, functools.partial(attend_block, masked=True), softmax)
     return lax.fori_loop(jnp.maximum(num_masked, 1), num_blocks, functools.partial(attend_block, masked=False), softmax)
 
 
+class Pending(NamedTuple):
+    """A key block whose values are yet to be multiplied."""
+
+    rows: Rows
+    step: jax.Array
+    weights: jax.Array  # [64, block_kv]
+
+
 def step_ahead(
-    rows: Rows,
-    step: jax.Array,
-    rows_behind: Rows,
-    weights: jax.Array,
-    maximum: jax.Array,
-    o_acc: Any,
-    *,
-    masked: bool = True,
+    rows: Rows, step: jax.Array, maximum: jax.Array, behind: Pending, o_acc: Any, *, masked: bool
 ) -> tuple[Softmax, jax.Array, jax.Array]:
     """Scores a key block, and weighs it while the values of the block before are multiplied.
 
     Args:
         rows: of the key block.
         step: likewise.
-        rows_behind: of the block before, which is `step - 1` of the same rows, or the last one of the item before.
-        weights: of the block before.
-        maximum: of the rows so far.
-        o_acc: the output so far.
+        maximum: of the rows' scores so far.
+        behind: the block before, of these rows or the last one of the item before.
+        o_acc: the output so far, without the block before.
         masked: whether there are keys in the key block that not all rows see.
 
     Returns:
         The softmax, whose denominator is that of this block alone; what rescales the denominator and output so far; and
         the output with the values of the block before.
     """
-    step_behind = lax.rem(step + rows_behind.work.num_blocks - 1, rows_behind.work.num_blocks)
-    rows_behind.await_values(step_behind)
+    behind.rows.await_values(behind.step)
 
     def issue_output() -> None:
-        plgpu.wgmma(o_acc, weights, rows.scratch.v.at[rows_behind.stage(step_behind)])
+        plgpu.wgmma(o_acc, behind.weights, rows.scratch.v.at[behind.rows.stage(behind.step)])
 
-    new_weights, new_maximum, rescale = rows.weigh(step, rows.score(step, issue_output), maximum, masked=masked)
-    denominator = new_weights.sum(axis=1)
+    weights, maximum, rescale = rows.weigh(step, rows.score(step, issue_output), maximum, masked=masked)
+    denominator = weights.sum(axis=1)
     # Behind the wait, the weights in half precision can take the registers of those before.
-    o, new_weights = lax.optimization_barrier((plgpu.wgmma_accumulator_load(o_acc, wait_n=0), new_weights))
-    rows_behind.release(rows.scratch.v_free, step_behind)
-    return Softmax(new_weights.astype(weights.dtype), new_maximum, denominator), rescale, o
+    o, weights = lax.optimization_barrier((plgpu.wgmma_accumulator_load(o_acc, wait_n=0), weights))
+    behind.rows.release(rows.scratch.v_free, behind.step)
+    return Softmax(weights.astype(behind.weights.dtype), maximum, denominator), rescale, o
 
 
 def full_row(value: float) -> jax.Array:

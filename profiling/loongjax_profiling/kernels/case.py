@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 Repeat = Callable[[int], Callable[[], jax.Array]]
-"""Given a number, makes a jitted call of so many dependent repetitions."""
+"""Given a number, makes a call of so many dependent repetitions, which is compiled and has not run."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Case:
     unit: str
     """"B", compared with a copy, or "FLOP", compared with rivals."""
     build: Callable[[], Repeat]
-    """Makes the data and the program; a case that cannot run here raises."""
+    """Makes the data; this, or the program that comes of it, raises where the case cannot run."""
     is_rival: bool = False
     baseline: tuple[str, str] | None = None
     """Work and variant of the same op whose rate this one's is compared with, where there is no rival for it."""

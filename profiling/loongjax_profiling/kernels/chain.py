@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from loongjax_profiling.kernels.case import Repeat
 
@@ -20,24 +22,26 @@ def chain(attend: Attend, keys: Any, q: jax.Array, *, keeps_queries: bool = Fals
         attend: the op.
         keys: its keys and values.
         q: the first queries.
-        keeps_queries: a repetition changes one element of the queries instead. Outputs are means, smaller and smaller,
-            and matrix products of such numbers draw less power; the change costs a small kernel.
+        keeps_queries: the queries stay as they are, and only wait for the repetition before. Outputs are means, smaller
+            and smaller, and matrix products of such numbers draw less power.
     """
+    if not keeps_queries:
+        return repeat_step(attend, keys, q)
 
-    def step(keys: Any, q: jax.Array, i: Any) -> jax.Array:
-        o = attend(keys, q, i)
-        if not keeps_queries:
-            return o
-        first = (0,) * q.ndim
-        return q.at[first].add(o[first] * 1e-3)
+    def step(operands: tuple[Any, jax.Array], token: jax.Array, i: Any) -> jax.Array:
+        keys, q = operands
+        # What is carried is small: XLA may copy it.
+        awaited, _ = jax.lax.optimization_barrier((q, token))
+        return attend(keys, awaited, i).ravel()[0].astype(jnp.float32)
 
-    return repeat_step(step, keys, q)
+    return repeat_step(step, (keys, q), jnp.float32(0))
 
 
 def repeat_step(step: Callable[[Any, jax.Array, Any], jax.Array], operands: Any, carried: jax.Array) -> Repeat:
-    """Repetitions of carried = step(operands, carried, i)."""
+    """Repetitions of carried = step(operands, carried, i). Programs are compiled once for each number of them."""
     step = jax.jit(step)  # to be traced once
 
+    @functools.cache
     def repeat(num: int) -> Callable[[], jax.Array]:
         def run(operands: Any, carried: jax.Array) -> jax.Array:
             if jax.default_backend() != "gpu":
@@ -46,7 +50,7 @@ def repeat_step(step: Callable[[Any, jax.Array, Any], jax.Array], operands: Any,
                 carried = step(operands, carried, i)
             return carried
 
-        call = jax.jit(run)
+        call = jax.jit(run).lower(operands, carried).compile()
         return lambda: call(operands, carried)
 
     return repeat

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import dataclasses
 import itertools
 import json
 import logging
@@ -11,7 +13,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from loongjax_profiling.kernels.case import Case, Comparison, Row, as_record
+from loongjax_profiling.kernels.case import Case, Comparison, Repeat, Row, as_record
 from loongjax_profiling.kernels.device_trace import device_times
 from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
 
@@ -23,44 +25,101 @@ TARGET_S = 0.01
 MAX_REPETITIONS = 64
 MIN_TRACED_REPETITIONS = 8
 SAMPLES = 5
+WORKS_AHEAD = 4
+"""Whose programs and data are held at a time."""
 
 
 def measure(cases: Sequence[Case]) -> Iterator[Row]:
     """One row a case, as they come, with a progress bar. What fails becomes a row that says why, and the rest goes on.
 
-    Variants that do the same work, next to each other in `cases`, are timed in turn.
+    Variants that do the same work, next to each other in `cases`, are timed in turn. Programs are compiled beside each
+    other, a few works ahead of being timed, and not while others are.
     """
-    with tqdm(total=len(cases), desc="Kernels", unit="case", disable=None) as bar:
-        for _, group in itertools.groupby(cases, lambda case: (case.op, case.work)):
-            rows = _measure(list(group))
-            bar.update(len(rows))
-            yield from rows
+    works = [list(group) for _, group in itertools.groupby(cases, lambda case: (case.op, case.work))]
+    with (
+        tqdm(total=len(cases), desc="Kernels", unit="case", disable=None) as bar,
+        concurrent.futures.ThreadPoolExecutor() as pool,
+    ):
+        for batch in itertools.batched(works, WORKS_AHEAD):
+            for programs in _compile(batch, pool):
+                rows = _measure(programs)
+                bar.update(len(rows))
+                yield from rows
 
 
-def _measure(cases: Sequence[Case]) -> list[Row]:
-    """Of the same work. On a GPU what moves bytes is traced, as the copy is timed by events: slopes hold launches."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """A case that is ready to be timed, or the row of one that is not."""
+
+    case: Case
+    repetitions: int
+    is_traced: bool
+    repeat: Repeat | None = None
+    failed: Row | None = None
+
+
+def _compile(works: Sequence[Sequence[Case]], pool: concurrent.futures.Executor) -> list[list[Program]]:
+    # Data are made here: a program's first run may not fall into the time in which another thread records one.
+    planned = [[_plan(case) for case in cases] for cases in works]
+    return [list(programs) for programs in [pool.map(_compile_one, programs) for programs in planned]]
+
+
+def _plan(case: Case) -> Program:
+    """On a GPU what moves bytes is traced, as the copy is timed by events: slopes hold launches."""
     is_gpu = jax.default_backend() == "gpu"
-    rows: dict[int, Row] = {}
+    expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
+    repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
+    is_traced = is_gpu and case.unit == "B"
+    program = Program(
+        case=case,
+        repetitions=max(MIN_TRACED_REPETITIONS, repetitions) if is_traced else repetitions,
+        is_traced=is_traced,
+    )
+    try:
+        return dataclasses.replace(program, repeat=case.build())
+    except Exception as error:
+        return dataclasses.replace(program, failed=_failure(case, error))
+
+
+def _compile_one(program: Program) -> Program:
+    if program.repeat is None:
+        return program
+    try:
+        program.repeat(program.repetitions)
+        if not program.is_traced:
+            program.repeat(2 * program.repetitions)
+    except Exception as error:
+        return dataclasses.replace(program, repeat=None, failed=_failure(program.case, error))
+    return program
+
+
+def _failure(case: Case, error: Exception) -> Row:
+    logger.warning("%s, %s, %s: %s", case.op, case.work, case.variant, error)
+    return Row(case=case, error=f"{type(error).__name__}: {error}"[:300])
+
+
+def _measure(programs: Sequence[Program]) -> list[Row]:
+    """Of the same work."""
+    rows = {i: program.failed for i, program in enumerate(programs) if program.failed is not None}
     timers: dict[int, SlopeTimer] = {}
-    for i, case in enumerate(cases):
-        expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
-        repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
+    for i, program in enumerate(programs):
+        if program.repeat is None:
+            continue
         try:
-            if is_gpu and case.unit == "B":
-                traced = device_times(case.build(), max(MIN_TRACED_REPETITIONS, repetitions))
-                rows[i] = Row(case=case, seconds=traced.period_s, method="trace")
+            if program.is_traced:
+                traced = device_times(program.repeat, program.repetitions)
+                rows[i] = Row(case=program.case, seconds=traced.period_s, method="trace")
             else:
-                timers[i] = SlopeTimer(case.build(), repetitions)
+                timers[i] = SlopeTimer(program.repeat, program.repetitions)
         except Exception as error:
-            logger.warning("%s, %s, %s: %s", case.op, case.work, case.variant, error)
-            rows[i] = Row(case=case, error=f"{type(error).__name__}: {error}"[:300])
+            rows[i] = _failure(program.case, error)
     sample_in_turn(list(timers.values()), SAMPLES)
     for i, timer in timers.items():
         if timer.seconds <= 0.0:
-            rows[i] = Row(case=cases[i], error="too short to be timed")
+            rows[i] = Row(case=programs[i].case, error="too short to be timed")
         else:
-            rows[i] = Row(case=cases[i], seconds=timer.seconds, method="slope")
-    return [rows[i] for i in range(len(cases))]
+            rows[i] = Row(case=programs[i].case, seconds=timer.seconds, method="slope")
+    return [rows[i] for i in range(len(programs))]
 
 
 def compare(rows: Sequence[Row], copy_rate: float) -> list[Comparison | None]:

@@ -17,7 +17,7 @@ class SlopeTimer:
     Compiles both and runs them once.
 
     Args:
-        repeat: makes a jitted call of so many dependent repetitions.
+        repeat: makes a call of so many dependent repetitions.
         num: repetitions of the shorter program.
     """
 
