@@ -1,10 +1,10 @@
 """prefill_attention's Hopper kernel beside cuDNN and tokamax, in TFLOP/s of visible pairs, on random data.
 
     python -m benchmarks.prefill_kernel --out benchmarks/results/prefill_kernel_1xH200.json
-    python -m benchmarks.prefill_kernel --masks 64x1K 1x32K+32x1K zipf ring2 ring4 ring8 zipf_ring4 --heads 32/8
+    python -m benchmarks.prefill_kernel --masks 64x1K 1x32K+32x1K zipf ring2 ring4 ring8 zipf_ring4
 
-A row is timed as the slope between one and three calls of a program that runs the op `repeats` times, each on the
-output of the one before; the variants of a row take turns. Its differences are those to the float32 reference on some
+A row is timed as the slope between one and three calls of a program that runs the op `repeats` times, one after the
+other; the variants of a row take turns. Its differences are those to the float32 reference on some
 of the rows. Packed prompts and ring steps are compared with our own causal rate over as many tokens, too. A rival that
 is not installed is left out.
 """
@@ -60,6 +60,7 @@ MIXES: dict[str, Callable[[], Ranges]] = {
 TUNINGS = {
     "default": PrefillTuning(),
     "not_dealt_out": PrefillTuning(num_programs=2**30),
+    "q192_kv64": PrefillTuning(block_q=192, block_kv=64, num_stages=3),
     "kv64": PrefillTuning(block_kv=64, num_stages=4),
     "all_heads": PrefillTuning(num_heads_abreast=2**10),
     "abreast1": PrefillTuning(num_heads_abreast=1),
@@ -176,32 +177,40 @@ class Program:
         operands = jax.eval_shape(lambda: random_inputs(work))
         self.repeats = max(1, round(PROGRAM_S / (work.flops / 600e12)))
 
-        def run(token: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        def wait(q: jax.Array, token: jax.Array) -> jax.Array:
+            # Each repetition waits for the one before, and nothing large is carried: XLA would copy it.
+            return jax.lax.optimization_barrier((q, token))[0]
+
+        def run(token: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> list[jax.Array]:
             def repeat(_, token: jax.Array) -> jax.Array:
-                # Each repetition waits for the one before, and nothing large is carried: XLA would copy it.
-                awaited, _ = jax.lax.optimization_barrier((q, token))
-                return attend(awaited, k, v)[0][0, 0, 0].astype(jnp.float32)
+                return attend(wait(q, token), k, v)[0][0, 0, 0].astype(jnp.float32)
 
-            return jax.lax.fori_loop(0, self.repeats, repeat, token)
+            token = jax.lax.fori_loop(1, self.repeats, repeat, token)
+            o, lse = attend(wait(q, token), k, v)
+            return [o[0, 0, 0].astype(jnp.float32), o[rows], lse[rows]]
 
-        pick = jax.jit(lambda q, k, v, rows: [x[rows] for x in attend(q, k, v)])
-        self.run = jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.float32), *operands).compile()
-        self.pick = pick.lower(*operands, jax.ShapeDtypeStruct((NUM_CHECKED_ROWS,), jnp.int32)).compile()
+        rows = jax.ShapeDtypeStruct((NUM_CHECKED_ROWS,), jnp.int32)
+        self.run = jax.jit(run).lower(jax.ShapeDtypeStruct((), jnp.float32), *operands, rows).compile()
         self.compile_s = time.perf_counter() - started
 
 
 class Timer:
-    """A program and what it runs on. Nothing runs while others are compiled in the same thread."""
+    """A program and what it runs on: inputs, and the rows that it gives back.
 
-    def __init__(self, program: Program, work: Work, inputs: tuple[jax.Array, ...]) -> None:
-        self._program, self._inputs, self._flops = program, inputs, work.flops
+    None may run before all are compiled: a first run may not fall into the time in which another thread records a CUDA
+    graph.
+    """
+
+    def __init__(self, program: Program, work: Work, inputs: tuple[jax.Array, ...], rows: np.ndarray) -> None:
+        self._program, self._flops = program, work.flops
+        self._operands = (*inputs, jnp.asarray(rows))
         self._token = jnp.float32(0)
         self._slopes: list[float] = []
         self._checks: dict[str, float] = {"compile_s": program.compile_s}
 
-    def check(self, rows: np.ndarray, truth: list[np.ndarray]) -> float:
-        """Compares these rows with `reference_rows`, warms up, and gives the seconds of one call."""
-        found = self._program.pick(*self._inputs, jnp.asarray(rows))
+    def check(self, truth: list[np.ndarray]) -> float:
+        """Compares the rows with `reference_rows`, warms up, and gives the seconds of one call."""
+        _, *found = self._program.run(self._token, *self._operands)
         differences = [largest_difference(*pair) for pair in zip(found, truth, strict=True)]
         self._checks |= {"difference": differences[0], "lse_difference": differences[1]}
         self._seconds(1)
@@ -210,7 +219,7 @@ class Timer:
     def _seconds(self, num_calls: int) -> float:
         started = time.perf_counter()
         for _ in range(num_calls):
-            self._token = self._program.run(self._token, *self._inputs)
+            self._token, *_ = self._program.run(self._token, *self._operands)
         self._token.block_until_ready()
         return time.perf_counter() - started
 
@@ -232,14 +241,6 @@ class Timer:
         }
 
 
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """Some work, and its variants: programs, or what will be."""
-
-    work: Work
-    programs: dict[str, concurrent.futures.Future[Program]]
-
-
 class Table:
     """Rows as they come, and what they are compared with.
 
@@ -255,38 +256,26 @@ class Table:
         self._rng = random.Random(0)
         self._causal_rates: dict[tuple[str, str, int], float] = {}
 
-    def prepare(self, works: list[Work], pool: concurrent.futures.Executor) -> list[Case]:
-        """Begins to compile; before a mix, also a causal mask over as many tokens, if it is in no case yet."""
-        causal = {(work.heads, work.num_tokens) for work in works if work.mask == "causal"}
-        cases = []
-        for work in works:
-            if work.mask in MIXES and (work.heads, work.num_tokens) not in causal:
-                causal.add((work.heads, work.num_tokens))
-                cases.append(self._case(make_work("causal", work.num_tokens, work.heads), pool))
-            cases.append(self._case(work, pool))
-        return cases
-
-    def _case(self, work: Work, pool: concurrent.futures.Executor) -> Case:
+    def add(self, work: Work) -> None:
+        """One row a variant; a variant that fails is printed, and does not stop the others."""
+        inputs = random_inputs(work)
+        checked = np.linspace(0, work.num_tokens - 1, NUM_CHECKED_ROWS, dtype=np.int32)
         rivals = self._rivals if work.batch_size is not None else {}
         variants = {name: rival(work, attention) for name, attention in rivals.items()}
         variants |= {name: ours(work, TUNINGS[name]) for name in self._tunings}
-        return Case(work, {name: pool.submit(Program, attend, work) for name, attend in variants.items()})
-
-    def add(self, case: Case) -> None:
-        """One row a variant; a variant that fails is printed, and does not stop the others."""
-        work, inputs = case.work, random_inputs(case.work)
-        checked = np.linspace(0, work.num_tokens - 1, NUM_CHECKED_ROWS, dtype=np.int32)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            programs = {name: pool.submit(Program, attend, work) for name, attend in variants.items()}
         truth = reference_rows(work, inputs, checked)
         rows = {
             name: {"mask": work.mask, "length": work.num_tokens, "heads": work.heads, "variant": name}
-            for name in case.programs
+            for name in programs
         }
         timers: dict[str, Timer] = {}
         longest = 0.0
-        for name, program in case.programs.items():
+        for name, program in programs.items():
             try:
-                timer = Timer(program.result(), work, inputs)
-                longest = max(longest, timer.check(checked, truth))
+                timer = Timer(program.result(), work, inputs, checked)
+                longest = max(longest, timer.check(truth))
                 timers[name] = timer
             except Exception as error:
                 traceback.print_exception(error)
@@ -318,12 +307,25 @@ class Table:
         return shares
 
 
+def with_dense(works: list[Work]) -> list[Work]:
+    """Before each mix, also a causal mask over as many tokens, unless there is one."""
+    known = {(work.heads, work.num_tokens) for work in works if work.mask == "causal"}
+    ordered = []
+    for work in works:
+        if work.mask in MIXES and (work.heads, work.num_tokens) not in known:
+            known.add((work.heads, work.num_tokens))
+            ordered.append(make_work("causal", work.num_tokens, work.heads))
+        ordered.append(work)
+    return ordered
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--masks", nargs="+", choices=(*DENSE_MASKS, *MIXES), default=[*DENSE_MASKS, *MIXES])
     lengths = [16_384, 4_096, 65_536, 131_072]
     parser.add_argument("--lengths", nargs="+", type=int, default=lengths, help="of dense masks")
     parser.add_argument("--heads", nargs="+", default=["32/8", "32/32", "8/1"], help="query heads / KV heads")
+    parser.add_argument("--mix-heads", nargs="+", default=["32/8"], help="likewise, of packed prompts and ring steps")
     parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=["default"])
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--samples", type=int, default=5)
@@ -340,15 +342,10 @@ def main() -> None:
         "commit": args.commit,
     }
     dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
-    masks = [*dense, *((mask, 0) for mask in args.masks if mask in MIXES)]
-    works = [make_work(mask, length, heads) for mask, length in masks for heads in args.heads]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        cases = table.prepare(works, pool)
-        # One thread's first run must not fall into the time in which another one records a CUDA graph.
-        concurrent.futures.wait([program for case in cases for program in case.programs.values()])
-    print(f"compiled {sum(len(case.programs) for case in cases)} programs", flush=True)
-    for case in cases:
-        table.add(case)
+    works = [make_work(mask, length, heads) for mask, length in dense for heads in args.heads]
+    works += [make_work(mask, 0, heads) for mask in args.masks if mask in MIXES for heads in args.mix_heads]
+    for work in with_dense(works):
+        table.add(work)
         if args.out:
             args.out.parent.mkdir(parents=True, exist_ok=True)
             lines = ",\n  ".join(map(json.dumps, table.rows))

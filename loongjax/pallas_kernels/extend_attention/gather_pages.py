@@ -82,7 +82,7 @@ def gather_pages(
         kernel=gather_kernel,
         name="gather_pages",
         out_shape=[dense, dense],
-        grid=(triton.cdiv(num_rows, TOKENS),),
+        grid=(-(-num_rows // TOKENS),),
         num_warps=4,
         page_size=page_size,
         row_size=K * H,

@@ -9,10 +9,9 @@ the next one runs. Softmax is in base 2, with running maximum m, denominator d a
 
 where s = q . k and c = sm_scale log2(e). In the end o is divided by d, and the log-sum-exp is m ln(2) + ln(d).
 
-A thread block takes several query blocks, one after another, and never runs dry between them: while the values of a
-query block's last keys are multiplied, the softmax of the next query block's first keys runs; its keys and queries were
-copied before, and an output is stored while the next one is computed. Behind its last query block, a thread block
-scores that one's first keys once more, for nobody, which is cheaper than a second form of the last step.
+A thread block that takes several query blocks, one after another, never runs dry between them: keys of the next one
+are copied while the last one ends, its queries as soon as they have met their last keys, and an output is stored while
+the next one is computed.
 """
 
 import functools
@@ -106,130 +105,150 @@ class Setting(NamedTuple):
 def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_gmem: Any, setting: Setting) -> None:
     """The whole of a thread block. The grid is ("program",), the thread axis "warpgroup"."""
     warpgroup = lax.axis_index("warpgroup")
-    compute_registers, copy_registers = setting.tuning.registers
+    tuning, schedule = setting.tuning, setting.schedule
+    compute_registers, copy_registers = tuning.registers
 
-    @pl.when(warpgroup < setting.tuning.num_compute_warpgroups)
+    def first_work() -> Work:
+        return find_work(visits_gmem, schedule, jnp.int32(0), jnp.int32(0))
+
+    def work_behind(number: jax.Array, work: Work) -> Work:
+        # Read while this item is computed: global memory takes as long as half a key block.
+        return find_work(visits_gmem, schedule, number + 1, work.num_before + work.num_blocks)
+
+    @pl.when(warpgroup < tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(compute_registers, action="increase")
-        pl.run_scoped(
-            functools.partial(attend_items, memory, visits_gmem, setting),
-            plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, memory.q.shape[-1]), jnp.float32),
-        )
+
+        def tile_of(number: jax.Array) -> RowTile:
+            q_block, q_head = schedule.item(number)
+            first = q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS
+            return RowTile(memory, setting.scratch, warpgroup, pl.ds(first, WARPGROUP_ROWS), q_head)
+
+        def attend_item(number: jax.Array, work: Work) -> Work:
+            next_work = work_behind(number, work)
+
+            def copy_next() -> None:
+                @pl.when(number + 1 < schedule.num_rounds)
+                def _():
+                    # No warp reads the queries and bounds any more.
+                    plgpu.commit_smem()
+                    tile_of(number + 1).copy_in()
+
+            tile_of(number).store(*attend_rows(setting, work, copy_next))
+            return next_work
+
+        tile_of(jnp.int32(0)).copy_in()
+        lax.fori_loop(0, schedule.num_rounds, attend_item, first_work())
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == setting.tuning.num_compute_warpgroups)
+    @pl.when(warpgroup == tuning.num_compute_warpgroups)
     def _():
         plgpu.set_max_registers(copy_registers, action="decrease")
-        copy_items(memory, keys, visits_gmem, setting)
+        group_size = memory.q.shape[1] // keys.num_kv_heads
 
+        def copy_item(number: jax.Array, work: Work) -> Work:
+            next_work = work_behind(number, work)
+            _, q_head = schedule.item(number)
+            copy_key_blocks(keys, setting, work, q_head // group_size)
+            return next_work
 
-def copy_items(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_gmem: Any, setting: Setting) -> None:
-    """Brings the visited key and value blocks of all items to shared memory, each as soon as its stage is free."""
-    scratch, tuning, schedule = setting.scratch, setting.tuning, setting.schedule
-    group_size = memory.q.shape[1] // keys.num_kv_heads
-
-    def copy_block(number: jax.Array, work: Work, step: jax.Array, *, values: bool) -> None:
-        _, q_head = schedule.item(number)
-        place_in_line = work.num_before + step
-        stage = lax.rem(place_in_line, jnp.int32(tuning.num_stages))
-        tiles, ready, free = (
-            (scratch.v, scratch.v_ready, scratch.v_free) if values else (scratch.k, scratch.k_ready, scratch.k_free)
-        )
-
-        @pl.when(place_in_line >= tuning.num_stages)
-        def _():
-            plgpu.barrier_wait(free.at[stage])
-
-        place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
-        keys.copy(place, q_head // group_size, tiles.at[stage], ready.at[stage], values=values)
-
-    def copy_item(number: jax.Array, work: Work) -> Work:
-        # Read long before it is needed: global memory takes as long as a key block.
-        next_work = find_work(visits_gmem, schedule, number + 1, work.num_before + work.num_blocks)
-
-        @pl.loop(0, work.num_blocks)
-        def _(step):
-            copy_block(number, work, step, values=False)
-            copy_block(number, work, step, values=True)
-
-        return next_work
-
-    first = find_work(visits_gmem, schedule, jnp.int32(0), jnp.int32(0))
-    behind = lax.fori_loop(0, schedule.num_rounds, copy_item, first)
-    copy_block(schedule.num_rounds, behind, jnp.int32(0), values=False)
+        lax.fori_loop(0, schedule.num_rounds, copy_item, first_work())
 
 
 class RowTile(NamedTuple):
     """A warpgroup's rows of an item, on their way between global and shared memory."""
 
     memory: RowMemory
-    setting: Setting
-    number: jax.Array
-    """Of the item."""
-
-    @property
-    def queries(self) -> Any:
-        """Their tile in shared memory [64, H]."""
-        return self.setting.scratch.q.at[lax.rem(self.number, jnp.int32(2)), lax.axis_index("warpgroup")]
-
-    @property
-    def source(self) -> tuple[Any, jax.Array]:
-        """Rows and query head."""
-        q_block, q_head = self.setting.schedule.item(self.number)
-        first = q_block * self.setting.tuning.block_q + lax.axis_index("warpgroup") * WARPGROUP_ROWS
-        return pl.ds(first, WARPGROUP_ROWS), q_head
+    scratch: Scratch
+    warpgroup: jax.Array
+    rows: Any
+    q_head: jax.Array
 
     def copy_in(self) -> None:
-        """Begins to bring the queries and bounds to shared memory, in place of the last item's bounds."""
-        (rows, q_head), scratch, warpgroup = self.source, self.setting.scratch, lax.axis_index("warpgroup")
-        ready = scratch.rows_ready.at[warpgroup]
-        plgpu.copy_gmem_to_smem(self.memory.q.at[rows, q_head], self.queries, ready)
-        plgpu.copy_gmem_to_smem(self.memory.bounds.at[:, rows], scratch.bounds.at[warpgroup], ready)
-
-    def await_bounds(self) -> tuple[jax.Array, jax.Array]:
-        """First key and one past the last key of each row [64], once they and the queries are in shared memory."""
-        scratch, warpgroup = self.setting.scratch, lax.axis_index("warpgroup")
-        plgpu.barrier_wait(scratch.rows_ready.at[warpgroup])
-        k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
-        return k_start, k_end
+        """Begins to bring the queries and bounds to shared memory."""
+        ready = self.scratch.rows_ready.at[self.warpgroup]
+        queries, bounds = self.memory.q.at[self.rows, self.q_head], self.memory.bounds.at[:, self.rows]
+        plgpu.copy_gmem_to_smem(queries, self.scratch.q.at[self.warpgroup], ready)
+        plgpu.copy_gmem_to_smem(bounds, self.scratch.bounds.at[self.warpgroup], ready)
 
     def store(self, o: jax.Array, lse: jax.Array) -> None:
         """Begins to store the results, once those of the item before are out of shared memory."""
-        (rows, q_head), scratch, warpgroup = self.source, self.setting.scratch, lax.axis_index("warpgroup")
-        o_tile = scratch.o.at[warpgroup]
-        columns = o_tile.shape[-1]
-        for first in range(0, o.shape[-1], columns):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            o_tile[...] = o[:, first : first + columns].astype(o_tile.dtype)
-            if first == 0:
-                scratch.lse[warpgroup] = lse
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(o_tile, self.memory.o.at[rows, q_head, pl.ds(first, columns)])
-        plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], self.memory.lse.at[q_head, rows])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        o_tile = self.scratch.o.at[self.warpgroup]
+        o_tile[...] = o.astype(o_tile.dtype)
+        self.scratch.lse[self.warpgroup] = lse
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(o_tile, self.memory.o.at[self.rows, self.q_head])
+        plgpu.copy_smem_to_gmem(self.scratch.lse.at[self.warpgroup], self.memory.lse.at[self.q_head, self.rows])
+
+
+def copy_key_blocks(keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array) -> None:
+    """Brings the visited key and value blocks to shared memory, each as soon as its stage is free."""
+    scratch, tuning = setting.scratch, setting.tuning
+
+    @pl.loop(0, work.num_blocks)
+    def _(step):
+        place_in_line = work.num_before + step
+        stage = lax.rem(place_in_line, jnp.int32(tuning.num_stages))
+        place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
+        for tiles, ready, free in (
+            (scratch.k, scratch.k_ready, scratch.k_free),
+            (scratch.v, scratch.v_ready, scratch.v_free),
+        ):
+
+            @pl.when(place_in_line >= tuning.num_stages)
+            def _(free=free):
+                plgpu.barrier_wait(free.at[stage])
+
+            keys.copy(place, kv_head, tiles.at[stage], ready.at[stage], values=tiles is scratch.v)
+
+
+def attend_rows(setting: Setting, work: Work, copy_next_rows: Callable[[], None]) -> tuple[jax.Array, jax.Array]:
+    """Output [64, H] and log-sum-exp [64] of this warpgroup's rows.
+
+    Args:
+        setting: what is the same for all items.
+        work: the key blocks.
+        copy_next_rows: called when the queries and bounds in shared memory are no longer needed.
+    """
+    warpgroup = lax.axis_index("warpgroup")
+    scratch = setting.scratch
+    plgpu.barrier_wait(scratch.rows_ready.at[warpgroup])
+    k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
+    rows = Rows(setting, work, warpgroup, k_start, k_end)
+    o, maximum, denominator = pl.run_scoped(
+        functools.partial(attend_blocks, rows, copy_next_rows),
+        plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, scratch.q.shape[-1]), jnp.float32),
+    )
+    has_keys = k_end > k_start
+    divisor = jnp.where(has_keys, denominator, 1.0)
+    o = jnp.where(across(k_end, o) > across(k_start, o), o * across(1 / divisor, o), 0.0)
+    return o, jnp.where(has_keys, maximum * math.log(2) + jnp.log(divisor), -jnp.inf)
 
 
 class Rows(NamedTuple):
-    """The 64 rows of a warpgroup that computes, and what it does with key blocks."""
+    """The 64 rows of a warpgroup that computes, and its steps over the key blocks."""
 
-    tile: RowTile
+    setting: Setting
     work: Work
+    warpgroup: jax.Array
     k_start: jax.Array  # [64]
     k_end: jax.Array  # [64]
-
-    @property
-    def setting(self) -> Setting:
-        return self.tile.setting
 
     @property
     def scratch(self) -> Scratch:
         return self.setting.scratch
 
     @property
-    def block_kv(self) -> int:
-        return self.setting.tuning.block_kv
+    def tuning(self) -> PrefillTuning:
+        return self.setting.tuning
+
+    @property
+    def q_tile(self) -> Any:
+        return self.scratch.q.at[self.warpgroup]
 
     def stage(self, step: jax.Array) -> jax.Array:
-        return lax.rem(self.work.num_before + step, jnp.int32(self.setting.tuning.num_stages))
+        return lax.rem(self.work.num_before + step, jnp.int32(self.tuning.num_stages))
 
     def release(self, free: Any, step: jax.Array) -> None:
         """Gives the stage of this step back."""
@@ -245,29 +264,33 @@ class Rows(NamedTuple):
         @pl.when(step < self.work.num_masked)
         def _():
             tile = self.scratch.v.at[self.stage(step)]
-            for first in range(0, self.block_kv, WARPGROUP_ROWS):
+            for first in range(0, self.tuning.block_kv, WARPGROUP_ROWS):
                 part = tile.at[pl.ds(first, WARPGROUP_ROWS)]
                 values = plgpu.load(part, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
                 is_finite = (values <= HIGHEST) & (values >= LOWEST)
                 part[...] = jnp.where(is_finite, values, 0.0).astype(part.dtype)
             plgpu.commit_smem()
 
-    def score(self, step: jax.Array, issue_behind: Callable[[], None] | None) -> jax.Array:
-        """Scores [64, block_kv] of a key block, whose stage is then free.
+    def issue_scores(self, step: jax.Array, s_acc: Any) -> None:
+        plgpu.wgmma(s_acc, self.q_tile, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
+
+    def issue_output(self, step: jax.Array, weights: jax.Array, o_acc: Any) -> None:
+        plgpu.wgmma(o_acc, weights.astype(self.q_tile.dtype), self.scratch.v.at[self.stage(step)])
+
+    def multiply_keys(self, issue: Callable[[Any], None], step: jax.Array, *, num_behind: int) -> jax.Array:
+        """Scores [64, block_kv] of the key block that `issue` multiplies, whose stage is then free.
 
         Args:
+            issue: issues the products, given the accumulator of the scores.
             step: that of the key block.
-            issue_behind: issues products behind that of the scores, which stay in flight.
+            num_behind: products issued behind that of the scores, which stay in flight.
         """
-        plgpu.barrier_wait(self.scratch.k_ready.at[self.stage(step)])
 
         def multiply(s_acc: Any) -> jax.Array:
-            plgpu.wgmma(s_acc, self.tile.queries, self.scratch.k.at[self.stage(step)].transpose((1, 0)))
-            if issue_behind is not None:
-                issue_behind()
-            return plgpu.wgmma_accumulator_load(s_acc, wait_n=int(issue_behind is not None))
+            issue(s_acc)
+            return plgpu.wgmma_accumulator_load(s_acc, wait_n=num_behind)
 
-        s_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self.block_kv), jnp.float32)
+        s_type = plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, self.tuning.block_kv), jnp.float32)
         # The barrier keeps reads of the accumulator behind the wait.
         scores = lax.optimization_barrier(pl.run_scoped(multiply, s_type))
         self.release(self.scratch.k_free, step)
@@ -278,7 +301,7 @@ class Rows(NamedTuple):
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Weights p of this block's values, the new maximum, and what rescales the denominator and output so far."""
         if masked:
-            begin = self.work.block_begin(step, self.block_kv)
+            begin = self.work.block_begin(step, self.tuning.block_kv)
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
             visible = (key >= across(self.k_start - begin, scores)) & (key < across(self.k_end - begin, scores))
             scores = jnp.where(visible, scores, -jnp.inf)
@@ -286,107 +309,49 @@ class Rows(NamedTuple):
         weights = jnp.exp2(scores * self.setting.scale - across(new_maximum, scores))
         return weights, new_maximum, jnp.exp2(maximum - new_maximum)
 
-    def finish(self, o: jax.Array, maximum: jax.Array, denominator: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Output [64, H] and natural log-sum-exp [64]."""
-        has_keys = self.k_end > self.k_start
-        divisor = jnp.where(has_keys, denominator, 1.0)
-        o = jnp.where(across(self.k_end, o) > across(self.k_start, o), o * across(1 / divisor, o), 0.0)
-        return o, jnp.where(has_keys, maximum * math.log(2) + jnp.log(divisor), -jnp.inf)
+    def loop(self, attend_block: Callable[..., Any], carry: Any) -> Any:
+        """What is carried after all blocks but the first: masked ones, then bare ones."""
+        masked, bare = (functools.partial(attend_block, masked=masked) for masked in (True, False))
+        carry = lax.fori_loop(1, self.work.num_masked, masked, carry)
+        return lax.fori_loop(jnp.maximum(self.work.num_masked, 1), self.work.num_blocks, bare, carry)
 
 
-class Softmax(NamedTuple):
-    """Of a warpgroup's rows over the key blocks so far, of which the values of the last one are not yet multiplied."""
+def attend_blocks(rows: Rows, copy_next_rows: Callable[[], None], o_acc: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Output [64, H] before its division, maximum and denominator [64]."""
+    scratch = rows.scratch
 
-    weights: jax.Array  # [64, block_kv], of the last key block
-    maximum: jax.Array  # [64]
-    denominator: jax.Array  # [64]
+    def attend_block(step, carry, *, masked):
+        weights, maximum, denominator = carry
+        plgpu.barrier_wait(scratch.k_ready.at[rows.stage(step)])
+        rows.await_values(step - 1)
 
+        def issue(s_acc):
+            rows.issue_scores(step, s_acc)
+            rows.issue_output(step - 1, weights, o_acc)
 
-def attend_items(memory: RowMemory, visits_gmem: Any, setting: Setting, o_acc: Any) -> None:
-    """All items of this warpgroup, one after another."""
-    schedule, first = setting.schedule, jnp.int32(0)
-
-    def tile_of(number: jax.Array) -> RowTile:
-        return RowTile(memory, setting, number)
-
-    def attend_item(number: jax.Array, carry: tuple[Any, ...]) -> tuple[Any, ...]:
-        *known, softmax = carry
-        rows = Rows(tile_of(number), *known)
-        work = find_work(visits_gmem, schedule, number + 1, rows.work.num_before + rows.work.num_blocks)
-        softmax = attend_blocks(rows, softmax, o_acc)
-        next_tile = tile_of(number + 1)
-        next_rows = Rows(next_tile, work, *next_tile.await_bounds())
-        last = Pending(rows, rows.work.num_blocks - 1, softmax.weights)
-        next_softmax, _, o = step_ahead(next_rows, first, full_row(LOWEST), last, o_acc, masked=True)
-        o_acc[...] = jnp.zeros_like(o)
-        rows.tile.store(*rows.finish(o, softmax.maximum, softmax.denominator))
-
-        @pl.when(number + 1 < schedule.num_rounds)
-        def _():
-            # No warp reads this item's queries or the next one's bounds any more: all have met in `store`.
-            tile_of(number + 2).copy_in()
-
-        return next_rows.work, next_rows.k_start, next_rows.k_end, next_softmax
-
-    tile_of(first).copy_in()
-    rows = Rows(tile_of(first), find_work(visits_gmem, schedule, first, first), *tile_of(first).await_bounds())
-    plgpu.commit_smem()
-    tile_of(first + 1).copy_in()
-    weights, maximum, _ = rows.weigh(first, rows.score(first, None), full_row(LOWEST), masked=True)
-    softmax = Softmax(weights.astype(memory.q.dtype), maximum, weights.sum(axis=1))
-    lax.fori_loop(0, schedule.num_rounds, attend_item, (rows.work, rows.k_start, rows.k_end, softmax))
-
-
-def attend_blocks(rows: Rows, softmax: Softmax, o_acc: Any) -> Softmax:
-    """All key blocks of an item but the first, and the values of all but the last: masked ones, then bare ones."""
-
-    def attend_block(step: jax.Array, softmax: Softmax, *, masked: bool) -> Softmax:
-        behind = Pending(rows, step - 1, softmax.weights)
-        ahead, rescale, o = step_ahead(rows, step, softmax.maximum, behind, o_acc, masked=masked)
+        scores = rows.multiply_keys(issue, step, num_behind=1)
+        new_weights, maximum, rescale = rows.weigh(step, scores, maximum, masked=masked)
+        denominator = denominator * rescale + new_weights.sum(axis=1)
+        # Behind the wait, the weights in half precision can take the registers of those before.
+        o, new_weights = lax.optimization_barrier((plgpu.wgmma_accumulator_load(o_acc, wait_n=0), new_weights))
+        rows.release(scratch.v_free, step - 1)
         o_acc[...] = o * across(rescale, o)
-        return ahead._replace(denominator=softmax.denominator * rescale + ahead.denominator)
+        return new_weights.astype(weights.dtype), maximum, denominator
 
-    num_masked, num_blocks = rows.work.num_masked, rows.work.num_blocks
-    softmax = lax.fori_loop(1, num_masked, functools.partial(attend_block, masked=True), softmax)
-    return lax.fori_loop(jnp.maximum(num_masked, 1), num_blocks, functools.partial(attend_block, masked=False), softmax)
+    first = jnp.int32(0)
+    plgpu.barrier_wait(scratch.k_ready.at[rows.stage(first)])
+    scores = rows.multiply_keys(functools.partial(rows.issue_scores, first), first, num_behind=0)
+    weights, maximum, _ = rows.weigh(first, scores, full_row(LOWEST), masked=True)
+    carry = weights.astype(rows.q_tile.dtype), maximum, weights.sum(axis=1)
+    weights, maximum, denominator = rows.loop(attend_block, carry)
 
-
-class Pending(NamedTuple):
-    """A key block whose values are yet to be multiplied."""
-
-    rows: Rows
-    step: jax.Array
-    weights: jax.Array  # [64, block_kv]
-
-
-def step_ahead(
-    rows: Rows, step: jax.Array, maximum: jax.Array, behind: Pending, o_acc: Any, *, masked: bool
-) -> tuple[Softmax, jax.Array, jax.Array]:
-    """Scores a key block, and weighs it while the values of the block before are multiplied.
-
-    Args:
-        rows: of the key block.
-        step: likewise.
-        maximum: of the rows' scores so far.
-        behind: the block before, of these rows or the last one of the item before.
-        o_acc: the output so far, without the block before.
-        masked: whether there are keys in the key block that not all rows see.
-
-    Returns:
-        The softmax, whose denominator is that of this block alone; what rescales the denominator and output so far; and
-        the output with the values of the block before.
-    """
-    behind.rows.await_values(behind.step)
-
-    def issue_output() -> None:
-        plgpu.wgmma(o_acc, behind.weights, rows.scratch.v.at[behind.rows.stage(behind.step)])
-
-    weights, maximum, rescale = rows.weigh(step, rows.score(step, issue_output), maximum, masked=masked)
-    denominator = weights.sum(axis=1)
-    # Behind the wait, the weights in half precision can take the registers of those before.
-    o, weights = lax.optimization_barrier((plgpu.wgmma_accumulator_load(o_acc, wait_n=0), weights))
-    behind.rows.release(rows.scratch.v_free, behind.step)
-    return Softmax(weights.astype(behind.weights.dtype), maximum, denominator), rescale, o
+    last = rows.work.num_blocks - 1
+    rows.await_values(last)
+    rows.issue_output(last, weights, o_acc)
+    copy_next_rows()
+    o = lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
+    rows.release(scratch.v_free, last)
+    return o, maximum, denominator
 
 
 def full_row(value: float) -> jax.Array:

@@ -13,10 +13,10 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import WARPGROU
 class Scratch(NamedTuple):
     """Shared memory and barriers; a tile for each warpgroup that computes, or for each stage."""
 
-    q: Any  # [2, warpgroups, 64, H], of an item and the next one
+    q: Any  # [warpgroups, 64, H]
     k: Any  # [stages, block_kv, H]
     v: Any  # [stages, block_kv, H]
-    o: Any  # [warpgroups, 64, columns]
+    o: Any  # [warpgroups, 64, H]
     bounds: Any  # [warpgroups, 2, 64]
     lse: Any  # [warpgroups, 64]
     rows_ready: Any  # [warpgroups], of queries and their bounds
@@ -38,14 +38,13 @@ def make_scratch(
         swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore[reportAbstractUsage]
         return plgpu.SMEM(shape, dtype, transforms=(tiling, swizzle))
 
-    # An output of four bytes an element leaves in two halves.
-    out_columns = head_dim * jnp.dtype(dtype).itemsize // jnp.dtype(out_dtype).itemsize
+    row_tiles = functools.partial(swizzled, warpgroups, WARPGROUP_ROWS, head_dim)
     key_tiles = functools.partial(swizzled, stages, tuning.block_kv, head_dim, dtype=dtype)
     return Scratch(
-        q=swizzled(2, warpgroups, WARPGROUP_ROWS, head_dim, dtype=dtype),
+        q=row_tiles(dtype=dtype),
         k=key_tiles(),
         v=key_tiles(),
-        o=swizzled(warpgroups, WARPGROUP_ROWS, out_columns, dtype=out_dtype),
+        o=row_tiles(dtype=out_dtype),
         bounds=plgpu.SMEM((warpgroups, 2, WARPGROUP_ROWS), jnp.int32),
         lse=plgpu.SMEM((warpgroups, WARPGROUP_ROWS), jnp.float32),
         rows_ready=plgpu.Barrier(num_arrivals=2, num_barriers=warpgroups),

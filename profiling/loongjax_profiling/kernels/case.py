@@ -43,8 +43,8 @@ class Row:
     seconds: float | None = None
     """Of one repetition; None if it failed, or was over too soon to be told from nothing."""
     method: str | None = None
-    """"slope" between n and 2n repetitions, or "trace": from the first kernel's start to the next
-    repetition's."""
+    """"slope" between one call and three of a program of repetitions, or "trace": from a repetition's first kernel to
+    the next one's."""
     error: str | None = None
 
     @property

@@ -25,26 +25,22 @@ TARGET_S = 0.01
 MAX_REPETITIONS = 64
 MIN_TRACED_REPETITIONS = 8
 SAMPLES = 5
-WORKS_AHEAD = 4
-"""Whose programs and data are held at a time."""
 
 
 def measure(cases: Sequence[Case]) -> Iterator[Row]:
     """One row a case, as they come, with a progress bar. What fails becomes a row that says why, and the rest goes on.
 
-    Variants that do the same work, next to each other in `cases`, are timed in turn. Programs are compiled beside each
-    other, a few works ahead of being timed, and not while others are.
+    Variants that do the same work, next to each other in `cases`, are compiled beside each other and timed in turn.
     """
-    works = [list(group) for _, group in itertools.groupby(cases, lambda case: (case.op, case.work))]
     with (
         tqdm(total=len(cases), desc="Kernels", unit="case", disable=None) as bar,
         concurrent.futures.ThreadPoolExecutor() as pool,
     ):
-        for batch in itertools.batched(works, WORKS_AHEAD):
-            for programs in _compile(batch, pool):
-                rows = _measure(programs)
-                bar.update(len(rows))
-                yield from rows
+        for _, group in itertools.groupby(cases, lambda case: (case.op, case.work)):
+            # Data are made here: a program's first run may not fall into the time in which another thread records one.
+            rows = _measure(list(pool.map(_compile, [_plan(case) for case in group])))
+            bar.update(len(rows))
+            yield from rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,12 +52,6 @@ class Program:
     is_traced: bool
     repeat: Repeat | None = None
     failed: Row | None = None
-
-
-def _compile(works: Sequence[Sequence[Case]], pool: concurrent.futures.Executor) -> list[list[Program]]:
-    # Data are made here: a program's first run may not fall into the time in which another thread records one.
-    planned = [[_plan(case) for case in cases] for cases in works]
-    return [list(programs) for programs in [pool.map(_compile_one, programs) for programs in planned]]
 
 
 def _plan(case: Case) -> Program:
@@ -81,13 +71,11 @@ def _plan(case: Case) -> Program:
         return dataclasses.replace(program, failed=_failure(case, error))
 
 
-def _compile_one(program: Program) -> Program:
+def _compile(program: Program) -> Program:
     if program.repeat is None:
         return program
     try:
         program.repeat(program.repetitions)
-        if not program.is_traced:
-            program.repeat(2 * program.repetitions)
     except Exception as error:
         return dataclasses.replace(program, repeat=None, failed=_failure(program.case, error))
     return program

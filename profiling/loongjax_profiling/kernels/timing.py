@@ -12,25 +12,24 @@ import jax.numpy as jnp
 
 
 class SlopeTimer:
-    """Times one repetition of an op: the slope between `num` and twice as many dependent ones, each one jitted program.
+    """Times one repetition of an op: the slope between one call and three of a program of `num` dependent ones.
 
-    Compiles both and runs them once.
+    Compiles it, if it is not, and runs it once.
 
     Args:
         repeat: makes a call of so many dependent repetitions.
-        num: repetitions of the shorter program.
+        num: repetitions of a call.
     """
 
     def __init__(self, repeat: Callable[[int], Callable[[], jax.Array]], num: int) -> None:
         self._num = num
-        self._short, self._long = repeat(num), repeat(2 * num)
-        for call in (self._short, self._long):
-            jax.block_until_ready(call())
+        self._call = repeat(num)
+        jax.block_until_ready(self._call())
         self._slopes: list[float] = []
 
     def sample(self) -> None:
         """Takes one more slope."""
-        self._slopes.append((_elapsed_s(self._long) - _elapsed_s(self._short)) / self._num)
+        self._slopes.append((_elapsed_s(self._call, 3) - _elapsed_s(self._call, 1)) / (2 * self._num))
 
     @property
     def seconds(self) -> float:
@@ -55,9 +54,12 @@ def device_seconds(repeat: Callable[[int], Callable[[], jax.Array]], num: int, s
     return timer.seconds
 
 
-def _elapsed_s(call: Callable[[], jax.Array]) -> float:
+def _elapsed_s(call: Callable[[], jax.Array], num_calls: int) -> float:
     started = time.perf_counter()
-    jax.block_until_ready(call())
+    result = call()
+    for _ in range(num_calls - 1):
+        result = call()
+    jax.block_until_ready(result)
     return time.perf_counter() - started
 
 
