@@ -73,13 +73,13 @@ class PrefillPlanner:
         requests = _shortest(view.waiting[:MAX_SEEN], self._config.max_picked + self._config.max_lookahead)
         if senior is not None:
             requests = [senior, *[request for request in requests if request is not senior]]
-        window = Window(requests, view.shape, view.now_s, self._config.implied_ttft_s)
+        first = requests[0]
+        is_patient = self._fairness.may_overtake(first)
+        window = Window(requests, view.shape, view.now_s, self._config.implied_ttft_s, is_patient=is_patient)
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
         outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)
-        first = window[0]
-        is_patient = self._fairness.may_overtake(first)
-        started, coming = self._optimise(window, outlook, is_patient=is_patient)
+        started, coming = self._optimise(window, outlook)
         must_start = not is_patient or not view.running
         is_left = 0 not in started and 0 not in coming
         if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
@@ -87,7 +87,7 @@ class PrefillPlanner:
         self._note(window, started, idle_before - draft.idle)
         return outlook.components
 
-    def _optimise(self, window: Window, outlook: Outlook, *, is_patient: bool) -> tuple[list[int], Collection[int]]:
+    def _optimise(self, window: Window, outlook: Outlook) -> tuple[list[int], Collection[int]]:
         """Places of requests (whose prefill starts, for which instances are held or keys moved or that come next).
 
         If the first request was overtaken too often, it is not put off again, nor made to wait for other prefills.
@@ -107,8 +107,6 @@ class PrefillPlanner:
             memory,
             self._times,
             config=self._config,
-            fairness=self._fairness,
-            lengths=self._lengths,
             mover=mover,
             explain=self._explain,
         )
@@ -122,7 +120,7 @@ class PrefillPlanner:
                 outlook,
                 window,
                 self._times,
-                may_wait=is_patient,
+                may_wait=window.is_patient,
                 mover=mover,
                 newcomers=newcomers,
                 explain=self._explain,
@@ -138,7 +136,6 @@ class PrefillPlanner:
             choice,
             window,
             self._times,
-            first=None if is_patient else 0,
             newcomers=newcomers,
             growth_tokens=self._config.growth_tokens,
             explain=self._explain,
