@@ -68,9 +68,7 @@ class Outlook:
         self.vacant = [instance for instance in draft.idle if not draft.residents[instance] and instance not in barred]
         self.vacant.sort(key=lambda instance: (-draft.room(instance), instance))
         """Idle instances without keys, those with most room first."""
-        facts = [groups.facts_of(component, lengths) for component in self.components]
-        steps_s = times.steps_of_one_master_s([group.size_of_step for group in facts])
-        sites = [self._site(group, view.now_s, step_s) for group, step_s in zip(facts, steps_s, strict=True)]
+        sites = [self._site(groups.facts_of(component, lengths), view.now_s, times) for component in self.components]
         self.decodes = [site for site in sites if site.ready_s < math.inf]
         if barred:
             self.decodes = [site for site in self.decodes if not _meets(site.instances, barred)]
@@ -79,7 +77,8 @@ class Outlook:
         self.emptied = self._emptied(draft, barred)
         """Instances that prefills in flight will leave without keys, soonest first."""
 
-    def _site(self, group: GroupFacts, now_s: float, step_s: float) -> Site:
+    def _site(self, group: GroupFacts, now_s: float, times: Times) -> Site:
+        step_s = times.step_of_one_master_s(*group.size_of_step) if group.has_paces else 0.0
         return Site(
             instances=group.instances,
             ready_s=max([self.until_free_s[instance] for instance in group.instances]),
