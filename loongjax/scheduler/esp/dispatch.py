@@ -102,9 +102,12 @@ class Dispatcher:
             choice.places = self.pick(self._outlook.vacant, [])
             if choice.places:
                 choice.instances = list(self._outlook.vacant)
+        most = min(self._config.max_picked, len(self._window))
+        if len(choice.places) >= most:
+            return choice
         num_refusals = 0
-        for site in self._outlook.decodes:
-            if num_refusals >= MAX_REFUSALS or len(choice.places) >= min(self._config.max_picked, len(self._window)):
+        for site in self._outlook.by_pause_cost():
+            if num_refusals >= MAX_REFUSALS or len(choice.places) >= most:
                 break
             more = self.pick([*choice.instances, *site.instances], choice.places)
             if more and not choice.places and not self._window.is_patient:

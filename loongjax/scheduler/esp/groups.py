@@ -25,7 +25,7 @@ class GroupFacts:
         self.instances = instances
         self.requests = tuple(requests)
         self._lengths = lengths.copy()
-        self.has_paces = any([request.slo.tpot_s is not None for request in requests])
+        self.has_paces = any(request.slo.tpot_s is not None for request in requests)
         """Whether any of them wishes for a time per token, so that what a pause costs depends on the time."""
 
     def still_hold(self, requests: Sequence[RunningView], lengths: OutputLengths) -> bool:

@@ -60,7 +60,7 @@ def test_the_batches_of_a_choice_are_put_in_order_and_each_counts_the_decodes_of
     lens = [200, 10, 10, 200]
     requests = [waiting(f"w{order}", order, length) for order, length in enumerate(lens)]
     shape = ClusterShape(num_instances=3, num_pages=100, page_size=16)
-    sites = [Site(instances=(0, 1), pause_weight=0.2), Site(instances=(2,))]
+    sites = [Site(instances=(0, 1), weigh=lambda: 0.2), Site(instances=(2,))]
     choice = Choice([0, 1, 2, 3], [0, 1, 2], sites)
     times = Times(HandModel(constant_s=1.0), 1)
     for is_patient, second in ((True, [2, 3]), (False, [2, 3])):

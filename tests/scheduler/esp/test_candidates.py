@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import operator
+
+from hypothesis import given
+from hypothesis import strategies as st
+
 from loongjax.core.plan import Plan, Prefill
+from loongjax.scheduler.esp.candidates import Candidates
 from tests.scheduler.esp.hand_model import HandModel, ask
 from tests.scheduler.views import cluster, running, waiting
 
+length_of = operator.attrgetter("num_tokens")
 MODEL = HandModel(constant_s=1e-6, moved_s=1e9)
 
 
@@ -33,3 +40,23 @@ def test_the_first_of_the_queue_is_seen_however_long_it_is() -> None:
     view = cluster(2, num_pages=9999, runs=runs, waits=queue, decoding=[0])
     assert prefilled(ask(view, MODEL, max_overtakes=0)[0])[0] == "long"
     assert "long" not in prefilled(ask(view, MODEL)[0])
+
+
+@given(lens=st.lists(st.integers(1, 50), min_size=1, max_size=30), count=st.integers(1, 12))
+def test_the_first_and_the_shortest_of_the_others_are_looked_at_in_the_order_of_the_queue(
+    lens: list[int], count: int
+) -> None:
+    queue = tuple([waiting(f"w{i}", i, length) for i, length in enumerate(lens)])
+    found = Candidates(count).of(queue)
+    assert found[0] is queue[0]
+    assert [request.order for request in found] == sorted({request.order for request in found})
+    assert [request.num_tokens for request in sorted(found[1:], key=length_of)] == sorted(lens[1:])[: count - 1]
+
+
+def test_a_queue_that_has_changed_is_looked_at_again() -> None:
+    candidates, queue = Candidates(2), (waiting("a", 0, 9), waiting("b", 1, 8), waiting("c", 2, 7))
+    assert candidates.of(queue) == [queue[0], queue[2]]
+    assert candidates.of(queue) is candidates.of(queue)
+    shorter = (*queue, waiting("d", 3, 1))
+    assert candidates.of(shorter) == [shorter[0], shorter[3]]
+    assert candidates.of(queue[:2]) == [*queue[:2]]
