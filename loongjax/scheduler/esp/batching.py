@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -85,22 +86,22 @@ class _Runs:
     last: Int[np.ndarray, " runs"]
     offsets: Int[np.ndarray, " requests"]
     """Where the runs that end with each request begin."""
+    slices: tuple[slice, ...]
+    """Those runs."""
 
     def sums(self, numbers: np.ndarray) -> np.ndarray:
         """Of each run's numbers: [runs]."""
-        sums = np.cumsum(numbers)
+        sums = numbers.cumsum()
         return sums.take(self.last) - (sums - numbers).take(self.first)
-
-    def ending_with(self, request: int) -> slice:
-        begin = int(self.offsets[request])
-        return slice(begin, begin + request + 1 - int(self.first[begin]))
 
 
 @functools.lru_cache(maxsize=64)
 def _runs(num_requests: int, max_requests: int) -> _Runs:
     """Shared: not to be written to."""
     last, first = np.nonzero(np.tril(~np.tri(num_requests, k=-max_requests, dtype=bool)))
-    return _Runs(first.copy(), last.copy(), np.searchsorted(last, np.arange(num_requests)))
+    offsets = np.searchsorted(last, np.arange(num_requests))
+    slices = [slice(begin, end) for begin, end in itertools.pairwise([*offsets.tolist(), len(last)])]
+    return _Runs(first.copy(), last.copy(), offsets, tuple(slices))
 
 
 def _costs(
@@ -155,23 +156,23 @@ class _Search:
         for k in range(1, num_instances + 1):
             # Every batch takes an instance, so a column of f follows from those before it, all its rows at once. Of
             # the last column one row is asked for.
-            column.take(runs.first, out=self._before[k - 1])
+            column.take(runs.first, out=self._before[k - 1], mode="clip")
             if k < num_instances:
-                least = self._candidates(k, slice(None)).min(axis=0)
+                least = np.minimum.reduce(self._candidates(k, slice(None)))
                 column[0], column[1:] = np.inf, np.minimum.reduceat(least, runs.offsets)
                 self._least_of_all[k] = column[-1]
-        last = self._candidates(num_instances, runs.ending_with(num_requests - 1))
+        last = self._candidates(num_instances, runs.slices[-1])
         self._least_of_all[num_instances] = last.min()
 
     def trace_back(self) -> tuple[Batch, ...] | None:
         """The batches behind the least f[n][k], found again from the last to the first; None if it is infinite."""
-        i, k = len(self._runs.offsets), int(np.argmin(self._least_of_all))
+        i, k = len(self._runs.offsets), int(self._least_of_all.argmin())
         if self._least_of_all[k] == np.inf:
             return None
         batches: list[Batch] = []
         while i:
-            runs = self._runs.ending_with(i - 1)
-            dop_less_1, index = divmod(int(np.argmin(self._candidates(k, runs))), runs.stop - runs.start)
+            runs = self._runs.slices[i - 1]
+            dop_less_1, index = divmod(int(self._candidates(k, runs).argmin()), runs.stop - runs.start)
             begin = int(self._runs.first[runs.start + index])
             batches.append(Batch(range(begin, i), range(k - 1 - dop_less_1, k)))
             i, k = begin, k - 1 - dop_less_1

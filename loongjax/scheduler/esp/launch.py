@@ -105,9 +105,9 @@ def launch(
 def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:
     """Puts one prefill into the draft. Its keys stay on the fewest instances that can hold them: scale-down."""
     page_size = draft.shape.page_size
-    num_needed = sum([draft.shape.num_pages_for(request.num_tokens) for request in requests if request.keeps_kv])
-    num_spare = sum([draft.shape.num_pages_for(growth_tokens) for request in requests if request.keeps_kv])
-    has_room = sum([draft.room(instance) for instance in group]) >= num_needed
+    num_pages = [draft.shape.num_pages_for(request.num_tokens) for request in requests if request.keeps_kv]
+    num_spare = len(num_pages) * draft.shape.num_pages_for(growth_tokens)
+    has_room = sum([draft.room(instance) for instance in group]) >= sum(num_pages)
     shelves = [
         Shelf(
             instance,

@@ -25,6 +25,7 @@ class Predictions:
         self._works: dict[tuple[object, ...], float] = {}
         self._prefills: dict[tuple[int, int, int, int], float] = {}
         self._steps: dict[tuple[int, int, int, int], float] = {}
+        self._migrations: dict[tuple[int | float, int], float] = {}
 
     def known_s(self, strategy: Strategy, work: PrefillWork | DecodeWork) -> float | None:
         """Of this iteration, if it was asked for lately."""
@@ -69,6 +70,16 @@ class Predictions:
                 self._steps.clear()
             totals = DecodeTotals.of_one_master(num_rows, busiest_keys)
             seconds = self._steps[key] = float(self._model.decode_s(strategy, totals))
+        return seconds
+
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
+        """Of moving so many tokens' keys between instances of `tp` devices."""
+        key = num_tokens, tp
+        seconds = self._migrations.get(key)
+        if seconds is None:
+            if len(self._migrations) >= MAX_REMEMBERED:
+                self._migrations.clear()
+            seconds = self._migrations[key] = float(self._model.migration_s(num_tokens, tp)[0])
         return seconds
 
 

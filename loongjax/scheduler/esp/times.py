@@ -83,7 +83,7 @@ class Times:
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
-        return float(self._model.migration_s(num_tokens, self._tp)[0])
+        return self._predictions.migration_s(num_tokens, self._tp)
 
     def until_free_s(self, view: ClusterView) -> list[float]:
         """Seconds until what occupies each instance should be over: 0 if nothing does, inf while it recovers.

@@ -88,6 +88,7 @@ def test_a_step_of_one_master_is_asked_about_once() -> None:
     [
         lambda predictions, size: predictions.prefill_s(ONE, size, size * size),
         lambda predictions, size: [predictions.step_of_one_master_s(ONE, rows, size) for rows in (1, 2)],
+        lambda predictions, size: predictions.migration_s(size, 1),
         lambda predictions, size: predictions.of_works(ONE, [decode(size), decode(size + 1)]),
     ],
 )
