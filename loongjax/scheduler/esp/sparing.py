@@ -71,12 +71,12 @@ class Sparing:
         """
         if not self._newcomers.have_to_wait([instance for batch in batches for instance in batch.group]):
             return batches
-        loss = self._newcomers.cost(self._taken(batches))
-        if not loss:
-            return batches
         paused = {instance for site in self._choice.sites for instance in site.instances}
         vacant = [instance for instance in self._choice.instances if instance not in paused]
         if not vacant:
+            return batches
+        loss = self._newcomers.cost(self._taken(batches))
+        if not loss:
             return batches
         if self._choice.dop == 1:
             return None if self._is_held(vacant, loss) else batches
