@@ -23,7 +23,7 @@ def per_batch(numbers: Numbers) -> np.ndarray:
     return np.atleast_1d(np.asarray(numbers, np.float64))
 
 
-_ZERO, _ONE = np.zeros(()), np.ones(())
+_ZERO, _ONE = np.zeros(1), np.ones(1)
 _ZERO.flags.writeable = _ONE.flags.writeable = False
 
 
@@ -78,10 +78,10 @@ class PrefillTotals:
 
     @classmethod
     def of_batch(cls, num_tokens: int, squared_lens: int) -> PrefillTotals:
-        """Totals of a single batch of whole prompts: arrays []."""
+        """Totals of a single batch of whole prompts: arrays [1]."""
         return cls(
-            num_tokens=np.asarray(num_tokens, np.float64),
-            squared_lens=np.asarray(squared_lens, np.float64),
+            num_tokens=np.array([num_tokens], np.float64),
+            squared_lens=np.array([squared_lens], np.float64),
             new_times_past=_ZERO,
             decode_keys=_ZERO,
         )
@@ -179,10 +179,10 @@ class DecodeTotals:
 
     @classmethod
     def of_one_master(cls, num_rows: int, busiest_keys: int) -> DecodeTotals:
-        """Totals of a single step in which one instance has all rows: arrays []."""
-        rows = np.asarray(num_rows, np.float64)
+        """Totals of a single step in which one instance has all rows: arrays [1]."""
+        rows = np.array([num_rows], np.float64)
         return cls(
-            num_rows=rows, num_masters=_ONE, busiest_rows=rows, busiest_keys=np.asarray(busiest_keys, np.float64)
+            num_rows=rows, num_masters=_ONE, busiest_rows=rows, busiest_keys=np.array([busiest_keys], np.float64)
         )
 
     @classmethod

@@ -58,7 +58,7 @@ class Predictions:
             if len(self._prefills) >= MAX_REMEMBERED:
                 self._prefills.clear()
             totals = PrefillTotals.of_batch(num_tokens, squared_lens)
-            seconds = self._prefills[key] = float(self._model.prefill_s(strategy, totals))
+            seconds = self._prefills[key] = self._model.prefill_s(strategy, totals).item()
         return seconds
 
     def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
@@ -69,7 +69,7 @@ class Predictions:
             if len(self._steps) >= MAX_REMEMBERED:
                 self._steps.clear()
             totals = DecodeTotals.of_one_master(num_rows, busiest_keys)
-            seconds = self._steps[key] = float(self._model.decode_s(strategy, totals))
+            seconds = self._steps[key] = self._model.decode_s(strategy, totals).item()
         return seconds
 
     def migration_s(self, num_tokens: int | float, tp: int) -> float:
@@ -79,7 +79,7 @@ class Predictions:
         if seconds is None:
             if len(self._migrations) >= MAX_REMEMBERED:
                 self._migrations.clear()
-            seconds = self._migrations[key] = float(self._model.migration_s(num_tokens, tp)[0])
+            seconds = self._migrations[key] = self._model.migration_s(num_tokens, tp).item()
         return seconds
 
 
