@@ -59,7 +59,7 @@ class EspPolicy:
         self._explain = explain
         self._lengths = OutputLengths()
         self._arrivals = Arrivals()
-        self._candidates = Candidates(config.max_picked + config.max_lookahead)
+        self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
         self._groups = GroupMemory()
         self._fairness = Fairness(
             max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes

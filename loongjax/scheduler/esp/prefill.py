@@ -68,11 +68,11 @@ class PrefillPlanner:
         view, draft = self._view, self._draft
         senior = senior_of(view)
         requests = self._candidates.of(view.waiting)
-        if senior is not None:
+        if senior is not None and senior is not requests[0]:
             requests = [senior, *[request for request in requests if request is not senior]]
         first = requests[0]
         is_patient = self._fairness.may_overtake(first)
-        window = Window(requests, view.shape, view.now_s, self._config.implied_ttft_s, is_patient=is_patient)
+        window = self._candidates.window_of(requests, view, is_patient=is_patient)
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
         outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)

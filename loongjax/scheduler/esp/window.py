@@ -33,6 +33,8 @@ class Window:
     ) -> None:
         self.requests = requests
         self.is_patient = is_patient
+        self._now_s = now_s
+        self._has_wishes = any(request.slo.ttft_s is not None for request in requests)
         self.lens = [request.num_tokens for request in requests]
         self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""
@@ -51,6 +53,11 @@ class Window:
             self.rank[place] = rank
         self._len_array = np.array(self.lens, np.int64)
         self._weight_array = np.array(self.weights, np.float64)
+
+    def still_holds(self, requests: Sequence[WaitingView], now_s: float, *, is_patient: bool) -> bool:
+        """Whether it would be the same if it were made of this list now. Without wishes nobody's weight changes."""
+        is_as_urgent = not self._has_wishes or now_s == self._now_s
+        return requests is self.requests and is_patient == self.is_patient and is_as_urgent
 
     def __len__(self) -> int:
         return len(self.requests)
