@@ -64,7 +64,8 @@ class Choice:
 
     def paused_weight(self, group: Collection[InstanceId]) -> float:
         """What a second costs the decodes that are paused on any of these instances."""
-        return sum([site.pause_weight for site in self.sites if not set(group).isdisjoint(site.instances)], 0.0)
+        members = set(group)
+        return sum([site.pause_weight for site in self.sites if not members.isdisjoint(site.instances)], 0.0)
 
     def take(self, site: Site) -> None:
         self.sites.append(site)
