@@ -4,10 +4,11 @@
 
 Each case is a cluster with so many instances, running and waiting requests. Requests' lengths are log-normal, their
 keys on one instance each, and the policy knows how long the last outputs were. A sample is one answer to a view of its
-own; as while serving, the policy was asked about the same cluster before, when the idle groups had a token less. The
-views differ in what the engine asks about: one decode group that is idle while the others are in flight (a step has
-ended, or is rehearsed), some instances vacant, or everything idle. "picked" is how many waiting requests an answer may
-prefill together, all of which go through the batching of equation 5.
+own; as while serving, the policy has seen those who wait arrive, one after the other, and was asked about the same
+cluster before, when the idle groups had a token less. The views differ in what the engine asks about: one decode group
+that is idle while the others are in flight (a step has ended, or is rehearsed), some instances vacant, or everything
+idle. "picked" is how many waiting requests an answer may prefill together, all of which go through the batching of
+equation 5.
 
 Times are of the wall clock, of the thread (`cpu`: what the answer takes on a machine that nobody else uses; where the
 two differ by milliseconds, the operating system ran somebody else meanwhile), and of garbage collections within
@@ -53,6 +54,8 @@ LLAMA3_8B = ModelShape(
     vocab_size=128256,
 )
 
+NOW_S = 10.0
+"""On the engine's clock; those who wait have come since 0."""
 PAUSE_S = 0.005
 """Before each answer."""
 
@@ -112,7 +115,8 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
             )
         )
     waiting = []
-    for order in range(case.num_running, case.num_running + case.num_waiting):
+    arrivals_s = np.linspace(0.0, NOW_S, case.num_waiting, endpoint=False).tolist()
+    for order, arrival_s in enumerate(arrivals_s, start=case.num_running):
         num_tokens = min(int(random.lognormal(7.5, 1.5)) + 1, 200_000)
         waiting.append(
             WaitingView(
@@ -121,7 +125,7 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
                 num_tokens=num_tokens,
                 max_total_tokens=num_tokens + 1000,
                 keeps_kv=True,
-                arrival_s=5.0,
+                arrival_s=arrival_s,
             )
         )
     return ClusterView(
@@ -139,7 +143,7 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
         running=tuple(running),
         max_num_batched_tokens=65_536,
         max_num_seqs=256,
-        now_s=10.0,
+        now_s=NOW_S,
         flights=_flights(case, running),
     )
 
@@ -155,7 +159,7 @@ def _flights(case: Case, running: list[RunningView]) -> tuple[FlightView, ...]:
                 plan=Decode(Group.of([instance]), (SubBatch(instance, names),)),
                 group=Group.of([instance]),
                 work=DecodeWork(rows=(len(names),), keys=(num_keys,)),
-                started_s=9.99,
+                started_s=NOW_S - 0.01,
             )
         )
     return tuple(flights)
@@ -178,6 +182,12 @@ def a_step_before(view: ClusterView) -> ClusterView:
             )
         )
     return dataclasses.replace(view, running=tuple(running), now_s=view.now_s - 0.01)
+
+
+def while_nobody_is_idle(view: ClusterView) -> ClusterView:
+    """The same when a policy can only take notice of who waits."""
+    busy = [dataclasses.replace(instance, is_busy=True) for instance in view.instances]
+    return dataclasses.replace(view, instances=tuple(busy))
 
 
 class CollectorClock:
@@ -217,8 +227,9 @@ def measure(case: Case, num_samples: int, seed: int) -> dict[str, Any]:
     wall_ms, cpu_ms, collector_ms, num_prefilled = [], [], [], []
     for index in range(num_samples + 3):
         view = make_view(case, random)
-        policy.copy().plan(a_step_before(view))
         asked = policy.copy()
+        asked.plan(while_nobody_is_idle(view))
+        asked.copy().plan(a_step_before(view))
         gc.freeze()
         # An engine has waited for a completion. Who has computed without a pause is interrupted first.
         time.sleep(PAUSE_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,13 @@ def pad(sizes: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
     """Each size, rounded up to the smallest bucket that holds it, or as it is beyond the largest: float64."""
     if not buckets:
         return sizes
-    ascending = np.asarray(buckets, np.float64)
-    index = np.searchsorted(ascending, sizes)
-    return np.where(index < len(buckets), ascending[np.minimum(index, len(buckets) - 1)], sizes)
+    ascending, padded = _table(buckets)
+    return np.maximum(padded[ascending.searchsorted(sizes)], sizes)
+
+
+@functools.lru_cache(maxsize=64)
+def _table(buckets: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The buckets, and the same with what stands beyond the largest: nothing. Shared: not to be written to."""
+    padded = np.array([*buckets, -math.inf])
+    padded.flags.writeable = False
+    return padded[:-1], padded

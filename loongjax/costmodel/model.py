@@ -127,7 +127,8 @@ class FittedModel:
 
     def times(self, strategy: Strategy) -> StrategyTimes:
         """What is known of this strategy."""
-        self.require([strategy])
+        if strategy not in self.strategies:
+            self.require([strategy])
         return self.strategies[strategy]
 
     def require(self, strategies: Iterable[Strategy]) -> None:

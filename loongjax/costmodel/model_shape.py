@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -34,18 +35,18 @@ class ModelShape:
             if value < 1:
                 raise ConfigError(f"{field.name} of a model's shape must be at least 1, got {value}")
 
-    @property
+    @functools.cached_property
     def num_layer_params(self) -> int:
         """Weights in the matrices of all layers: query, key, value and output projections, and a gated FFN."""
         attention = 2 * self.hidden_size * (self.num_q_heads + self.num_kv_heads) * self.head_dim
         return self.num_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
 
-    @property
+    @functools.cached_property
     def weight_bytes(self) -> int:
         """Bytes of weights that every iteration reads: the layers and the output projection, no embedding table."""
         return (self.num_layer_params + self.vocab_size * self.hidden_size) * self.dtype_bytes
 
-    @property
+    @functools.cached_property
     def kv_bytes_per_token(self) -> int:
         """Bytes of one token's keys and values, over all layers and heads."""
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * self.dtype_bytes
@@ -62,7 +63,7 @@ class ModelShape:
         attention = 2.0 * self.num_layers * self.num_q_heads * self.head_dim * totals.twice_num_pairs
         return 2.0 * self.num_layer_params * totals.num_tokens + attention
 
-    @property
+    @functools.cached_property
     def decode_row_flops(self) -> float:
         """FLOPs of one decoded token but for attention, which is bound by memory."""
         return 2.0 * (self.num_layer_params + self.vocab_size * self.hidden_size)

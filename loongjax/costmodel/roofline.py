@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -134,8 +135,7 @@ class RooflineModel:
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
         """Its bytes at the link's rate, after one collective's latency."""
-        time = MigrationTime(latency_s=self.rates.collective_s, per_byte_s=1.0 / self.rates.link_bytes_per_s)
-        return time.seconds(num_tokens, self.model, tp)
+        return self._migration.seconds(num_tokens, self.model, tp)
 
     def tipping_tokens(self, strategy: Strategy) -> float:
         """Where the matrices' FLOPs of the tokens take as long as reading the weights."""
@@ -146,6 +146,10 @@ class RooflineModel:
         """Where a master's matrices compute as long as they are read."""
         row_s = self.model.decode_row_flops / (strategy.tp * self.rates.flops_per_s)
         return self._weights_s(strategy.tp) / row_s
+
+    @functools.cached_property
+    def _migration(self) -> MigrationTime:
+        return MigrationTime(latency_s=self.rates.collective_s, per_byte_s=1.0 / self.rates.link_bytes_per_s)
 
     def _weights_s(self, tp: int) -> float:
         return self.model.weight_bytes / tp / self.rates.memory_bytes_per_s

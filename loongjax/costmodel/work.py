@@ -7,6 +7,7 @@ sums and asks for all times in one call.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,6 +21,10 @@ Numbers = int | float | Sequence[int] | Sequence[float] | np.number | np.ndarray
 def per_batch(numbers: Numbers) -> np.ndarray:
     """As float64 of the same shape; a single number as [1]."""
     return np.atleast_1d(np.asarray(numbers, np.float64))
+
+
+_ZERO, _ONE = np.zeros(1), np.ones(1)
+_ZERO.flags.writeable = _ONE.flags.writeable = False
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -60,8 +65,8 @@ class PrefillTotals:
         cls,
         num_tokens: Numbers,
         squared_lens: Numbers,
-        new_times_past: Numbers = 0.0,
-        decode_keys: Numbers = 0.0,
+        new_times_past: Numbers = _ZERO,
+        decode_keys: Numbers = _ZERO,
     ) -> PrefillTotals:
         """Totals from sums in any numeric type; of scalars: arrays [1]."""
         return cls(
@@ -69,6 +74,16 @@ class PrefillTotals:
             squared_lens=per_batch(squared_lens),
             new_times_past=per_batch(new_times_past),
             decode_keys=per_batch(decode_keys),
+        )
+
+    @classmethod
+    def of_batch(cls, num_tokens: int, squared_lens: int) -> PrefillTotals:
+        """Totals of a single batch of whole prompts: arrays [1]."""
+        return cls(
+            num_tokens=np.array([num_tokens], np.float64),
+            squared_lens=np.array([squared_lens], np.float64),
+            new_times_past=_ZERO,
+            decode_keys=_ZERO,
         )
 
     @classmethod
@@ -81,7 +96,7 @@ class PrefillTotals:
             [work.decode_keys for work in works],
         )
 
-    @property
+    @functools.cached_property
     def twice_num_pairs(self) -> np.ndarray:
         """Twice the query and key pairs of causal attention, the diagonal counted half, those of decodes left out.
 
@@ -160,6 +175,14 @@ class DecodeTotals:
             num_masters=masters,
             busiest_rows=np.ceil(rows / masters),
             busiest_keys=np.ceil(per_batch(num_keys) / strategy.sp),
+        )
+
+    @classmethod
+    def of_one_master(cls, num_rows: int, busiest_keys: int) -> DecodeTotals:
+        """Totals of a single step in which one instance has all rows: arrays [1]."""
+        rows = np.array([num_rows], np.float64)
+        return cls(
+            num_rows=rows, num_masters=_ONE, busiest_rows=rows, busiest_keys=np.array([busiest_keys], np.float64)
         )
 
     @classmethod

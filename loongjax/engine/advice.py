@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from loongjax.core.plan import Decode, Plan
@@ -13,13 +14,29 @@ from loongjax.runtime.protocol import Runtime
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.validate import check_plan
+from loongjax.scheduler.view import ClusterView
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Rehearsal:
+    """An answer about the future."""
+
+    view: ClusterView
+    policy: Policy
+    """The copy that gave it."""
+    plans: tuple[Plan, ...]
+
+    def is_about(self, view: ClusterView) -> bool:
+        """Whether all has come as foreseen, whenever that was."""
+        return view == dataclasses.replace(self.view, now_s=view.now_s)
 
 
 class Advice:
     """Asks a policy.
 
     What it remembers of an answer that nobody follows would be wrong, so a copy is asked about the future, and takes
-    the policy's place if its answer is followed.
+    the policy's place if its answer is followed. That is when the same decode goes on, or when the future has come as
+    foreseen: then what is to be done was decided while the devices were busy, and nobody waits for it.
     """
 
     def __init__(self, policy: Policy, runtime: Runtime, state: EngineState, *, checks: bool) -> None:
@@ -28,32 +45,57 @@ class Advice:
         self._runtime = runtime
         self._state = state
         self._checks = checks
+        self._rehearsals: dict[int, _Rehearsal] = {}
+        """What would follow an iteration in flight, by its id, as the policy remembers things now."""
 
     def observe(self, observations: Sequence[Observation]) -> None:
         """Tells the policy what has happened since it was told last."""
         if observations:
             self._policy.observe(observations)
+            for rehearsal in self._rehearsals.values():
+                rehearsal.policy.observe(observations)
 
     def plans(self) -> tuple[Plan, ...]:
         """What is to be done now."""
-        return self._ask(self._policy)
+        view = self._snapshot()
+        for rehearsal in self._rehearsals.values():
+            if rehearsal.is_about(view):
+                self._follow(rehearsal.policy)
+                return rehearsal.plans
+        self._follow(self._policy)
+        return self._ask(self._policy, view)
 
     def repeats(self, flight: Flight, decode: Decode) -> bool:
         """Whether the same decode and nothing else would follow this flight of it; if so, it is as good as decided."""
-        rehearsing = self._policy.copy()
-        if self._ask(rehearsing, as_if_over=flight) != (decode,):
+        view = self._snapshot(as_if_over=flight)
+        iteration_id = flight.iteration.iteration_id
+        known = self._rehearsals.get(iteration_id)
+        if known is not None and known.is_about(view):
             return False
-        self._policy = rehearsing
-        return True
+        rehearsing = self._policy.copy()
+        plans = self._ask(rehearsing, view)
+        if plans == (decode,):
+            self._follow(rehearsing)
+            return True
+        self._rehearsals[iteration_id] = _Rehearsal(view, rehearsing, plans)
+        return False
 
     def would_repeat(self, flight: Flight, decode: Decode, num_steps: int) -> bool:
         """Whether the same decode and nothing else would follow so many steps of it, the one in flight included."""
-        return self._ask(self._policy.copy(), as_if_over=flight, num_more_steps=num_steps - 1) == (decode,)
+        view = self._snapshot(as_if_over=flight)
+        if num_steps > 1:
+            view = foresee(view, decode, num_steps - 1)
+        return self._ask(self._policy.copy(), view) == (decode,)
 
-    def _ask(self, policy: Policy, as_if_over: Flight | None = None, num_more_steps: int = 0) -> tuple[Plan, ...]:
-        """What a policy answers now; with `as_if_over`, once that decode is over, and as many steps more."""
+    def _follow(self, policy: Policy) -> None:
+        """From now on this one knows what was done; what others would do after something else is of no use."""
+        self._policy = policy
+        self._rehearsals = {}
+
+    def _snapshot(self, as_if_over: Flight | None = None) -> ClusterView:
+        """The cluster as it is; with `as_if_over`, once that flight is over."""
         state = self._state
-        view = take_snapshot(
+        return take_snapshot(
             shape=state.shape,
             limits=self._runtime.limits,
             kv_cache=state.kv_cache,
@@ -63,8 +105,8 @@ class Advice:
             now_s=self._runtime.now_s(),
             as_if_over=as_if_over,
         )
-        if num_more_steps and as_if_over is not None and isinstance(as_if_over.plan, Decode):
-            view = foresee(view, as_if_over.plan, num_more_steps)
+
+    def _ask(self, policy: Policy, view: ClusterView) -> tuple[Plan, ...]:
         plans = policy.plan(view)
         if self._checks:
             check_plan(view, plans)

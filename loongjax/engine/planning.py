@@ -2,7 +2,9 @@
 
 Running ahead: while a decode is in flight, the policy is also asked what it would do once that is over. If the answer
 is the same decode again and nothing else, its next iteration is submitted behind it at once, before any token was read;
-the devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration.
+the devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration. Any other
+answer is kept, and followed when the decode is over if all has come as foreseen, so that no instance stands still while
+the policy thinks.
 
 Jumps, in simulations, are the same question for many steps: see `loongjax.engine.jumps`.
 """
@@ -42,6 +44,8 @@ class Planning:
         self._landing = landing
         self._run_ahead = run_ahead and jumps is None
         self._jumps = jumps
+        self._unlike: set[int] = set()
+        """Iterations that something else would have followed when the policy was asked last."""
 
     def plan(self) -> bool:
         """Asks the policy, and does what it says.
@@ -59,8 +63,7 @@ class Planning:
             for plan in self._advice.plans():
                 self._departure.carry_out(plan)
         if self._run_ahead:
-            for flight in state.flights.lone():
-                self._continue(flight)
+            self._run_ahead_of(state.flights.lone())
         if self._jumps is not None:
             is_any_over |= self._jump(self._jumps)
         if state.live and not (state.flights or is_any_over):
@@ -69,14 +72,24 @@ class Planning:
             )
         return is_any_over
 
-    def _continue(self, flight: Flight) -> None:
+    def _run_ahead_of(self, flights: list[Flight]) -> None:
+        """Continues what goes on as it is; asks last about what did not, for what is submitted meanwhile changes the
+        answer."""
+        unlike, self._unlike = self._unlike, set()
+        for flight in sorted(flights, key=lambda flight: flight.iteration.iteration_id in unlike):
+            if not self._continue(flight):
+                self._unlike.add(flight.iteration.iteration_id)
+
+    def _continue(self, flight: Flight) -> bool:
         """Submits a decode's next iteration behind it, if that is what the policy would decide once it is over."""
         if not isinstance(flight.plan, Decode) or flight.is_void:
-            return
+            return False
         if any(live.has_ended or live.num_tokens_left <= 0 for live in flight.requests):
-            return
-        if self._advice.repeats(flight, flight.plan):
-            self._departure.carry_out(flight.plan)
+            return False
+        if not self._advice.repeats(flight, flight.plan):
+            return False
+        self._departure.carry_out(flight.plan)
+        return True
 
     def _jump(self, jumps: Jumps) -> bool:
         """Lets decodes stand for as many steps as nobody could interfere with; whether any has ended by that."""

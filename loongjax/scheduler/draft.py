@@ -92,7 +92,8 @@ class Draft:
         for request in requests:
             num_tokens: dict[InstanceId, int] = {}
             for interval in request.kept:
-                num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + len(interval)
+                instance = interval.instance
+                num_tokens[instance] = num_tokens.get(instance, 0) + interval.end - interval.begin
             for instance, count in num_tokens.items():
                 self.free[instance] -= self.shape.num_pages_for(count)
         self.idle.difference_update(group.instances)

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -109,3 +111,11 @@ def test_a_strategy_without_devices_is_refused(sp, tp):
 def test_strategies_are_ordered_and_say_what_they_are():
     assert sorted([Strategy(4, 1), Strategy(1, 2), Strategy(1, 1)]) == [Strategy(1, 1), Strategy(1, 2), Strategy(4, 1)]
     assert str(Strategy(4, 2)) == "sp4 tp2"
+
+
+def test_the_totals_of_a_single_batch_are_those_of_its_work() -> None:
+    work = PrefillWork(new_lens=(3, 5))
+    single = PrefillTotals.of_batch(work.num_tokens, work.squared_lens)
+    for field in dataclasses.fields(PrefillTotals):
+        one, many = getattr(single, field.name), getattr(work.totals, field.name)
+        assert one.tolist() == many.tolist()

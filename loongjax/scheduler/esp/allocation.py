@@ -131,9 +131,11 @@ class Allocator:
 
     def _loss_of_newcomers(self, choice: Choice, site: Site, now_s: float, then_s: float) -> float:
         """What it costs them if the choice ends in `then_s` seconds on the site too, instead of in `now_s` without."""
+        both = [*choice.instances, *site.instances]
+        if not self._newcomers.have_to_wait(both):
+            return 0.0
         without = self._newcomers.cost(dict.fromkeys(choice.instances, now_s))
-        with_site = self._newcomers.cost(dict.fromkeys([*choice.instances, *site.instances], then_s))
-        return with_site - without
+        return self._newcomers.cost(dict.fromkeys(both, then_s)) - without
 
     def _tell(self, choice: Choice, site: Site, offer: _Offer, is_taken: bool) -> None:
         if self._explain is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
+from loongjax.scheduler.components import order_of
 from loongjax.scheduler.esp.objective import prefill_weight
+from loongjax.scheduler.queue import priority_classes
 from loongjax.scheduler.view import WaitingView
 
 REMEMBERED = 128
@@ -41,25 +43,29 @@ class Arrivals:
         new = self._unseen(waiting)
         if not new:
             return self
-        new.sort(key=_order_of)
         weight, tokens, squared_tokens = self.weight, self.tokens, self.squared_tokens
-        seconds, last_order, last_s = self.seconds, self.last_order, self.last_s
+        seconds, last_s = self.seconds, self.last_s
+        newest = new[-1].order
+        if self.last_order < 0:
+            last_s = max(last_s, new[0].arrival_s)
+            del new[0]
         for request in new:
-            if last_order >= 0:
-                gap_s = max(0.0, request.arrival_s - last_s)
-                seconds = seconds * _KEPT + gap_s
-                if seconds > 0.0:
-                    own = prefill_weight(request, request.arrival_s)
-                    weight = weight * _KEPT + own
-                    tokens = tokens * _KEPT + own * request.num_tokens
-                    squared_tokens = squared_tokens * _KEPT + own * request.num_tokens**2
-            last_order, last_s = request.order, max(last_s, request.arrival_s)
+            arrival_s = request.arrival_s
+            seconds *= _KEPT
+            if arrival_s > last_s:
+                seconds += arrival_s - last_s
+                last_s = arrival_s
+            if seconds > 0.0:
+                own, length = prefill_weight(request, arrival_s), request.num_tokens
+                weight = weight * _KEPT + own
+                tokens = tokens * _KEPT + own * length
+                squared_tokens = squared_tokens * _KEPT + own * length**2
         return Arrivals(
             weight=weight,
             tokens=tokens,
             squared_tokens=squared_tokens,
             seconds=seconds,
-            last_order=last_order,
+            last_order=newest,
             last_s=last_s,
         )
 
@@ -76,16 +82,12 @@ class Arrivals:
         return round(self.tokens / self.weight), round(self.squared_tokens / self.weight)
 
     def _unseen(self, waiting: Sequence[WaitingView]) -> list[WaitingView]:
-        """Within a priority the newest are last."""
-        if not waiting:
-            return []
-        if waiting[0].priority == waiting[-1].priority:
-            return list(itertools.takewhile(self._is_unseen, reversed(waiting)))
-        return [request for request in waiting if self._is_unseen(request)]
-
-    def _is_unseen(self, request: WaitingView) -> bool:
-        return request.order > self.last_order
-
-
-def _order_of(request: WaitingView) -> int:
-    return request.order
+        """In order of arrival. Within a priority the newest are last."""
+        new: list[WaitingView] = []
+        classes = priority_classes(waiting)
+        for begin, end in classes:
+            first = bisect.bisect_right(waiting, self.last_order, lo=begin, hi=end, key=order_of)
+            new += waiting[first:end]
+        if len(classes) > 1:
+            new.sort(key=order_of)
+        return new

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -62,87 +63,126 @@ def split(
     num_requests, num_instances = len(lengths), len(free_tokens)
     if num_requests == 0:
         return ()
+    if num_instances == 0:
+        return None
     if num_instances == 1:
         num_kept = (lengths if kept_tokens is None else kept_tokens).sum()
         fits = num_kept <= free_tokens[0] and lengths.sum() <= max_tokens_per_instance and num_requests <= max_requests
         return (Batch(range(num_requests), range(1)),) if fits else None
-    costs = _costs(lengths, weights, seconds, num_instances, max_tokens_per_instance, max_requests)
-    kept = _neighbour_sums(lengths if kept_tokens is None else kept_tokens)
+    runs = _runs(num_requests, max_requests)
+    num_tokens = runs.sums(lengths)
+    totals = PrefillTotals.of_sums(num_tokens, runs.sums(lengths * lengths))
+    costs = _costs(num_tokens, totals, runs.sums(weights), seconds, num_instances, max_tokens_per_instance)
+    kept = runs.sums(lengths if kept_tokens is None else kept_tokens)
     free = np.concatenate(([0], np.cumsum(free_tokens)))
-    least = np.full((num_instances + 1, num_requests + 1), np.inf)
-    least[0, 0] = 0.0
-    candidates = np.empty_like(costs)
-    for k in range(1, num_instances + 1):
-        # Every batch takes an instance, so a column of f follows from those before it, all its rows at once. Of the
-        # last column one row is asked for.
-        rows = slice(0, num_requests) if k < num_instances else slice(num_requests - 1, num_requests)
-        alone = np.where(kept[0, rows] <= free[k], costs[k - 1, 0, rows], np.inf)
-        followed = candidates[: k - 1, :, rows]  # [degree of parallelism, begin, end] of a batch that is not alone
-        np.add(least[k - 1 : 0 : -1, :num_requests, None], costs[: k - 1, :, rows], out=followed)
-        for dop in range(1, k):
-            num_free = free[k] - free[k - dop]
-            if kept[0, -1] > num_free:
-                np.copyto(followed[dop - 1], np.inf, where=kept[:, rows] > num_free)
-        least[k, 1:][rows] = np.minimum(alone, followed.min(axis=(0, 1), initial=np.inf))
-    return _trace_back(least, costs, kept, free)
+    return _Search(runs, costs, kept, free).trace_back()
 
 
-def _costs(
-    lengths: Int[np.ndarray, " requests"],
-    weights: Float[np.ndarray, " requests"],
-    seconds: PrefillSeconds,
-    num_instances: int,
-    max_tokens_per_instance: int,
-    max_requests: int,
-) -> Float[np.ndarray, "dops requests requests"]:
-    """T of the batch of requests [begin, end] on 1, 2, ... instances; infinite where that may be no batch."""
-    num_requests = len(lengths)
-    places = _places_of_batches(num_requests, max_requests)
-    num_tokens = _neighbour_sums(lengths).take(places)
-    totals = PrefillTotals.of_sums(num_tokens, _neighbour_sums(lengths * lengths).take(places))
-    weight = _neighbour_sums(weights).take(places)
-    most_of_any = num_tokens.max()
-    costs = np.full((num_instances, num_requests * num_requests), np.inf)
-    for dop, cost in enumerate(costs, start=1):
-        most_tokens = dop * max_tokens_per_instance
-        batch_costs = seconds(dop, totals) * weight
-        if most_of_any > most_tokens:
-            batch_costs[num_tokens > most_tokens] = np.inf
-        cost[places] = batch_costs
-    return costs.reshape(num_instances, num_requests, num_requests)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Runs:
+    """All runs of neighbours that may be a batch, by their last request, and those with the same by their first."""
+
+    first: Int[np.ndarray, " runs"]
+    last: Int[np.ndarray, " runs"]
+    offsets: Int[np.ndarray, " requests"]
+    """Where the runs that end with each request begin."""
+    slices: tuple[slice, ...]
+    """Those runs."""
+
+    def sums(self, numbers: np.ndarray) -> np.ndarray:
+        """Of each run's numbers: [runs]."""
+        sums = numbers.cumsum()
+        return sums.take(self.last) - (sums - numbers).take(self.first)
 
 
 @functools.lru_cache(maxsize=64)
-def _places_of_batches(num_requests: int, max_requests: int) -> Int[np.ndarray, " batches"]:
-    """Where a flattened square of [begin, end] may be a batch. Shared: not to be written to."""
-    places = np.flatnonzero(np.triu(np.tri(num_requests, k=max_requests - 1, dtype=bool)))
-    places.flags.writeable = False
-    return places
+def _runs(num_requests: int, max_requests: int) -> _Runs:
+    """Shared: not to be written to."""
+    last, first = np.nonzero(np.tril(~np.tri(num_requests, k=-max_requests, dtype=bool)))
+    offsets = np.searchsorted(last, np.arange(num_requests))
+    slices = [slice(begin, end) for begin, end in itertools.pairwise([*offsets.tolist(), len(last)])]
+    return _Runs(first.copy(), last.copy(), offsets, tuple(slices))
 
 
-def _neighbour_sums(numbers: np.ndarray) -> np.ndarray:
-    """Sums of numbers [begin, end], for every begin and end: [len, len]; of no meaning where end < begin."""
-    sums = np.cumsum(numbers)
-    return sums[None, :] - (sums - numbers)[:, None]
+def _costs(
+    num_tokens: Int[np.ndarray, " runs"],
+    totals: PrefillTotals,
+    weights: Float[np.ndarray, " runs"],
+    seconds: PrefillSeconds,
+    num_instances: int,
+    max_tokens_per_instance: int,
+) -> Float[np.ndarray, "dops runs"]:
+    """T of each run as a batch on 1, 2, ... instances; infinite where these cannot compute as many tokens."""
+    costs = np.empty((num_instances, len(num_tokens)))
+    most_of_any = num_tokens.max()
+    for dop, cost in enumerate(costs, start=1):
+        np.multiply(seconds(dop, totals), weights, out=cost)
+        if most_of_any > dop * max_tokens_per_instance:
+            cost[num_tokens > dop * max_tokens_per_instance] = np.inf
+    return costs
 
 
-def _trace_back(
-    least: Float[np.ndarray, "instances_and_1 requests_and_1"],
-    costs: Float[np.ndarray, "instances requests requests"],
-    kept: Int[np.ndarray, "requests requests"],
-    free: Int[np.ndarray, " instances_and_1"],
-) -> tuple[Batch, ...] | None:
-    """The batches behind the least f[n][k], found again from the last to the first; None if it is infinite."""
-    num_requests = kept.shape[0]
-    i, k = num_requests, int(np.argmin(least[:, num_requests]))
-    if least[k, i] == np.inf:
-        return None
-    batches: list[Batch] = []
-    while i:
-        num_free = free[k] - free[k - 1 :: -1]
-        candidates = least[k - 1 :: -1, :i] + costs[:k, :i, i - 1]
-        candidates[kept[None, :i, i - 1] > num_free[:, None]] = np.inf
-        dop_less_1, begin = divmod(int(np.argmin(candidates)), i)
-        batches.append(Batch(range(begin, i), range(k - 1 - dop_less_1, k)))
-        i, k = begin, k - 1 - dop_less_1
-    return tuple(reversed(batches))
+class _Search:
+    """The table of f, column by column."""
+
+    def __init__(
+        self,
+        runs: _Runs,
+        costs: Float[np.ndarray, "dops runs"],
+        kept: Int[np.ndarray, " runs"],
+        free: Int[np.ndarray, " instances_and_1"],
+    ) -> None:
+        """All of f.
+
+        Args:
+            runs: what may be a batch.
+            costs: of each on 1, 2, ... instances.
+            kept: slots that each takes.
+            free: slots on the first 0, 1, ... instances.
+        """
+        num_instances, num_requests = len(costs), len(runs.offsets)
+        self._runs = runs
+        self._costs = costs
+        self._kept = kept
+        self._free = free
+        self._is_memory_short = kept.max() > np.diff(free).min()
+        """Whether there may be a batch that some instance could not hold."""
+        self._least_of_all = np.full(num_instances + 1, np.inf)
+        """f[n], of all requests."""
+        self._before = np.empty((num_instances, len(kept)))
+        """[l, run]: f[j][l] of the requests before the run."""
+        column = np.full(num_requests + 1, np.inf)
+        column[0] = 0.0
+        for k in range(1, num_instances + 1):
+            # Every batch takes an instance, so a column of f follows from those before it, all its rows at once. Of
+            # the last column one row is asked for.
+            column.take(runs.first, out=self._before[k - 1], mode="clip")
+            if k < num_instances:
+                least = np.minimum.reduce(self._candidates(k, slice(None)))
+                column[0], column[1:] = np.inf, np.minimum.reduceat(least, runs.offsets)
+                self._least_of_all[k] = column[-1]
+        last = self._candidates(num_instances, runs.slices[-1])
+        self._least_of_all[num_instances] = last.min()
+
+    def trace_back(self) -> tuple[Batch, ...] | None:
+        """The batches behind the least f[n][k], found again from the last to the first; None if it is infinite."""
+        i, k = len(self._runs.offsets), int(self._least_of_all.argmin())
+        if self._least_of_all[k] == np.inf:
+            return None
+        batches: list[Batch] = []
+        while i:
+            runs = self._runs.slices[i - 1]
+            dop_less_1, index = divmod(int(self._candidates(k, runs).argmin()), runs.stop - runs.start)
+            begin = int(self._runs.first[runs.start + index])
+            batches.append(Batch(range(begin, i), range(k - 1 - dop_less_1, k)))
+            i, k = begin, k - 1 - dop_less_1
+        return tuple(reversed(batches))
+
+    def _candidates(self, k: int, runs: slice) -> Float[np.ndarray, "dops runs"]:
+        """The cost of each of these runs on the last 1, 2, ... of k instances, and of what is before it on the others;
+        infinite where memory is too short."""
+        candidates = self._before[k - 1 :: -1, runs] + self._costs[:k, runs]
+        if self._is_memory_short:
+            num_free = self._free[k] - self._free[k - 1 :: -1]
+            candidates[self._kept[runs] > num_free[:, None]] = np.inf
+        return candidates

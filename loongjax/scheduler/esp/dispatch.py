@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -32,10 +32,8 @@ from loongjax.scheduler.esp.explain import Decision, Sink, Step
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Move, Mover
 from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
-from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
-from loongjax.scheduler.fairness import Fairness
 
 MAX_REFUSALS = 2
 """Decode groups that may turn out not worth pausing before the rest, which cost more, is not considered."""
@@ -64,6 +62,11 @@ class Choice:
         """In how many seconds all its instances should be idle."""
         return max([site.ready_s for site in self.sites], default=0.0)
 
+    def paused_weight(self, group: Collection[InstanceId]) -> float:
+        """What a second costs the decodes that are paused on any of these instances."""
+        members = set(group)
+        return sum([site.pause_weight for site in self.sites if not members.isdisjoint(site.instances)], 0.0)
+
     def take(self, site: Site) -> None:
         self.sites.append(site)
         self.instances.extend(site.instances)
@@ -81,8 +84,6 @@ class Dispatcher:
         times: Times,
         *,
         config: EspConfig,
-        fairness: Fairness,
-        lengths: OutputLengths,
         mover: Mover | None,
         explain: Sink | None,
     ) -> None:
@@ -92,15 +93,8 @@ class Dispatcher:
         self._memory = memory
         self._times = times
         self._config = config
-        self._fairness = fairness
-        self._lengths = lengths
         self._mover = mover
         self._explain = explain
-        self._is_patient = fairness.may_overtake(window[0])
-        self._order = sorted(range(len(window)), key=window.urgencies.__getitem__, reverse=True)
-        if not self._is_patient:
-            self._order.remove(0)
-            self._order.insert(0, 0)
 
     def dispatch(self) -> Choice:
         """Fills the vacant instances, then pauses decodes one group after the other where the gain exceeds the cost."""
@@ -109,12 +103,15 @@ class Dispatcher:
             choice.places = self.pick(self._outlook.vacant, [])
             if choice.places:
                 choice.instances = list(self._outlook.vacant)
+        most = min(self._config.max_picked, len(self._window))
+        if len(choice.places) >= most:
+            return choice
         num_refusals = 0
-        for site in self._outlook.decodes:
-            if num_refusals >= MAX_REFUSALS or len(choice.places) >= min(self._config.max_picked, len(self._window)):
+        for site in self._outlook.by_pause_cost():
+            if num_refusals >= MAX_REFUSALS or len(choice.places) >= most:
                 break
             more = self.pick([*choice.instances, *site.instances], choice.places)
-            if more and not choice.places and not self._is_patient:
+            if more and not choice.places and not self._window.is_patient:
                 self._make_way(choice, site)
                 break
             if more and (num_worth := self._num_worth_pausing(choice, site, more)):
@@ -142,7 +139,7 @@ class Dispatcher:
         if any(window[place].is_suspect for place in taken):
             return []
         already, company, num_skipped = set(taken), list(taken), 0
-        for place in self._order:
+        for place in window.order:
             request = window[place]
             if num_seats <= 0:
                 break
@@ -163,7 +160,7 @@ class Dispatcher:
                     break
             else:
                 num_skipped += 1
-                if place == 0 and not self._is_patient:
+                if place == 0 and not window.is_patient:
                     break
                 if num_skipped > self._config.max_lookahead:
                     break
@@ -290,31 +287,3 @@ class Dispatcher:
         """In how many seconds the last decode of the group is expected to end: the paper's AvgLat_d - exec_time."""
         assert site.facts is not None, site
         return site.ready_s + site.facts.num_steps_left * step_s(site, self._times)
-
-
-def num_worth_batching(
-    times: Times, dop: int, lens: np.ndarray, weights: np.ndarray, paused_weight: float = 0.0
-) -> int:
-    """The tipping point: how many of these requests, in this order, one prefill should take; the others come next.
-
-    While a prefill is bound by memory another request costs next to nothing, and it saves a prefill of its own, which
-    takes `fixed` seconds however small it is. Beyond, it delays those before it. So the first r is put off for which
-
-        (T(1..r) - T(1..r-1)) x sum of w before r  >  fixed x (sum of w from r on + that of the decodes paused).
-
-    With A + B tokens and n equal requests that is where the tokens exceed A / B, the model's tipping point, times the
-    requests put off: a long queue is served in larger batches.
-
-    Args:
-        times: predictions.
-        dop: instances of the prefill.
-        lens: tokens of each request, int64.
-        weights: what a second of waiting costs each, float64.
-        paused_weight: what a second costs the decodes that stand still for each prefill.
-    """
-    if len(lens) < 2:
-        return len(lens)
-    seconds = times.prefill_s(dop, PrefillTotals.of_sums(np.cumsum(lens), np.cumsum(lens * lens)))
-    before = np.cumsum(weights)[:-1]
-    is_put_off = np.diff(seconds) * before > times.least_prefill_s(dop) * (weights.sum() - before + paused_weight)
-    return 1 + int(np.argmax(is_put_off)) if is_put_off.any() else len(lens)

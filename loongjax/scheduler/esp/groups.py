@@ -25,12 +25,16 @@ class GroupFacts:
         self.instances = instances
         self.requests = tuple(requests)
         self._lengths = lengths.copy()
-        self._has_paces = any(request.slo.tpot_s is not None for request in requests)
 
     def still_hold(self, requests: Sequence[RunningView], lengths: OutputLengths) -> bool:
         """Whether these are the same requests, unchanged, and no more is known of outputs."""
         # Views are made anew only if something changed, and tuples look at identity first.
         return self._lengths.knows_the_same(lengths) and self.requests == tuple(requests)
+
+    @functools.cached_property
+    def has_paces(self) -> bool:
+        """Whether any of them wishes for a time per token, so that what a pause costs depends on the time."""
+        return any(request.slo.tpot_s is not None for request in self.requests)
 
     @functools.cached_property
     def num_tokens(self) -> int:
@@ -45,7 +49,7 @@ class GroupFacts:
 
     def pause_weight(self, now_s: float, step_s: float) -> float:
         """What it costs a second that all of them stand still, if each further token takes at least `step_s`."""
-        return self._sum_of_weights(now_s, step_s) if self._has_paces else self._timeless_weight
+        return self._sum_of_weights(now_s, step_s) if self.has_paces else self._timeless_weight
 
     @functools.cached_property
     def _timeless_weight(self) -> float:

@@ -14,8 +14,9 @@ from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook, step_s
-from loongjax.scheduler.esp.sparing import Sparing, num_starting, ordered
+from loongjax.scheduler.esp.sparing import Sparing
 from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.tipping import OrderedBatch, put_in_order
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.placement import Shelf, place_keys
 from loongjax.scheduler.view import WaitingView
@@ -41,7 +42,6 @@ def launch(
     window: Window,
     times: Times,
     *,
-    first: int | None,
     newcomers: Newcomers,
     growth_tokens: int,
     explain: Sink | None,
@@ -59,7 +59,6 @@ def launch(
         choice: requests and instances.
         window: where the requests are.
         times: predictions.
-        first: the place of a request that is not put off, if there is one.
         newcomers: for whom an instance may be spared.
         growth_tokens: room to leave for each request.
         explain: is given each batch that starts.
@@ -68,24 +67,23 @@ def launch(
     by_length = sorted(choice.places, key=lambda place: (-window.lens[place], place))
     started: list[int] = []
     coming: set[int] = set()
-    batches = _batches(draft, by_length, instances, window, times)
+    batches = _batches(draft, by_length, instances, choice, window, times)
     if batches:
-        sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, first=first, explain=explain)
-        decided = sparing.decide(batches, lambda fewer: _batches(draft, by_length, fewer, window, times))
+        sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
+        decided = sparing.decide(batches, lambda fewer: _batches(draft, by_length, fewer, choice, window, times))
         if decided is None:
             draft.reserve(choice.instances)
             return Launch([], set(choice.places))
         batches = decided
-    for places, group in batches:
+    for batch in batches:
+        group, kept = batch.group, batch.starting
         if not draft.idle.issuperset(group):
             _hold(draft, outlook, choice, group, times)
-            coming.update(places)
+            coming.update(batch.places)
             continue
-        in_order = ordered(places, window, first)
-        kept = in_order[: num_starting(in_order, group, choice, window, times)]
         start(draft, group, window.views(kept), growth_tokens)
         started += kept
-        coming.update(in_order[len(kept) :])
+        coming.update(batch.places[batch.num_starting :])
         if explain is not None:
             requests = window.views(kept)
             duration_s = times.batch_s(len(group), requests)
@@ -98,7 +96,7 @@ def launch(
                     cost=duration_s * window.weight(kept),
                     instances=tuple(sorted(group)),
                     request_ids=tuple([request.request_id for request in requests]),
-                    terms=(("prefill_s", duration_s), ("num_put_off", float(len(places) - len(kept)))),
+                    terms=(("prefill_s", duration_s), ("num_put_off", float(len(batch.places) - len(kept)))),
                 )
             )
     return Launch(started, coming)
@@ -107,9 +105,9 @@ def launch(
 def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:
     """Puts one prefill into the draft. Its keys stay on the fewest instances that can hold them: scale-down."""
     page_size = draft.shape.page_size
-    num_needed = sum([draft.shape.num_pages_for(request.num_tokens) for request in requests if request.keeps_kv])
-    num_spare = sum([draft.shape.num_pages_for(growth_tokens) for request in requests if request.keeps_kv])
-    has_room = sum([draft.room(instance) for instance in group]) >= num_needed
+    num_pages = [draft.shape.num_pages_for(request.num_tokens) for request in requests if request.keeps_kv]
+    num_spare = len(num_pages) * draft.shape.num_pages_for(growth_tokens)
+    has_room = sum([draft.room(instance) for instance in group]) >= sum(num_pages)
     shelves = [
         Shelf(
             instance,
@@ -137,9 +135,9 @@ def _hold(draft: Draft, outlook: Outlook, choice: Choice, group: Sequence[Instan
 
 
 def _batches(
-    draft: Draft, by_length: list[int], instances: list[InstanceId], window: Window, times: Times
-) -> list[tuple[list[int], list[InstanceId]]]:
-    """(places, instances) of each batch of equation 5. If memory is too scattered for all requests, the last in queue
+    draft: Draft, by_length: list[int], instances: list[InstanceId], choice: Choice, window: Window, times: Times
+) -> list[OrderedBatch]:
+    """The batches of equation 5. If memory is too scattered for all requests, the last in queue
     order are left out, half of them at a time."""
     page_size = draft.shape.page_size
     free_tokens = np.array([draft.room(instance) * page_size for instance in instances], np.int64)
@@ -155,10 +153,14 @@ def _batches(
             kept_tokens=np.array([window.pages[place] * page_size for place in by_length], np.int64),
         )
         if batches is not None:
-            return [
-                ([by_length[index] for index in batch.requests], [instances[index] for index in batch.instances])
+            slices = [
+                (
+                    by_length[batch.requests.start : batch.requests.stop],
+                    instances[batch.instances.start : batch.instances.stop],
+                )
                 for batch in batches
             ]
+            return put_in_order(slices, choice, window, times)
         left_out = set(sorted(by_length)[-(-len(by_length) // 2) :] if len(by_length) > 1 else by_length)
         by_length = [place for place in by_length if place not in left_out]
     return []

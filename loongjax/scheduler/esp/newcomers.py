@@ -46,15 +46,17 @@ class Newcomers:
 
     def wait_elsewhere_s(self, taken: Collection[InstanceId]) -> float:
         """Until they can start on an instance that is not taken; inf if never."""
-        draft, until_free_s = self._draft, self._outlook.until_free_s
-        return min(
-            [
-                until_free_s[instance] if instance in draft.prefilling else 0.0
-                for instance in range(draft.shape.num_instances)
-                if instance not in taken and draft.room(instance) > 0 and until_free_s[instance] < math.inf
-            ],
-            default=math.inf,
-        )
+        draft, least_s = self._draft, math.inf
+        for instance, until_free_s in enumerate(self._outlook.until_free_s):
+            if instance not in taken and until_free_s < math.inf and draft.room(instance) > 0:
+                if instance not in draft.prefilling:
+                    return 0.0
+                least_s = min(least_s, until_free_s)
+        return least_s
+
+    def have_to_wait(self, taken: Collection[InstanceId]) -> bool:
+        """Whether anybody is to come, and could start nowhere at once if these instances were taken."""
+        return self.weight_per_s > 0.0 and self.wait_elsewhere_s(taken) > 0.0
 
     def cost(self, taken: Mapping[InstanceId, float]) -> float:
         """What their waiting costs then, in seconds x weight, beyond what they would lose on an idle instance."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Prefill
@@ -24,12 +25,17 @@ class Site:
     """Ascending."""
     ready_s: float = 0.0
     """In how many seconds all of them should be idle."""
-    pause_weight: float = 0.0
-    """What it costs a second that the decodes there stand still."""
     requests: tuple[RunningView, ...] = ()
     """Those decodes."""
     facts: GroupFacts | None = None
     """What is known of them, if they are a decode group as it is."""
+    weigh: Callable[[], float] = float
+    """Says what `pause_weight` is, if anybody asks."""
+
+    @functools.cached_property
+    def pause_weight(self) -> float:
+        """What it costs a second that the decodes there stand still."""
+        return self.weigh()
 
 
 def step_s(site: Site, times: Times) -> float:
@@ -68,25 +74,30 @@ class Outlook:
         self.vacant = [instance for instance in draft.idle if not draft.residents[instance] and instance not in barred]
         self.vacant.sort(key=lambda instance: (-draft.room(instance), instance))
         """Idle instances without keys, those with most room first."""
-        facts = [groups.facts_of(component, lengths) for component in self.components]
-        steps_s = times.steps_of_one_master_s([group.size_of_step for group in facts])
-        sites = [self._site(group, view.now_s, step_s) for group, step_s in zip(facts, steps_s, strict=True)]
+        sites = [self._site(groups.facts_of(component, lengths), view.now_s, times) for component in self.components]
         self.decodes = [site for site in sites if site.ready_s < math.inf]
         if barred:
             self.decodes = [site for site in self.decodes if not _meets(site.instances, barred)]
-        """Decode groups, those first that are cheapest to pause for each instance."""
-        self.decodes.sort(key=lambda site: (site.pause_weight / len(site.instances), site.instances))
+        """Decode groups."""
         self.emptied = self._emptied(draft, barred)
         """Instances that prefills in flight will leave without keys, soonest first."""
 
-    def _site(self, group: GroupFacts, now_s: float, step_s: float) -> Site:
+    def _site(self, group: GroupFacts, now_s: float, times: Times) -> Site:
+        def weigh() -> float:
+            step_s = times.step_of_one_master_s(*group.size_of_step) if group.has_paces else 0.0
+            return group.pause_weight(now_s, step_s)
+
         return Site(
             instances=group.instances,
             ready_s=max([self.until_free_s[instance] for instance in group.instances]),
-            pause_weight=group.pause_weight(now_s, step_s),
             requests=group.requests,
             facts=group,
+            weigh=weigh,
         )
+
+    def by_pause_cost(self) -> list[Site]:
+        """Decode groups, those first that are cheapest to pause for each instance."""
+        return sorted(self.decodes, key=lambda site: (site.pause_weight / len(site.instances), site.instances))
 
     def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:
         sites: list[Site] = []

@@ -35,7 +35,7 @@ class OutputLengths:
         """[i]: the sum of 1 / length from the i-th on."""
 
     def copy(self) -> OutputLengths:
-        other = OutputLengths()
+        other = object.__new__(OutputLengths)
         other.__dict__.update(self.__dict__)
         return other
 

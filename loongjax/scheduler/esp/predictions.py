@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 
@@ -18,8 +16,7 @@ MAX_REMEMBERED_AT_ONCE = 64
 class Predictions:
     """Times in seconds, before any correction, by the immutable values that they follow from.
 
-    A policy meets the same batch often: a flight whenever it is asked before that is over, and once more when it is. A
-    model answers for arrays, where a call for one number costs as much as for hundreds.
+    A policy meets the same batch often: a flight whenever it is asked before that is over, and once more when it is.
     """
 
     def __init__(self, model: CostModel) -> None:
@@ -28,6 +25,7 @@ class Predictions:
         self._works: dict[tuple[object, ...], float] = {}
         self._prefills: dict[tuple[int, int, int, int], float] = {}
         self._steps: dict[tuple[int, int, int, int], float] = {}
+        self._migrations: dict[tuple[int | float, int], float] = {}
 
     def known_s(self, strategy: Strategy, work: PrefillWork | DecodeWork) -> float | None:
         """Of this iteration, if it was asked for lately."""
@@ -59,23 +57,30 @@ class Predictions:
         if seconds is None:
             if len(self._prefills) >= MAX_REMEMBERED:
                 self._prefills.clear()
-            totals = PrefillTotals.of_sums(num_tokens, squared_lens)
-            seconds = self._prefills[key] = float(self._model.prefill_s(strategy, totals)[0])
+            totals = PrefillTotals.of_batch(num_tokens, squared_lens)
+            seconds = self._prefills[key] = self._model.prefill_s(strategy, totals).item()
         return seconds
 
-    def steps_of_one_master_s(self, strategy: Strategy, sizes: Sequence[tuple[int, int]]) -> list[float]:
-        """Of decode steps in which one instance has all rows, by (rows, keys of the fullest instance)."""
-        known, sp, tp = self._steps, strategy.sp, strategy.tp
-        missing = [size for size in sizes if (sp, tp, *size) not in known]
-        if missing:
-            if len(known) + len(missing) > MAX_REMEMBERED:
-                known.clear()
-                missing = list(sizes)
-            rows, keys = np.array(missing, np.float64).T
-            totals = DecodeTotals(num_rows=rows, num_masters=np.ones(len(rows)), busiest_rows=rows, busiest_keys=keys)
-            for size, seconds in zip(missing, self._model.decode_s(strategy, totals).tolist(), strict=True):
-                known[sp, tp, *size] = seconds
-        return [known[sp, tp, *size] for size in sizes]
+    def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
+        """Of a decode step in which one instance has all rows, by the keys of the fullest."""
+        key = strategy.sp, strategy.tp, num_rows, busiest_keys
+        seconds = self._steps.get(key)
+        if seconds is None:
+            if len(self._steps) >= MAX_REMEMBERED:
+                self._steps.clear()
+            totals = DecodeTotals.of_one_master(num_rows, busiest_keys)
+            seconds = self._steps[key] = self._model.decode_s(strategy, totals).item()
+        return seconds
+
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
+        """Of moving so many tokens' keys between instances of `tp` devices."""
+        key = num_tokens, tp
+        seconds = self._migrations.get(key)
+        if seconds is None:
+            if len(self._migrations) >= MAX_REMEMBERED:
+                self._migrations.clear()
+            seconds = self._migrations[key] = self._model.migration_s(num_tokens, tp).item()
+        return seconds
 
 
 def _key(strategy: Strategy, work: PrefillWork | DecodeWork) -> tuple[object, ...]:

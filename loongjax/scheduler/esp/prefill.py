@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
-import numpy as np
+from collections.abc import Collection
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.allocation import Allocator
 from loongjax.scheduler.esp.arrivals import Arrivals
+from loongjax.scheduler.esp.candidates import Candidates
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.dispatch import Dispatcher
 from loongjax.scheduler.esp.explain import Decision, Sink
@@ -19,7 +18,6 @@ from loongjax.scheduler.esp.launch import launch
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Mover
 from loongjax.scheduler.esp.newcomers import Newcomers
-from loongjax.scheduler.esp.objective import priority_factor
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.senior import SeniorPlanner, senior_of
@@ -30,9 +28,6 @@ from loongjax.scheduler.view import WaitingView
 
 LEAST_OVERTAKE = 1 / 16
 """What being overtaken counts at least; once, if those who overtake take as long as the request itself."""
-
-MAX_SEEN = 1024
-"""Waiting requests among which the shortest are looked for."""
 
 
 class PrefillPlanner:
@@ -47,6 +42,7 @@ class PrefillPlanner:
         fairness: Fairness,
         lengths: OutputLengths,
         arrivals: Arrivals,
+        candidates: Candidates,
         groups: GroupMemory,
         can_migrate: bool,
         explain: Sink | None,
@@ -58,6 +54,7 @@ class PrefillPlanner:
         self._fairness = fairness
         self._lengths = lengths
         self._arrivals = arrivals
+        self._candidates = candidates
         self._groups = groups
         self._can_migrate = can_migrate
         self._explain = explain
@@ -70,16 +67,16 @@ class PrefillPlanner:
         """
         view, draft = self._view, self._draft
         senior = senior_of(view)
-        requests = _shortest(view.waiting[:MAX_SEEN], self._config.max_picked + self._config.max_lookahead)
-        if senior is not None:
+        requests = self._candidates.of(view.waiting)
+        if senior is not None and senior is not requests[0]:
             requests = [senior, *[request for request in requests if request is not senior]]
-        window = Window(requests, view.shape, view.now_s, self._config.implied_ttft_s)
+        first = requests[0]
+        is_patient = self._fairness.may_overtake(first)
+        window = self._candidates.window_of(requests, view, is_patient=is_patient)
         idle_before = set(draft.idle)
         barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
         outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)
-        first = window[0]
-        is_patient = self._fairness.may_overtake(first)
-        started, coming = self._optimise(window, outlook, is_patient=is_patient)
+        started, coming = self._optimise(window, outlook)
         must_start = not is_patient or not view.running
         is_left = 0 not in started and 0 not in coming
         if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
@@ -87,7 +84,7 @@ class PrefillPlanner:
         self._note(window, started, idle_before - draft.idle)
         return outlook.components
 
-    def _optimise(self, window: Window, outlook: Outlook, *, is_patient: bool) -> tuple[list[int], Collection[int]]:
+    def _optimise(self, window: Window, outlook: Outlook) -> tuple[list[int], Collection[int]]:
         """Places of requests (whose prefill starts, for which instances are held or keys moved or that come next).
 
         If the first request was overtaken too often, it is not put off again, nor made to wait for other prefills.
@@ -107,8 +104,6 @@ class PrefillPlanner:
             memory,
             self._times,
             config=self._config,
-            fairness=self._fairness,
-            lengths=self._lengths,
             mover=mover,
             explain=self._explain,
         )
@@ -122,7 +117,7 @@ class PrefillPlanner:
                 outlook,
                 window,
                 self._times,
-                may_wait=is_patient,
+                may_wait=window.is_patient,
                 mover=mover,
                 newcomers=newcomers,
                 explain=self._explain,
@@ -138,7 +133,6 @@ class PrefillPlanner:
             choice,
             window,
             self._times,
-            first=None if is_patient else 0,
             newcomers=newcomers,
             growth_tokens=self._config.growth_tokens,
             explain=self._explain,
@@ -178,20 +172,3 @@ class PrefillPlanner:
         self._fairness.note_prefilled(requests)
         passed = [request for request in self._draft.residents_of(taken) if not request.is_in_flight]
         self._fairness.note_passed(passed)
-
-
-def _shortest(waiting: Sequence[WaitingView], count: int) -> list[WaitingView]:
-    """The first of these, and the shortest of the others, so many altogether, in the order of the queue.
-
-    Short prompts weigh most for the time that they take, so behind a long queue they must not go unseen. A step of
-    priority counts like half as long a prompt twice over, as it does in weight over time.
-    """
-    if len(waiting) <= count:
-        return list(waiting)
-    lens = np.array([request.num_tokens for request in waiting], np.float64)
-    if waiting[0].priority or waiting[-1].priority:
-        lens /= np.sqrt([priority_factor(request.priority) for request in waiting])
-    lens[0] = -1.0
-    places = np.argpartition(lens, count - 1)[:count]
-    places.sort()
-    return [waiting[place] for place in places.tolist()]

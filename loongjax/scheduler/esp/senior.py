@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.components import order_of
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.launch import start
 from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.queue import priority_classes
 from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
 
 
@@ -18,21 +19,11 @@ def senior_of(view: ClusterView) -> WaitingView | None:
     The queue is in order of arrival within each priority, so only the first of each has to be looked at.
     """
     waiting = view.waiting
-    oldest: WaitingView | None = None
-    index = 0
-    while index < len(waiting):
-        first = waiting[index]
-        if oldest is None or first.order < oldest.order:
-            oldest = first
-        index = bisect.bisect_right(waiting, first.priority, lo=index, key=_priority)
-    if oldest is None:
+    if not waiting:
         return None
+    oldest = min([waiting[begin] for begin, _ in priority_classes(waiting)], key=order_of)
     order = oldest.order
     return None if any(request.order < order for request in view.running) else oldest
-
-
-def _priority(request: WaitingView) -> int:
-    return request.priority
 
 
 class SeniorPlanner:

@@ -18,15 +18,13 @@ from collections.abc import Callable, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.dispatch import Choice, num_worth_batching
+from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.tipping import OrderedBatch
 from loongjax.scheduler.esp.window import Window
-
-Batches = list[tuple[list[int], list[InstanceId]]]
-"""(places in the window, instances) of prefills."""
 
 
 class Sparing:
@@ -39,7 +37,6 @@ class Sparing:
         window: where the requests are.
         times: predictions.
         newcomers: for whom an instance may be spared.
-        first: the place of a request that may not be held back, if there is one.
         explain: is given the comparison.
     """
 
@@ -52,7 +49,6 @@ class Sparing:
         times: Times,
         *,
         newcomers: Newcomers,
-        first: int | None,
         explain: Sink | None,
     ) -> None:
         self._draft = draft
@@ -61,30 +57,33 @@ class Sparing:
         self._window = window
         self._times = times
         self._newcomers = newcomers
-        self._first = first
         self._explain = explain
         self._weight_behind = sum(window.weights) - window.weight(choice.places)
 
-    def decide(self, batches: Batches, split_on: Callable[[list[InstanceId]], Batches]) -> Batches | None:
+    def decide(
+        self, batches: list[OrderedBatch], split_on: Callable[[list[InstanceId]], list[OrderedBatch]]
+    ) -> list[OrderedBatch] | None:
         """These batches, those that leave an instance idle, or None: nothing is to start now.
 
         Args:
             batches: of the choice, on all its instances.
             split_on: the batches of its requests on fewer instances.
         """
-        loss = self._newcomers.cost(self._taken(batches))
-        if not loss:
+        if not self._newcomers.have_to_wait([instance for batch in batches for instance in batch.group]):
             return batches
         paused = {instance for site in self._choice.sites for instance in site.instances}
         vacant = [instance for instance in self._choice.instances if instance not in paused]
         if not vacant:
             return batches
+        loss = self._newcomers.cost(self._taken(batches))
+        if not loss:
+            return batches
         if self._choice.dop == 1:
             return None if self._is_held(vacant, loss) else batches
         # Who comes is short and needs little room.
         spared = min(vacant, key=lambda instance: (self._draft.room(instance), instance))
-        fewer = split_on([instance for _, group in batches for instance in group if instance != spared])
-        if sum([len(places) for places, _ in fewer]) < sum([len(places) for places, _ in batches]):
+        fewer = split_on([instance for batch in batches for instance in batch.group if instance != spared])
+        if sum([len(batch.places) for batch in fewer]) < sum([len(batch.places) for batch in batches]):
             return batches
         gain = loss - self._newcomers.cost(self._taken(fewer))
         cost = self._cost(fewer) - self._cost(batches)
@@ -92,25 +91,26 @@ class Sparing:
 
     def _is_held(self, vacant: Sequence[InstanceId], loss: float) -> bool:
         wait_s = self._newcomers.wait_elsewhere_s(vacant)
-        if self._first is not None or wait_s == math.inf:
+        if not self._window.is_patient or wait_s == math.inf:
             return False
         weight = self._weight_behind + self._window.weight(self._choice.places)
         return self._judge(loss, weight * wait_s, vacant)
 
-    def _taken(self, batches: Batches) -> dict[InstanceId, float]:
+    def _taken(self, batches: list[OrderedBatch]) -> dict[InstanceId, float]:
         """For how many seconds from now each instance will be, by what starts first."""
         taken: dict[InstanceId, float] = {}
-        for places, group in batches:
-            in_order = ordered(places, self._window, self._first)
-            kept = in_order[: num_starting(in_order, group, self._choice, self._window, self._times)]
-            ready_s = max([self._outlook.until_free_s[instance] for instance in group])
-            end_s = ready_s + self._times.batch_s(len(group), self._window.views(kept))
-            taken.update(dict.fromkeys(group, end_s))
+        for batch in batches:
+            ready_s = max([self._outlook.until_free_s[instance] for instance in batch.group])
+            end_s = ready_s + self._batch_s(batch, batch.starting)
+            taken.update(dict.fromkeys(batch.group, end_s))
         return taken
 
-    def _cost(self, batches: Batches) -> float:
-        seconds = [self._times.batch_s(len(group), self._window.views(places)) for places, group in batches]
-        weights = [self._window.weight(places) for places, _ in batches]
+    def _batch_s(self, batch: OrderedBatch, places: Sequence[int]) -> float:
+        return self._times.batch_of_s(len(batch.group), *self._window.sums(places))
+
+    def _cost(self, batches: list[OrderedBatch]) -> float:
+        seconds = [self._batch_s(batch, batch.places) for batch in batches]
+        weights = [self._window.weight(batch.places) for batch in batches]
         own = sum([weight * duration_s for weight, duration_s in zip(weights, seconds, strict=True)])
         return own + self._weight_behind * min(seconds)
 
@@ -130,19 +130,3 @@ class Sparing:
                 )
             )
         return gain > cost
-
-
-def ordered(places: Sequence[int], window: Window, first: int | None) -> list[int]:
-    """The requests of a batch in the order in which they would best follow each other: most weight for the time
-    first, behind one that may not be put off."""
-    return sorted(places, key=lambda place: (place != first, -window.urgencies[place], place))
-
-
-def num_starting(
-    in_order: Sequence[int], group: Sequence[InstanceId], choice: Choice, window: Window, times: Times
-) -> int:
-    """How many of these requests of a batch one prefill on the group should take."""
-    lens, weights = window.arrays(in_order)
-    sites = [site for site in choice.sites if not set(group).isdisjoint(site.instances)]
-    paused_weight = sum([site.pause_weight for site in sites], 0.0)
-    return num_worth_batching(times, len(group), lens, weights, paused_weight)

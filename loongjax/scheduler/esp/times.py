@@ -59,22 +59,8 @@ class Times:
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
         strategy = self._strategy(dop)
-        (base_s,) = self._predictions.steps_of_one_master_s(strategy, [(num_rows, busiest_keys)])
+        base_s = self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
         return self._factor("decode", strategy) * base_s
-
-    def steps_of_one_master_s(self, sizes: Sequence[tuple[int, int, int]]) -> list[float]:
-        """As `step_of_one_master_s`, for many (degree of parallelism, rows, keys of the fullest instance)."""
-        alike: dict[int, list[int]] = {}
-        for index, (dop, _, _) in enumerate(sizes):
-            alike.setdefault(dop, []).append(index)
-        result = [0.0] * len(sizes)
-        for dop, indices in alike.items():
-            strategy = self._strategy(dop)
-            factor = self._factor("decode", strategy)
-            bases_s = self._predictions.steps_of_one_master_s(strategy, [sizes[index][1:] for index in indices])
-            for index, base_s in zip(indices, bases_s, strict=True):
-                result[index] = factor * base_s
-        return result
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
@@ -97,7 +83,7 @@ class Times:
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
-        return float(self._model.migration_s(num_tokens, self._tp)[0])
+        return self._predictions.migration_s(num_tokens, self._tp)
 
     def until_free_s(self, view: ClusterView) -> list[float]:
         """Seconds until what occupies each instance should be over: 0 if nothing does, inf while it recovers.

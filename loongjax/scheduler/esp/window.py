@@ -19,12 +19,22 @@ class Window:
         shape: the cluster's.
         now_s: the engine's clock.
         implied_ttft_s: see `objective.prefill_weight`.
+        is_patient: whether the first request may still be overtaken.
     """
 
     def __init__(
-        self, requests: Sequence[WaitingView], shape: ClusterShape, now_s: float, implied_ttft_s: float
+        self,
+        requests: Sequence[WaitingView],
+        shape: ClusterShape,
+        now_s: float,
+        implied_ttft_s: float,
+        *,
+        is_patient: bool,
     ) -> None:
         self.requests = requests
+        self.is_patient = is_patient
+        self._now_s = now_s
+        self._has_wishes = any(request.slo.ttft_s is not None for request in requests)
         self.lens = [request.num_tokens for request in requests]
         self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""
@@ -32,8 +42,22 @@ class Window:
         """What a second of waiting costs."""
         self.urgencies = [weight / length for weight, length in zip(self.weights, self.lens, strict=True)]
         """Weight over length: in descending order of it, one after the other costs least."""
+        self.order = sorted(range(len(requests)), key=self.urgencies.__getitem__, reverse=True)
+        """Places in that order, behind the first request where it may be overtaken no more."""
+        if not is_patient:
+            self.order.remove(0)
+            self.order.insert(0, 0)
+        self.rank = [0] * len(requests)
+        """Of each place in that order."""
+        for rank, place in enumerate(self.order):
+            self.rank[place] = rank
         self._len_array = np.array(self.lens, np.int64)
         self._weight_array = np.array(self.weights, np.float64)
+
+    def still_holds(self, requests: Sequence[WaitingView], now_s: float, *, is_patient: bool) -> bool:
+        """Whether it would be the same if it were made of this list now. Without wishes nobody's weight changes."""
+        is_as_urgent = not self._has_wishes or now_s == self._now_s
+        return requests is self.requests and is_patient == self.is_patient and is_as_urgent
 
     def __len__(self) -> int:
         return len(self.requests)

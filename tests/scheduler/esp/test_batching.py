@@ -154,6 +154,10 @@ def test_no_requests_are_no_batches():
     assert solve(Problem(lengths=(), weights=(), free_tokens=(10,), coefficients=LINEAR)) == ()
 
 
+def test_no_instances_hold_no_requests():
+    assert solve(Problem(lengths=(100,), weights=(1.0,), free_tokens=(), coefficients=())) is None
+
+
 def test_the_cost_model_is_asked_once_for_each_degree_of_parallelism():
     asked: list[int] = []
 

@@ -1,17 +1,14 @@
-"""Step 1: equations 1 and 2 and the tipping point by hand, and in which order requests get in."""
+"""Step 1: equations 1 and 2 by hand, and in which order requests get in."""
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
 from loongjax.core.request import FinishReason, ServiceLevel
 from loongjax.costmodel.work import PrefillWork
-from loongjax.scheduler.esp.dispatch import num_worth_batching
 from loongjax.scheduler.esp.objective import TOKEN_S
-from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView, FlightView
 from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
@@ -78,38 +75,6 @@ def test_the_expected_end_of_decodes_follows_what_outputs_were_like() -> None:
     policy.plan(one_busy_instance())
     # Of outputs longer than 4 or 5 the mean is 200: a has 196 left, b 195.
     assert only(decisions, "dispatch").gain == pytest.approx(196 / 100)
-
-
-@pytest.mark.parametrize(("num_requests", "expected"), [(1, 1), (2, 2), (3, 2), (10, 6), (100, 51)])
-def test_beyond_the_tipping_point_a_batch_grows_with_the_queue(num_requests: int, expected: int) -> None:
-    """Each request takes as long as the constant: the k-th delays k - 1, which is worth it for all those behind."""
-    times = Times(HandModel(constant_s=1.0), 1)
-    lens = np.full(num_requests, 100)
-    worth = num_worth_batching(times, 1, lens, 1.0 / lens)
-    # By hand: r joins while 1 s x (r - 1) <= 1.01 s x (n - r + 1).
-    by_hand = max(r for r in range(1, num_requests + 1) if (r - 1) <= 1.01 * (num_requests - r + 1))
-    assert worth == expected == by_hand
-
-
-def test_a_prefill_that_is_bound_by_memory_takes_everybody() -> None:
-    times = Times(HandModel(floor_s=10.0), 1)
-    lens = np.full(50, 10)
-    assert num_worth_batching(times, 1, lens, 1.0 / lens) == 50
-
-
-def test_a_long_prompt_is_not_batched_with_a_short_one_that_it_would_delay() -> None:
-    times = Times(HandModel(constant_s=1.0), 1)
-    lens = np.array([10, 10_000])
-    assert num_worth_batching(times, 1, lens, 1.0 / lens) == 1
-
-
-def test_decodes_that_stand_still_for_each_prefill_make_batches_larger() -> None:
-    """The second prompt takes 2 s more, which costs the first 0.2; another prefill costs 1 s x (1 / 200 + the decodes'
-    weight)."""
-    times = Times(HandModel(constant_s=1.0), 1)
-    lens = np.array([10, 200])
-    answers = [num_worth_batching(times, 1, lens, 1.0 / lens, weight) for weight in (0.0, 0.19, 0.2)]
-    assert answers == [1, 1, 2]
 
 
 def test_vacant_instances_cost_nothing() -> None:

@@ -25,11 +25,11 @@ class CountingModel(HandModel):
     asked: list[int] = dataclasses.field(default_factory=list)
 
     def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        self.asked.append(len(totals.num_tokens))
+        self.asked.append(totals.num_tokens.size)
         return super().prefill_s(strategy, totals)
 
     def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
-        self.asked.append(len(totals.busiest_keys))
+        self.asked.append(totals.busiest_keys.size)
         return super().decode_s(strategy, totals)
 
 
@@ -75,20 +75,20 @@ def test_the_steps_of_a_long_jump_are_not_kept() -> None:
     assert predictions.known_s(ONE, decode(1)) is None
 
 
-def test_steps_that_are_known_are_not_asked_for_among_others() -> None:
+def test_a_step_of_one_master_is_asked_about_once() -> None:
     counting = model()
     predictions = Predictions(counting)
-    first = predictions.steps_of_one_master_s(TWO, [(3, 100)])
-    both = predictions.steps_of_one_master_s(TWO, [(3, 100), (4, 50)])
-    assert both == [*first, 2.0 + 0.25 * 4 + 0.01 * 50 + 0.125]
-    assert counting.asked == [1, 1]
+    for _ in range(2):
+        assert predictions.step_of_one_master_s(TWO, 4, 50) == 2.0 + 0.25 * 4 + 0.01 * 50 + 0.125
+    assert counting.asked == [1]
 
 
 @pytest.mark.parametrize(
     "ask",
     [
         lambda predictions, size: predictions.prefill_s(ONE, size, size * size),
-        lambda predictions, size: predictions.steps_of_one_master_s(ONE, [(1, size), (2, size)]),
+        lambda predictions, size: [predictions.step_of_one_master_s(ONE, rows, size) for rows in (1, 2)],
+        lambda predictions, size: predictions.migration_s(size, 1),
         lambda predictions, size: predictions.of_works(ONE, [decode(size), decode(size + 1)]),
     ],
 )

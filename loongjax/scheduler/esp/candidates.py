@@ -1,0 +1,63 @@
+"""Who of the waiting queue an answer looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from loongjax.scheduler.esp.objective import priority_factor
+from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.view import ClusterView, WaitingView
+
+MAX_SEEN = 1024
+"""Waiting requests among which the shortest are looked for."""
+
+
+class Candidates:
+    """Those of the last queue that was asked about, and what they take and weigh.
+
+    The engine shows the same tuple until its queue changes, and most questions are asked because a step has ended.
+
+    Args:
+        count: how many to look at.
+        implied_ttft_s: see `objective.prefill_weight`.
+    """
+
+    def __init__(self, count: int, implied_ttft_s: float) -> None:
+        self._count = count
+        self._implied_ttft_s = implied_ttft_s
+        self._queue: tuple[WaitingView, ...] = ()
+        self._found: list[WaitingView] = []
+        self._window: Window | None = None
+
+    def of(self, queue: tuple[WaitingView, ...]) -> list[WaitingView]:
+        """In the order of the queue. Shared: not to be changed."""
+        if queue is not self._queue:
+            self._queue, self._found = queue, shortest(queue[:MAX_SEEN], self._count)
+        return self._found
+
+    def window_of(self, requests: list[WaitingView], view: ClusterView, *, is_patient: bool) -> Window:
+        """Of these candidates. Shared: not to be changed."""
+        window = self._window
+        if window is None or not window.still_holds(requests, view.now_s, is_patient=is_patient):
+            window = Window(requests, view.shape, view.now_s, self._implied_ttft_s, is_patient=is_patient)
+            self._window = window
+        return window
+
+
+def shortest(waiting: Sequence[WaitingView], count: int) -> list[WaitingView]:
+    """The first of these, and the shortest of the others, so many altogether, in the order of the queue.
+
+    Short prompts weigh most for the time that they take, so behind a long queue they must not go unseen. A step of
+    priority counts like half as long a prompt twice over, as it does in weight over time.
+    """
+    if len(waiting) <= count:
+        return list(waiting)
+    lens = np.array([request.num_tokens for request in waiting], np.float64)
+    if waiting[0].priority or waiting[-1].priority:
+        lens /= np.sqrt([priority_factor(request.priority) for request in waiting])
+    lens[0] = -1.0
+    places = np.argpartition(lens, count - 1)[:count]
+    places.sort()
+    return [waiting[place] for place in places.tolist()]
