@@ -30,23 +30,34 @@ def chain(attend: Attend, keys: Any, q: jax.Array, *, keeps_queries: bool = Fals
 
     def step(operands: tuple[Any, jax.Array], token: jax.Array, i: Any) -> jax.Array:
         keys, q = operands
-        # What is carried is small: XLA may copy it.
-        awaited, _ = jax.lax.optimization_barrier((q, token))
-        return attend(keys, awaited, i).ravel()[0].astype(jnp.float32)
+        # What is carried is small, since XLA may copy it. It has to come back and to count, or XLA would leave out the
+        # repetitions whose output nobody sees.
+        awaited, token = jax.lax.optimization_barrier((q, token))
+        return token / 2 + attend(keys, awaited, i).ravel()[0].astype(jnp.float32)
 
-    return repeat_step(step, (keys, q), jnp.float32(0))
+    return repeat_step(step, (keys, q), jnp.float32(0), as_loop=True)
 
 
-def repeat_step(step: Callable[[Any, jax.Array, Any], jax.Array], operands: Any, carried: jax.Array) -> Repeat:
-    """Repetitions of carried = step(operands, carried, i). Programs are compiled once for each number of them."""
+def repeat_step(
+    step: Callable[[Any, jax.Array, Any], jax.Array], operands: Any, carried: jax.Array, *, as_loop: bool = False
+) -> Repeat:
+    """Repetitions of carried = step(operands, carried, i). Programs are compiled once for each number of them.
+
+    Args:
+        step: one repetition.
+        operands: what does not change.
+        carried: what the first one is given.
+        as_loop: on a GPU, too, where a loop launches kernels of its own to count. Steps on the same operands need one:
+            side by side, XLA could make one of them.
+    """
     step = jax.jit(step)  # to be traced once
 
     @functools.cache
     def repeat(num: int) -> Callable[[], jax.Array]:
         def run(operands: Any, carried: jax.Array) -> jax.Array:
-            if jax.default_backend() != "gpu":
+            if as_loop or jax.default_backend() != "gpu":
                 return jax.lax.fori_loop(0, num, lambda i, carried: step(operands, carried, i), carried)
-            for i in range(num):  # on a GPU a loop would launch kernels of its own to count
+            for i in range(num):
                 carried = step(operands, carried, i)
             return carried
 
