@@ -56,8 +56,6 @@ LLAMA3_8B = ModelShape(
 
 NOW_S = 10.0
 """On the engine's clock; those who wait have come since 0."""
-PAUSE_S = 0.005
-"""Before each answer."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,7 +216,7 @@ def make_policy(case: Case, random: np.random.Generator) -> EspPolicy:
     return policy
 
 
-def measure(case: Case, num_samples: int, seed: int) -> dict[str, Any]:
+def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str, Any]:
     """Times of answers, in milliseconds."""
     random = np.random.default_rng(seed)
     policy = make_policy(case, random)
@@ -232,7 +230,7 @@ def measure(case: Case, num_samples: int, seed: int) -> dict[str, Any]:
         asked.copy().plan(a_step_before(view))
         gc.freeze()
         # An engine has waited for a completion. Who has computed without a pause is interrupted first.
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
         clock.seconds = 0.0
         begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
         plans = asked.plan(view)
@@ -264,13 +262,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=pathlib.Path, help="where to write the results, as JSON")
     parser.add_argument("--samples", type=int, default=200, help="answers a case, a tenth above 100 instances")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pause-s", type=float, default=0.005, help="before each answer, in which caches cool down")
     parser.add_argument("--case", choices=sorted(CASES), action="append", help="only this case; may be repeated")
     arguments = parser.parse_args(argv)
     results: dict[str, Any] = {}
     for name in tqdm(arguments.case or list(CASES)):
         case = CASES[name]
         num_samples = arguments.samples if case.num_instances < 100 else max(1, arguments.samples // 10)
-        results[name] = measure(case, num_samples, arguments.seed)
+        results[name] = measure(case, num_samples, arguments.seed, arguments.pause_s)
         tqdm.write(f"{name}: " + ", ".join(f"{key} {value}" for key, value in results[name].items() if "_ms" in key))
     report = {
         "commit": checked_out_commit(),
@@ -278,6 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         "python": platform.python_version(),
         "numpy": np.__version__,
         "seed": arguments.seed,
+        "pause_s": arguments.pause_s,
         "cases": results,
     }
     if arguments.out is not None:

@@ -15,7 +15,8 @@ from loongjax_profiling.replay.traced_runtime import TracedIteration
 def measure_host_times(
     playback: Playback, iterations: Sequence[TracedIteration], cost_model: CostModel, tp: int
 ) -> HostTimes:
-    """Means; 0 where nothing was measured, or where the model says more than iterations took.
+    """Medians of what an engine's iterations show, since the first of a kind take several times as long as later ones;
+    0 where nothing was measured, or where the model says more than iterations took.
 
     Args:
         playback: some requests, played.
@@ -32,11 +33,11 @@ def measure_host_times(
             begins_s.append(each.elapsed_s - predicted_s)
     return HostTimes(
         intake_s=playback.mean_intake_s,
-        turnaround_s=_mean(turnarounds_s),
-        decode_begin_s=max(0.0, _mean(begins_s)),
+        turnaround_s=_median(turnarounds_s),
+        decode_begin_s=max(0.0, _median(begins_s)),
         telling_s=playback.mean_telling_s,
     )
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values)) if values else 0.0
+def _median(values: Sequence[float]) -> float:
+    return float(np.median(values)) if values else 0.0

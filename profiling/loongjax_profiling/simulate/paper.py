@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 from loongjax.config import SchedulingConfig
@@ -188,12 +188,11 @@ def sustained_rate(
     return highest_rate(is_sustained, start=start, precision=config.precision)
 
 
-def compare_zipf(config: PaperConfig) -> list[dict[str, Any]]:
-    """P90 goodput by exponent and system (the paper's ablation of elastic sequence parallelism)."""
-    rows = []
+def compare_zipf(config: PaperConfig) -> Iterator[dict[str, Any]]:
+    """P90 goodput by exponent and system (the paper's ablation of elastic sequence parallelism), as they are found."""
     for alpha in config.alphas:
         published = ZIPF_GOODPUT.get(alpha, {})
-        for name in config.systems:
+        for name in esp_first(config.systems):
             rate = sustained_rate(
                 paper_system(name),
                 ZipfLengths(alpha),
@@ -202,13 +201,11 @@ def compare_zipf(config: PaperConfig) -> list[dict[str, Any]]:
                 slo=zipf_wish,
                 start=published.get(name, 1.0),
             )
-            rows.append(_row(f"zipf {alpha}", name, rate, published.get(name)))
-    return rows
+            yield _row(f"zipf {alpha}", name, rate, published.get(name))
 
 
-def compare_datasets(config: PaperConfig) -> list[dict[str, Any]]:
-    """The rate at which mean latencies cross the paper's limits, by dataset and system (figure 10)."""
-    rows = []
+def compare_datasets(config: PaperConfig) -> Iterator[dict[str, Any]]:
+    """The rate at which mean latencies cross the paper's limits, by dataset and system (figure 10), likewise."""
     for dataset_name in config.datasets:
         dataset = DATASETS[dataset_name]
         limits = (dataset.per_token_s, dataset.input_s, dataset.output_s)
@@ -218,32 +215,40 @@ def compare_datasets(config: PaperConfig) -> list[dict[str, Any]]:
             latencies = (metrics.per_token_latency_s, metrics.input_token_latency_s, metrics.output_token_latency_s)
             return not metrics.num_failed and all(map(_is_within, latencies, limits))
 
-        for name in config.systems:
+        for name in esp_first(config.systems):
             published = dataset.capacity.get(name)
             system = paper_system(name, dataset.chunk_tokens)
             rate = sustained_rate(system, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
-            rows.append(_row(dataset_name, name, rate, published))
-    return rows
+            yield _row(dataset_name, name, rate, published)
+
+
+def esp_first[Name: str](systems: Iterable[Name]) -> list[Name]:
+    """In their order, but for the one that the others are compared with."""
+    return sorted(systems, key=lambda name: name != "esp")
 
 
 def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConfig) -> int:
-    """Prints, and writes if told to, what each system sustains."""
+    """Prints what each system sustains as soon as it is found, and writes it if told to.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C ended it; what had been found by then is written.
+    """
     if config.out is not None:
         prepare_file(config.out)
-    rows = compare_zipf(config) if figure == "paper-zipf" else compare_datasets(config)
+    about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seed": config.seed}
+    about |= {"num_length_classes": config.num_length_classes, "commit": checked_out_commit()}
+    rows: list[dict[str, Any]] = []
+    esp: dict[str, Any] | None = None
     print(f"{'workload':<12}{'system':<20}{'requests/s':>12}{'paper':>10}{'esp ahead':>12}{'paper':>10}")
-    for row in rows:
-        esp = next((r for r in rows if r["workload"] == row["workload"] and r["system"] == "esp"), None)
+    for row in compare_zipf(config) if figure == "paper-zipf" else compare_datasets(config):
+        rows.append(row)
+        if row["system"] == "esp":
+            esp = row
         published = f"{row['paper_rate']:.3f}" if row["paper_rate"] else "-"
-        aheads = [_ahead(esp, row, "rate"), _ahead(esp, row, "paper_rate")]
-        print(
-            f"{row['workload']:<12}{row['system']:<20}{row['rate']:>12.3f}{published:>10}{aheads[0]:>12}{aheads[1]:>10}"
-        )
-    if config.out is not None:
-        about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seed": config.seed}
-        about["num_length_classes"] = config.num_length_classes
-        content = {"about": about | {"commit": checked_out_commit()}, "rows": rows}
-        config.out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        rates = f"{row['rate']:>12.3f}{published:>10}{_ahead(esp, row, 'rate'):>12}{_ahead(esp, row, 'paper_rate'):>10}"
+        print(f"{row['workload']:<12}{row['system']:<20}{rates}", flush=True)
+        if config.out is not None:
+            config.out.write_text(json.dumps({"about": about, "rows": rows}, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

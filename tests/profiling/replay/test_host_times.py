@@ -25,10 +25,11 @@ def played(**times: float) -> Playback:
     return Playback(records=(), num_sent=0, begin_s=0.0, is_interrupted=False, **(nothing | times))
 
 
-def test_a_turnaround_is_the_mean_over_what_did_not_go_on():
+def test_a_turnaround_is_the_median_over_what_did_not_go_on():
     iterations = [
+        traced_prefill(100, 0.1, turnaround_s=0.5),
         traced_prefill(100, 0.1, turnaround_s=0.002),
-        traced_decode(0.01, continues=False, turnaround_s=0.004),
+        traced_decode(0.01, continues=False, turnaround_s=0.003),
         traced_decode(0.01, continues=True, turnaround_s=9.0),
         traced_prefill(100, 0.1),
     ]
@@ -38,8 +39,9 @@ def test_a_turnaround_is_the_mean_over_what_did_not_go_on():
 def test_a_decodes_begin_is_what_first_steps_take_beyond_the_prediction():
     # Each is predicted to take 10 ms.
     iterations = [
+        traced_decode(0.3, continues=False),
         traced_decode(0.013, continues=False),
-        traced_decode(0.017, continues=False),
+        traced_decode(0.015, continues=False),
         traced_decode(0.5, continues=True),
         traced_prefill(100, 5.0),
         traced_recovery(1.0),

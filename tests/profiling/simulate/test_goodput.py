@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from loongjax.errors import ConfigError
 from loongjax_profiling.records import RequestRecord
+from loongjax_profiling.simulate import paper
 from loongjax_profiling.simulate.command import main
 from loongjax_profiling.simulate.goodput import highest_rate, least_attainment
 from loongjax_profiling.simulate.paper import DATASETS, ZIPF_GOODPUT, PaperConfig, paper_system, zipf_wish
@@ -112,3 +113,24 @@ def test_datasets_are_compared_too(capsys: pytest.CaptureFixture[str]):
 def test_a_comparison_without_time_is_refused():
     with pytest.raises(ConfigError):
         PaperConfig(duration_s=0.0)
+
+
+def test_what_was_found_before_ctrl_c_is_written_and_esp_comes_first(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    rates = iter([2.0, 0.5])
+
+    def found(*_, **__) -> float:
+        try:
+            return next(rates)
+        except StopIteration:
+            raise KeyboardInterrupt from None
+
+    monkeypatch.setattr(paper, "sustained_rate", found)
+    out = tmp_path / "figure10.json"
+    flags = ["--datasets", "leval", "--systems", "static-tp8", "replicated-tp2x4", "esp", "--out", str(out)]
+    with pytest.raises(KeyboardInterrupt):
+        main(["paper-datasets", *flags])
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["system"], row["rate"]) for row in rows] == [("esp", 2.0), ("static-tp8", 0.5)]
+    assert "4.00x" in capsys.readouterr().out
