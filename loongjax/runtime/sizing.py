@@ -78,6 +78,9 @@ def _slots_in_free_memory(config: EngineConfig, spec: ModelSpec, grid: DeviceGri
     num_logits = config.max_num_seqs * spec.config.padded_vocab_size(spec.tp)
     left = free - workspace - SAMPLER_BYTES_PER_LOGIT * num_logits
     num_bytes_per_token = spec.num_kv_bytes_per_token // spec.tp
+    if config.max_extend_tokens is not None:
+        # An extend may bring all keys and values of one layer into the order of its table.
+        num_bytes_per_token += num_bytes_per_token // spec.config.num_layers
     logger.info(
         "memory of a device: %.2f GiB free, %.2f GiB workspace, %.2f GiB KV pool",
         free / 2**30,

@@ -14,6 +14,7 @@ from loongjax.models.checkpoint import random_weights
 from loongjax.models.config import ModelConfig
 from loongjax.models.sharding import abstract_params, partition_specs
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
+from loongjax.runtime import sizing
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax.runtime.sizing import pool_shape, resolve_dtype, runtime_limits
@@ -77,6 +78,21 @@ def test_the_pool_has_the_stated_default_on_cpu():
 def test_the_pool_is_as_large_as_asked_for():
     shape = size_pool(num_slots=96, page_size=32)
     assert (shape.num_instances, shape.num_pages, shape.page_size) == (2, 3, 32)
+
+
+@pytest.mark.parametrize(("policy", "layers_held"), [("esp", 1), ("chunked", 2)])
+def test_on_a_gpu_the_pool_takes_what_is_free_beside_one_layer_of_it_where_prompts_are_extended(
+    policy, layers_held, monkeypatch
+):
+    free, workspace = 1_000_000, 200_000
+    monkeypatch.setattr(DeviceGrid, "platform", "gpu")
+    monkeypatch.setattr(sizing, "_free_bytes", lambda device: free)
+    monkeypatch.setattr(sizing, "_workspace_bytes", lambda *_: workspace)
+    logits = sizing.SAMPLER_BYTES_PER_LOGIT * 64 * SPEC.config.padded_vocab_size(1)
+    shape = size_pool(policy=policy, max_num_seqs=64)
+    # The model has one layer.
+    largest = (free - workspace - logits) // (layers_held * SPEC.num_kv_bytes_per_token)
+    assert shape.num_slots == largest // 16 * 16
 
 
 def test_a_page_larger_than_the_pool_is_refused():
