@@ -1,8 +1,7 @@
-"""One checkpoint, one compilation cache and one server for all tests: on CPU, compiling is what costs."""
+"""One checkpoint, one set of shapes and one server for all tests: on CPU, compiling is what costs."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -40,11 +39,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def engine_settings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which all workers of a run share
-    return ENGINE_SETTINGS | {"compilation_cache_dir": str(folder / "xla")}
+def engine_settings(cache_dir: Path) -> dict[str, Any]:
+    return ENGINE_SETTINGS | {"compilation_cache_dir": str(cache_dir)}
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,7 @@ MAX_STEPS = 10_000
 
 
 @pytest.fixture(scope="module")
-def core(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineCore]:
+def core(checkpoint: Path, cache_dir: Path) -> Iterator[EngineCore]:
     config = EngineConfig(
         checkpoint=str(checkpoint),
         num_instances=3,
@@ -34,7 +34,7 @@ def core(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         max_num_seqs=1,
         max_num_batched_tokens=4096,
         prefill_tokens_per_instance=4096,
-        compilation_cache_dir=str(tmp_path_factory.mktemp("xla")),
+        compilation_cache_dir=str(cache_dir),
     )
     core = build_core(config)
     yield core

@@ -15,9 +15,6 @@ from loongjax.engine.outputs import RequestOutput
 from loongjax.errors import ContextLengthError, RequestError
 from tests.e2e.golden_answers import CLOSE_MARGIN, LOGPROB_TOLERANCE, GoldenAnswer
 
-# Another worker may be writing the entry; then it is compiled.
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
-
 NUM_INSTANCES = 3
 POOL_TOKENS = 3 * 96
 

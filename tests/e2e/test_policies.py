@@ -11,9 +11,6 @@ from loongjax import LLM, SamplingParams
 from loongjax.config import POLICIES
 from tests.e2e.golden_answers import GoldenAnswer
 
-# Another worker may be writing the entry; then it is compiled.
-pytestmark = pytest.mark.filterwarnings("ignore:Error reading persistent compilation cache entry")
-
 MAX_TOKENS = 12
 
 

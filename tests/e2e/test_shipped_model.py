@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServeProcess]:
-    process = ServeProcess(None, tmp_path_factory.mktemp("server") / "log")
+    process = ServeProcess(None, tmp_path_factory.mktemp("server") / "log", quick_compiler=False)
     yield process
     process.kill()
 

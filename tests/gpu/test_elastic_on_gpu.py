@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,6 @@ from tests.checkpoints import BASE, VARIANTS, make_checkpoint
 from tests.runtime.driver import Driver, Golden, poison_pool, small_runtime
 
 pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(scope="session")
-def cache_dir(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("xla")
 
 
 @pytest.fixture(scope="module")

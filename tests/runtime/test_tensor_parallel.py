@@ -3,7 +3,9 @@
 On 8 devices tp leaves 8 / tp instances. Groups are the last ones, so that all tests of a runtime share executables.
 """
 
-from collections.abc import Iterator
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -26,13 +28,24 @@ def cut_id(value: tuple[int, int] | int) -> str:
 
 
 @pytest.fixture(scope="module")
-def runtime(request, tmp_path_factory, cache_dir) -> Iterator[LocalRuntime]:
-    tp, page_size = request.param
-    checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), VARIANTS[tp], with_tokenizer=False)
-    runtime = small_runtime(checkpoint, cache_dir, tp=tp, page_size=page_size)
-    assert runtime.shape.num_instances == 8 // tp
-    yield runtime
-    runtime.close()
+def runtime_of(tmp_path_factory, cache_dir) -> Iterator[Callable[[int, int], LocalRuntime]]:
+    """One runtime a cut; a parametrized fixture would make one for each DoP too."""
+    with contextlib.ExitStack() as stack:
+
+        @functools.cache
+        def build(tp: int, page_size: int) -> LocalRuntime:
+            checkpoint = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), VARIANTS[tp], with_tokenizer=False)
+            runtime = small_runtime(checkpoint, cache_dir, tp=tp, page_size=page_size)
+            stack.callback(runtime.close)
+            assert runtime.shape.num_instances == 8 // tp
+            return runtime
+
+        yield build
+
+
+@pytest.fixture
+def runtime(request, runtime_of) -> LocalRuntime:
+    return runtime_of(*request.param)
 
 
 @pytest.fixture

@@ -154,7 +154,6 @@ class World:
 
 def _serve(place: int, num_devices: int, end: Connection) -> None:
     _yield_while_polling()
-    _patch_language_once()
     while (task := end.recv()) is not None:
         path, act, arguments = task
         try:
@@ -175,16 +174,3 @@ def _yield_while_polling() -> None:
         return update(builder, operation, *arguments)
 
     interpreter.InterpreterBuilder.create_atomic_rmw = yielding  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _patch_language_once() -> None:
-    """The interpreter patches triton.language anew at every call of every function, which takes a third of its time."""
-    patch, patched = interpreter._patch_lang, set()
-
-    def patch_first(function: Any) -> interpreter._LangPatchScope:
-        if function.__module__ not in patched:  # by the names under which a module has the language
-            patched.add(function.__module__)
-            patch(function)
-        return interpreter._LangPatchScope()
-
-    interpreter._patch_lang = patch_first
