@@ -2,7 +2,7 @@
 
 jax's own interpreter (`InterpretGPUParams`) takes wgmma operands in shared memory only, knows no stores to
 accumulators, and wants every barrier waited for to its last phase. The public API has no way to add the first two or to
-leave out the third, hence the private imports.
+leave out the third, hence the private imports. What speaks of single threads stands here in plain jax.
 """
 
 import functools
@@ -13,12 +13,15 @@ from typing import Any
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src.pallas.mosaic_gpu import primitives
 from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret, shared_memory
 from jax._src.state.types import AbstractRef
 from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from loongjax.pallas_kernels.prefill_attention import mosaic_gpu_kernel
 
 (INTERPRETER,) = (x for x in vars(jaxpr_interpret).values() if hasattr(x, "_interpret_wgmma_ref_p"))
 interpret_wgmma_of_references = INTERPRETER._interpret_wgmma_ref_p
@@ -30,12 +33,28 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
     known = types.SimpleNamespace(**vars(primitives))
     known.wgmma_ref_p = _Either(primitives.wgmma_ref_p, primitives.wgmma_accumulator_store_p)
     with (
+        mock.patch.multiple(
+            mosaic_gpu_kernel, scale_rows=_scale_rows, sum_parts=_sum_parts, hide_outside=_hide_outside
+        ),
         mock.patch.object(jaxpr_interpret, "gpu_primitives", known),
         mock.patch.object(INTERPRETER, "_interpret_wgmma_ref_p", _interpret),
         mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)),
     ):
         yield
+
+
+def _scale_rows(tile: jax.Array, factor: jax.Array) -> jax.Array:
+    return tile * factor[:, None]
+
+
+def _sum_parts(tile: jax.Array) -> jax.Array:
+    return tile.reshape(tile.shape[0], -1, 8).sum(axis=1)
+
+
+def _hide_outside(tile: jax.Array, begin: jax.Array, end: jax.Array) -> jax.Array:
+    column = jnp.arange(tile.shape[1])[None, :]
+    return jnp.where((column >= begin[:, None]) & (column < end[:, None]), tile, -jnp.inf)
 
 
 class _Either:

@@ -3,11 +3,14 @@
 A thread block takes block_q query rows of one head at a time. Its last warpgroup copies key and value blocks to shared
 memory by TMA, `num_stages` ahead; the others hold 64 rows each and compute as in algorithm 2 of FlashAttention-3
 (arXiv:2407.08608), where the tensor cores multiply the weights p of one key block with its values while the softmax of
-the next one runs. Softmax is in base 2, with running maximum m, denominator d and output o:
+the next one runs. Softmax is in base 2, with reference m, denominator d and output o:
 
-    m' = max(m, c max(s)),    p = exp2(c s - m'),    d' = exp2(m - m') d + sum(p),    o' = exp2(m - m') o + p v
+    m' = c max(s) if that is above m + SLACK, else m
+    p = exp2(c s - m'),    d' = exp2(m - m') d + sum(p),    o' = exp2(m - m') o + p v
 
-where s = q . k and c = sm_scale log2(e). In the end o is divided by d, and the log-sum-exp is m ln(2) + ln(d).
+where s = q . k and c = sm_scale log2(e). In the end o is divided by d, and the log-sum-exp is m ln(2) + ln(d). The
+reference may lag behind the maximum, so that it hardly ever changes and o is left alone: weights of up to 2^SLACK are
+as exact, and a GPU at its power limit runs as fast as its instructions are few.
 
 A thread block that takes several query blocks, one after another, never runs dry between them: keys of the next one
 are copied while the last one ends, its queries as soon as they have met their last keys, and an output is stored while
@@ -27,13 +30,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import DenseKeys, PagedKeys
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_registers import hide_outside, scale_rows, sum_parts
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, Work, find_work
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import Scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import WARPGROUP_ROWS, PrefillTuning
 
 LOWEST = float(np.finfo(np.float32).min)
-"""The maximum before the first visible key: finite, so that differences of maxima are never NaN."""
+"""The reference before the first visible key: finite, so that differences of references are never NaN."""
 HIGHEST = -LOWEST
+SLACK = 8.0
+"""How far the largest scaled score may be above the reference."""
 ROW_LAYOUT = plgpu.Layout.WGMMA.reduce(1)
 
 
@@ -42,7 +48,7 @@ def prefill_kernel(
     k_gmem: Any,  # [padded_S, K, H]
     v_gmem: Any,  # [padded_S, K, H]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 4]: `Visits`
+    visits_gmem: Any,  # [q_blocks, 5]: see `line_up`
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -64,7 +70,7 @@ def extend_kernel(
     page_indices_gmem: Any,  # [I]
     layer_gmem: Any,  # [1]
     bounds_gmem: Any,  # [2, q_blocks * block_q]
-    visits_gmem: Any,  # [q_blocks, 4]: `Visits`
+    visits_gmem: Any,  # [q_blocks, 5]: see `line_up`
     o_gmem: Any,  # [padded_T, N, H]
     lse_gmem: Any,  # [N, q_blocks * block_q]
     *,
@@ -119,10 +125,9 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
     def _():
         plgpu.set_max_registers(compute_registers, action="increase")
 
-        def tile_of(number: jax.Array) -> RowTile:
-            q_block, q_head = schedule.item(number)
-            first = q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS
-            return RowTile(memory, setting.scratch, warpgroup, pl.ds(first, WARPGROUP_ROWS), q_head)
+        def tile_of(work: Work) -> RowTile:
+            first = work.q_block * tuning.block_q + warpgroup * WARPGROUP_ROWS
+            return RowTile(memory, setting.scratch, warpgroup, pl.ds(first, WARPGROUP_ROWS), work.q_head)
 
         def attend_item(number: jax.Array, work: Work) -> Work:
             next_work = work_behind(number, work)
@@ -132,13 +137,14 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
                 def _():
                     # No warp reads the queries and bounds any more.
                     plgpu.commit_smem()
-                    tile_of(number + 1).copy_in()
+                    tile_of(next_work).copy_in()
 
-            tile_of(number).store(*attend_rows(setting, work, copy_next))
+            tile_of(work).store(*attend_rows(setting, work, copy_next))
             return next_work
 
-        tile_of(jnp.int32(0)).copy_in()
-        lax.fori_loop(0, schedule.num_rounds, attend_item, first_work())
+        work = first_work()
+        tile_of(work).copy_in()
+        lax.fori_loop(0, schedule.num_rounds, attend_item, work)
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == tuning.num_compute_warpgroups)
@@ -148,8 +154,7 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
 
         def copy_item(number: jax.Array, work: Work) -> Work:
             next_work = work_behind(number, work)
-            _, q_head = schedule.item(number)
-            copy_key_blocks(keys, setting, work, q_head // group_size)
+            copy_key_blocks(keys, setting, work, work.q_head // group_size)
             return next_work
 
         lax.fori_loop(0, schedule.num_rounds, copy_item, first_work())
@@ -216,14 +221,14 @@ def attend_rows(setting: Setting, work: Work, copy_next_rows: Callable[[], None]
     plgpu.barrier_wait(scratch.rows_ready.at[warpgroup])
     k_start, k_end = (plgpu.load(scratch.bounds.at[warpgroup, i], layout=ROW_LAYOUT) for i in range(2))
     rows = Rows(setting, work, warpgroup, k_start, k_end)
-    o, maximum, denominator = pl.run_scoped(
+    o, reference, denominator = pl.run_scoped(
         functools.partial(attend_blocks, rows, copy_next_rows),
         plgpu.WGMMAAccumulatorRef((WARPGROUP_ROWS, scratch.q.shape[-1]), jnp.float32),
     )
     has_keys = k_end > k_start
     divisor = jnp.where(has_keys, denominator, 1.0)
     o = jnp.where(across(k_end, o) > across(k_start, o), o * across(1 / divisor, o), 0.0)
-    return o, jnp.where(has_keys, maximum * math.log(2) + jnp.log(divisor), -jnp.inf)
+    return o, jnp.where(has_keys, reference * math.log(2) + jnp.log(divisor), -jnp.inf)
 
 
 class Rows(NamedTuple):
@@ -297,17 +302,16 @@ class Rows(NamedTuple):
         return scores
 
     def weigh(
-        self, step: jax.Array, scores: jax.Array, maximum: jax.Array, *, masked: bool
+        self, step: jax.Array, scores: jax.Array, reference: jax.Array, *, masked: bool
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Weights p of this block's values, the new maximum, and what rescales the denominator and output so far."""
+        """Weights p of this block's values, the new reference, and what rescales the denominator and output so far."""
         if masked:
             begin = self.work.block_begin(step, self.tuning.block_kv)
-            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            visible = (key >= across(self.k_start - begin, scores)) & (key < across(self.k_end - begin, scores))
-            scores = jnp.where(visible, scores, -jnp.inf)
-        new_maximum = jnp.maximum(maximum, scores.max(axis=1) * self.setting.scale)
-        weights = jnp.exp2(scores * self.setting.scale - across(new_maximum, scores))
-        return weights, new_maximum, jnp.exp2(maximum - new_maximum)
+            scores = hide_outside(scores, self.k_start - begin, self.k_end - begin)
+        maximum = scores.max(axis=1) * self.setting.scale
+        new_reference = jnp.where(maximum > reference + SLACK, maximum, reference)
+        weights = jnp.exp2(scores * self.setting.scale - across(new_reference, scores))
+        return weights, new_reference, jnp.exp2(reference - new_reference)
 
     def loop(self, attend_block: Callable[..., Any], carry: Any) -> Any:
         """What is carried after all blocks but the first: masked ones, then bare ones."""
@@ -317,41 +321,48 @@ class Rows(NamedTuple):
 
 
 def attend_blocks(rows: Rows, copy_next_rows: Callable[[], None], o_acc: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Output [64, H] before its division, maximum and denominator [64]."""
+    """Output [64, H] before its division, reference and denominator [64]."""
     scratch = rows.scratch
 
+    def rescale_output(rescale: jax.Array, *, num_behind: int) -> None:
+        o_acc[...] = scale_rows(plgpu.wgmma_accumulator_load(o_acc, wait_n=num_behind), rescale)
+
     def attend_block(step, carry, *, masked):
-        weights, maximum, denominator = carry
+        weights, rescale, reference, denominator = carry
         plgpu.barrier_wait(scratch.k_ready.at[rows.stage(step)])
-        rows.await_values(step - 1)
 
         def issue(s_acc):
             rows.issue_scores(step, s_acc)
+            rescale_output(rescale, num_behind=1)
             rows.issue_output(step - 1, weights, o_acc)
 
         scores = rows.multiply_keys(issue, step, num_behind=1)
-        new_weights, maximum, rescale = rows.weigh(step, scores, maximum, masked=masked)
-        denominator = denominator * rescale + new_weights.sum(axis=1)
+        new_weights, reference, rescale = rows.weigh(step, scores, reference, masked=masked)
+        denominator = denominator * across(rescale, denominator) + sum_parts(new_weights)
+        # This wait, in fact over already, is what keeps the exponentials ahead of the next one: ptxas moves no
+        # arithmetic across a loop, but would move all of it behind products in flight.
+        rows.await_values(step)
         # Behind the wait, the weights in half precision can take the registers of those before.
         o, new_weights = lax.optimization_barrier((plgpu.wgmma_accumulator_load(o_acc, wait_n=0), new_weights))
+        o_acc[...] = o
         rows.release(scratch.v_free, step - 1)
-        o_acc[...] = o * across(rescale, o)
-        return new_weights.astype(weights.dtype), maximum, denominator
+        return new_weights.astype(weights.dtype), rescale, reference, denominator
 
     first = jnp.int32(0)
     plgpu.barrier_wait(scratch.k_ready.at[rows.stage(first)])
     scores = rows.multiply_keys(functools.partial(rows.issue_scores, first), first, num_behind=0)
-    weights, maximum, _ = rows.weigh(first, scores, full_row(LOWEST), masked=True)
-    carry = weights.astype(rows.q_tile.dtype), maximum, weights.sum(axis=1)
-    weights, maximum, denominator = rows.loop(attend_block, carry)
+    weights, reference, rescale = rows.weigh(first, scores, full_row(LOWEST), masked=True)
+    rows.await_values(first)
+    carry = weights.astype(rows.q_tile.dtype), rescale, reference, sum_parts(weights)
+    weights, rescale, reference, denominator = rows.loop(attend_block, carry)
 
     last = rows.work.num_blocks - 1
-    rows.await_values(last)
+    rescale_output(rescale, num_behind=0)
     rows.issue_output(last, weights, o_acc)
     copy_next_rows()
     o = lax.optimization_barrier(plgpu.wgmma_accumulator_load(o_acc, wait_n=0))
     rows.release(scratch.v_free, last)
-    return o, maximum, denominator
+    return o, reference, denominator.sum(axis=1)
 
 
 def full_row(value: float) -> jax.Array:

@@ -15,16 +15,18 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, line_up
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import make_scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
-from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
+from loongjax.pallas_kernels.prefill_attention.visits import Visits, plan_visits
 from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
 
 HEAD_DIMS = (64, 128)
 DTYPES = ("bfloat16", "float16")
 MOST_IMBALANCE = 1.02
 """Work of the busiest thread block under a causal mask, by the mean."""
+SORTED_ROUNDS = 64
+"""Items a thread block from which on it pays to sort them."""
 
 
 def is_supported(dtype: DTypeLike, head_dim: int) -> bool:
@@ -93,7 +95,7 @@ def attend_rows_over(
         block_kv=tuning.block_kv,
         alignment=launch.key_alignment,
     )
-    o, lse = _call(launch, sm_scale, q, keys, bounds, jnp.stack(visits, axis=1))
+    o, lse = _call(launch, sm_scale, q, keys, bounds, visits)
     return o[:T].astype(launch.out_dtype), lse[:, :T].T
 
 
@@ -116,9 +118,10 @@ def choose_heads_abreast(num_q_heads: int, num_kv_heads: int, num_q_blocks: int,
 def causal_imbalance(schedule: Schedule) -> float:
     """Key blocks that the busiest thread block visits under a causal mask, by the mean of all."""
     num_items, num_programs = schedule.num_q_heads * schedule.num_q_blocks, schedule.num_programs
-    q_blocks = np.repeat(np.arange(schedule.num_q_blocks)[::-1], schedule.num_heads_abreast)
-    visits = np.tile(q_blocks + 1, schedule.num_q_heads // schedule.num_heads_abreast)
-    rounds = np.pad(visits, (0, -num_items % num_programs)).reshape(-1, num_programs)
+    visits = np.repeat(np.arange(schedule.num_q_blocks, 0, -1), schedule.num_heads_abreast)
+    sets = np.tile(visits, (schedule.num_q_heads // schedule.num_heads_abreast, 1))
+    sets[-2::-2] = sets[-2::-2, ::-1]
+    rounds = np.pad(sets.ravel(), (0, -num_items % num_programs)).reshape(-1, num_programs)
     rounds[1::2] = rounds[1::2, ::-1]
     busy = rounds.sum(axis=0)
     return float(busy.max() / busy.mean())
@@ -137,19 +140,20 @@ def _call(
     q: Float[Array, "padded_T N H"],
     keys: tuple[jax.Array, ...],
     bounds: Int32[Array, "2 rows"],
-    visits: Int32[Array, "q_blocks 4"],
+    visits: Visits,
 ) -> Any:
     N, H = q.shape[1:]
     tuning = launch.tuning
     kernel_dtype = q.dtype if launch.out_dtype == q.dtype else jnp.dtype("float32")
     axes = jax.typeof(q).manual_axis_type
-    num_q_blocks = visits.shape[0]
+    num_q_blocks = visits.num_blocks.shape[0]
     num_programs = min(tuning.num_programs or num_multiprocessors(), N * num_q_blocks)
     abreast = tuning.num_heads_abreast or choose_heads_abreast(N, keys[0].shape[1], num_q_blocks, num_programs)
     abreast = min(abreast, N)
     if N % abreast:
         raise ConfigError(f"num_heads_abreast must divide the {N} query heads, got {abreast}")
     schedule = Schedule(N, num_q_blocks, num_programs, abreast)
+    line = line_up(visits, by_length=N * num_q_blocks >= SORTED_ROUNDS * num_programs)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(
         functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning, schedule=schedule),
@@ -164,4 +168,4 @@ def _call(
         thread_name="warpgroup",
         kernel_name=launch.name,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(q, *keys, bounds, visits)
+    )(q, *keys, bounds, line)
