@@ -260,8 +260,10 @@ class Rows(NamedTuple):
         plgpu.barrier_arrive(free.at[self.stage(step)])
 
     def await_values(self, step: jax.Array) -> None:
-        """Waits for the values of a step, of which a masked block may hold some that nobody named."""
         plgpu.barrier_wait(self.scratch.v_ready.at[self.stage(step)])
+
+    def drop_junk(self, step: jax.Array) -> None:
+        """Sets values of a step to zero that nobody named, of which a masked block may hold some."""
         if not self.setting.drops_junk:
             return
 
@@ -330,6 +332,8 @@ def attend_blocks(rows: Rows, copy_next_rows: Callable[[], None], o_acc: Any) ->
     def attend_block(step, carry, *, masked):
         weights, rescale, reference, denominator = carry
         plgpu.barrier_wait(scratch.k_ready.at[rows.stage(step)])
+        # Not where the values are waited for: there are too few registers while scores are held.
+        rows.drop_junk(step - 1)
 
         def issue(s_acc):
             rows.issue_scores(step, s_acc)
@@ -357,6 +361,7 @@ def attend_blocks(rows: Rows, copy_next_rows: Callable[[], None], o_acc: Any) ->
     weights, rescale, reference, denominator = rows.loop(attend_block, carry)
 
     last = rows.work.num_blocks - 1
+    rows.drop_junk(last)
     rescale_output(rescale, num_behind=0)
     rows.issue_output(last, weights, o_acc)
     copy_next_rows()
