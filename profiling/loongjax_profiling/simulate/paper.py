@@ -178,12 +178,22 @@ def sustained_rate(
     slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
     start: float,
 ) -> float:
-    """The highest rate at which what a system does is good enough."""
+    """The highest rate at which what a system does is good enough.
+
+    Args:
+        system: what serves.
+        lengths: of requests.
+        is_good: whether records are good enough; shorter latencies never make them worse.
+        config: how long requests come, and how precise the answer is to be.
+        slo: what each request wishes for.
+        start: the rate to begin with, requests a second.
+    """
 
     def is_sustained(rate: float) -> bool:
         num_requests = max(20, round(rate * config.duration_s))
         workload = synthesize(lengths, rate=rate, num_requests=num_requests, seed=config.seed)
-        return is_good(simulate(system, workload, slo=slo))
+        # Later tokens only make latencies longer: what is not good if all that is missing came at once will not be.
+        return is_good(simulate(system, workload, slo=slo, is_hopeless=lambda records: not is_good(records)))
 
     return highest_rate(is_sustained, start=start, precision=config.precision)
 

@@ -144,9 +144,24 @@ class Pod:
                     self._on_record(records[-1])
         return records
 
+    def records_if_ended(self, time_s: float) -> list[RequestRecord]:
+        """Of those who have not ended by a time until which it was run: as if each got all that it lacks just then."""
+        return [_ended_at_once(progress, time_s) for progress in self._progress.values()]
+
     def stats(self) -> EngineStats:
         """See `EngineCore.stats`."""
         return self._core.stats()
+
+
+def waiting_record(job: Job, time_s: float) -> RequestRecord:
+    """As `Pod.records_if_ended`, of a request that no pod has."""
+    return _ended_at_once(_Progress(job), time_s)
+
+
+def _ended_at_once(progress: _Progress, time_s: float) -> RequestRecord:
+    first_token_s = time_s if progress.first_token_s is None else progress.first_token_s
+    served = _Progress(progress.job, progress.job.request.output_len, first_token_s)
+    return _record(served, time_s, error=None)
 
 
 def _record(progress: _Progress, complete_s: float, error: str | None) -> RequestRecord:

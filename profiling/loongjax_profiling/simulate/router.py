@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from loongjax.core.cluster import InstanceId
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.load import LoadPredictor
-from loongjax_profiling.simulate.pod import Job, Pod
+from loongjax_profiling.simulate.pod import Job, Pod, waiting_record
 
 PodFactory = Callable[[tuple[InstanceId, ...]], Pod]
 """Makes a pod at rest, of these instances of the cluster."""
@@ -94,6 +94,14 @@ class Router:
                 break
             records += self._run_sites(time_s)
         return records
+
+    def records_if_ended(self, time_s: float) -> list[RequestRecord]:
+        """See `Pod.records_if_ended`."""
+        pods = [site.pod for site in self._sites]
+        if self._merger is not None and self._merger.pod is not None:
+            pods.append(self._merger.pod)
+        records = [record for pod in pods for record in pod.records_if_ended(time_s)]
+        return records + [waiting_record(job, time_s) for job in (*self._oversized, *self._stranded)]
 
     def _run_sites(self, time_s: float) -> list[RequestRecord]:
         records = [record for site in self._sites for record in site.pod.run_until(time_s)]

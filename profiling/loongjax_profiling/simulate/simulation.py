@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import tqdm
 
@@ -19,10 +19,11 @@ from loongjax.scheduler.build import build_policy, max_request_tokens
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.load import LoadPredictor
-from loongjax_profiling.simulate.pod import Job, Pod
+from loongjax_profiling.simulate.pod import Job, Pod, waiting_record
 from loongjax_profiling.simulate.router import Router
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
+NUM_LOOKS = 50
 POD_SIZE = 16
 """Instances that one policy looks after."""
 
@@ -104,6 +105,7 @@ def simulate(
     slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
     on_span: Callable[[Span], None] = lambda span: None,
     on_record: Callable[[RequestRecord], None] = lambda record: None,
+    is_hopeless: Callable[[Sequence[RequestRecord]], bool] | None = None,
     progress: bool = False,
 ) -> list[RequestRecord]:
     """Records of all requests, in order of arrival.
@@ -114,6 +116,8 @@ def simulate(
         slo: what each request wishes for.
         on_span: is told of each iteration when it is over.
         on_record: is told of each request when it has ended; what it was told stays true if the simulation is stopped.
+        is_hopeless: asked now and then whether to stop, given the records as they would be if all that is missing came
+            at once, at no cost to who has not arrived. Those are the result if it stops. Without it nobody is asked.
         progress: whether to show a bar.
     """
     records: list[RequestRecord] = []
@@ -129,18 +133,49 @@ def simulate(
             lambda instances: system.build_pod(instances, on_span, keep),
             LoadPredictor(system.cost_model, system.cluster.tp),
         )
+        jobs = [
+            Job(request_id=f"request-{index}", request=request, slo=slo(request))
+            for index, request in enumerate(workload)
+        ]
+        num_arrived = 0
+
+        def stops_at(time_s: float) -> list[RequestRecord] | None:
+            """Runs until then. What the records come to if it is hopeless."""
+            router.run_until(time_s)
+            to_come = [waiting_record(job, job.request.arrival_s) for job in jobs[num_arrived:]]
+            best = in_order_of_arrival([*records, *router.records_if_ended(time_s), *to_come])
+            return best if is_hopeless is not None and is_hopeless(best) else None
+
+        looks = _times_to_look(workload) if is_hopeless is not None else iter((math.inf,))
+        look_s = next(looks)
         run_s = -math.inf
-        for index, request in enumerate(workload):
-            taken_s = request.arrival_s + system.host.intake_s
+        for job in jobs:
+            taken_s = job.request.arrival_s + system.host.intake_s
+            while look_s < taken_s:
+                if (best := stops_at(look_s)) is not None:
+                    return best
+                look_s = next(looks)
             if taken_s > run_s:  # who comes at the same moment is there when the policy is asked
                 run_s = taken_s
                 router.run_until(run_s)
-            refused = router.add(Job(request_id=f"request-{index}", request=request, slo=slo(request)), run_s)
+            num_arrived += 1
+            refused = router.add(job, run_s)
             if refused is not None:
                 keep(refused)
+        while look_s < math.inf and len(records) < len(jobs):
+            if (best := stops_at(look_s)) is not None:
+                return best
+            look_s = next(looks)
         router.run_until(math.inf)
     assert len(records) == len(workload), (len(records), len(workload))
     return in_order_of_arrival(records)
+
+
+def _times_to_look(workload: Sequence[WorkloadRequest]) -> Iterator[float]:
+    """While requests come `NUM_LOOKS` times, behind that as often."""
+    times = [request.arrival_s for request in workload] or [0.0]
+    interval_s = (times[-1] - times[0]) / NUM_LOOKS or 1.0
+    return (times[0] + number * interval_s for number in itertools.count(1))
 
 
 def in_order_of_arrival(records: Iterable[RequestRecord]) -> list[RequestRecord]:

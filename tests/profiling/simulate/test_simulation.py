@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import given, settings
 from loongjax.core.request import ServiceLevel
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import Span
+from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec
 from loongjax_profiling.simulate.pod import Job
 from loongjax_profiling.simulate.simulation import simulate
@@ -62,6 +64,59 @@ def test_an_instance_does_one_thing_at_a_time():
 def test_the_same_workload_gives_the_same_records():
     workload = arriving(*[(0.1 * index, 100 + 31 * index, 60) for index in range(15)])
     assert simulate(system(), workload) == simulate(system(), workload)
+
+
+def latencies(record: RequestRecord) -> tuple[float, float, float]:
+    assert record.ttft_s is not None
+    assert record.tpot_s is not None
+    return record.ttft_s, record.tpot_s, record.latency_s
+
+
+@pytest.mark.parametrize("policy", ["esp", "replicated"])
+@given(workload=workloads(max_total_len=60))
+@settings(max_examples=5, deadline=None)
+def test_to_be_asked_whether_it_is_hopeless_changes_nothing(policy: str, workload: list[WorkloadRequest]):
+    spec = cluster(4, num_slots=64, page_size=4, max_num_batched_tokens=64, max_num_seqs=4)
+    undisturbed = simulate(system(spec, policy), workload)
+    seen: list[Sequence[RequestRecord]] = []
+
+    def look(records: Sequence[RequestRecord]) -> bool:
+        seen.append(records)
+        return False
+
+    assert simulate(system(spec, policy), workload, is_hopeless=look) == undisturbed
+    for records in seen:
+        for best, real in zip(records, undisturbed, strict=True):
+            assert (best.request_id, best.issue_s, best.output_len) == (real.request_id, real.issue_s, real.output_len)
+            for at_best, in_the_end in zip(latencies(best), latencies(real), strict=True):
+                assert at_best <= in_the_end + 1e-9
+
+
+def test_a_hopeless_simulation_stops_and_says_what_it_would_have_come_to_at_best():
+    alone = system(cluster(1, max_num_batched_tokens=600), "prefill-first", cost_model=RoundModel())
+    workload = arriving(*[(0.1 * index, 500, 1) for index in range(50)])
+    spans: list[Span] = []
+
+    def is_late(records: Sequence[RequestRecord]) -> bool:
+        return sum(record.latency_s for record in records) > 20.0
+
+    records = simulate(alone, workload, on_span=spans.append, is_hopeless=is_late)
+    assert is_late(records)
+    assert [record.issue_s for record in records] == [request.arrival_s for request in workload]
+    assert spans[-1].end_s < 5.0
+    assert records[-1].latency_s == 0.0
+
+
+def test_who_waits_for_pods_to_merge_is_seen_to_wait():
+    parts = system(
+        cluster(4, num_slots=512, max_num_batched_tokens=1024), "simple", cost_model=RoundModel(), pod_size=2
+    )
+    workload = arriving((0.0, 500, 400), (0.1, 500, 400), (0.2, 1500, 2), (0.3, 1500, 2))
+    seen: list[Sequence[RequestRecord]] = []
+    simulate(parts, workload, is_hopeless=lambda records: bool(seen.append(records)))
+    waits = [records[2].latency_s for records in seen]
+    assert waits == sorted(waits)
+    assert waits[-1] > 1.0
 
 
 def test_a_request_that_the_policy_cannot_carry_to_its_end_is_refused():
