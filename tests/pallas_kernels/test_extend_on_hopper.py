@@ -139,10 +139,11 @@ def test_small_pages_want_the_packages_that_triton_needs(monkeypatch):
         assert lower(extend, *arguments(num_rows, 1, 8)).count("@triton_kernel_call_ffi") == 0
 
 
+@pytest.mark.parametrize("page_size", [4, 16])
 @pytest.mark.parametrize("check_vma", [True, False])
-def test_it_lowers_inside_shard_map_on_a_part_of_the_devices(check_vma):
+def test_it_lowers_inside_shard_map_on_a_part_of_the_devices(check_vma, page_size):
     mesh = Mesh(np.array(jax.devices())[[1, 4, 6]], ("sp",))
-    q, _, pool, *_ = arguments(96, 3, 16)
+    q, _, pool, *_ = arguments(96, 3, page_size)
     int32 = functools.partial(Shape, dtype="int32")
     pool = Shape((2, 2, 39, *pool.shape[3:]), pool.dtype)
     specs = (P("sp"), P("sp"), P(None, None, "sp"), P(), P("sp"), P("sp"), P("sp"))
@@ -151,6 +152,7 @@ def test_it_lowers_inside_shard_map_on_a_part_of_the_devices(check_vma):
     )
     module = lower(mapped, q, int32((6,)), pool, int32(()), int32((51,)), int32((3,)), int32((3,)))
     assert module.count("custom_call @mosaic_gpu_v2") == 1
+    assert module.count("@triton_kernel_call_ffi") == (page_size == 4)
 
 
 @pytest.mark.parametrize(("num_rows", "num_requests"), [(0, 3), (5, 0)])

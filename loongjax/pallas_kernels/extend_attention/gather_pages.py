@@ -10,10 +10,13 @@ import triton.language as tl
 from jaxtyping import Array, Float, Int32
 
 from loongjax.pallas_kernels.triton_call import triton_call
+from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
 from loongjax.pallas_kernels.varying import vary_as
 
 TOKENS = 8
-"""That one program moves, keys and values."""
+"""That a program moves at a time, keys and values."""
+PROGRAMS = 16
+"""For each multiprocessor of the GPU, at most."""
 
 
 @triton.jit
@@ -32,17 +35,16 @@ def gather_kernel(
     padded_row: tl.constexpr,
     tokens: tl.constexpr,
 ):
-    """Grid: rows / tokens."""
-    begin = tl.program_id(0) * tokens
+    """Grid: as many as the GPU runs well; they take turns, so that rows which nobody uses cost no program."""
     num_used = tl.minimum(tl.load(num_used_ptr), num_entries * page_size)
-    if begin < num_used:
+    first_page = tl.load(layer_ptr).to(tl.int64) * 2 * num_pages
+    column = tl.arange(0, padded_row)[None, :]
+    for begin in range(tl.program_id(0) * tokens, num_used, tl.num_programs(0) * tokens):
         token = begin + tl.arange(0, tokens)
         is_used = token < num_used
         page = tl.load(pages_ptr + token // page_size, mask=is_used, other=0)
         # Entries that no request names may hold anything.
         page = tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64)
-        first_page = tl.load(layer_ptr).to(tl.int64) * 2 * num_pages
-        column = tl.arange(0, padded_row)[None, :]
         mask = is_used[:, None] & (column < row_size)
         place = token.to(tl.int64)[:, None] * row_size + column
         k_slot = (first_page + page) * page_size + token % page_size
@@ -82,7 +84,7 @@ def gather_pages(
         kernel=gather_kernel,
         name="gather_pages",
         out_shape=[dense, dense],
-        grid=(-(-num_rows // TOKENS),),
+        grid=(min(-(-num_rows // TOKENS), PROGRAMS * num_multiprocessors()),),
         num_warps=4,
         page_size=page_size,
         row_size=K * H,

@@ -131,9 +131,10 @@ def test_kv_update_writes_its_slots_and_nothing_else():
     np.testing.assert_array_equal(pool, expected)
 
 
+@pytest.mark.parametrize("num_programs", [2, 20])
 @pytest.mark.parametrize("page_size", [1, 2, 4])
 @pytest.mark.parametrize("num_used", [0, 1, TOKENS, TOKENS + 1, 10**9])
-def test_gather_brings_the_used_pages_into_order_and_leaves_the_rest_alone(page_size, num_used):
+def test_gather_brings_the_used_pages_into_order_and_leaves_the_rest_alone(page_size, num_used, num_programs):
     rng = np.random.default_rng(page_size)
     num_pages, num_entries, heads = 40, 30, (3, 8)
     pool = rng.standard_normal((2, 2, num_pages, page_size, *heads)).astype(np.float32)
@@ -143,7 +144,7 @@ def test_gather_brings_the_used_pages_into_order_and_leaves_the_rest_alone(page_
     layer, used = np.array([1], np.int32), np.array([num_used], np.int32)
     interpret(
         gather_kernel,
-        (-(-num_rows // TOKENS),),
+        (num_programs,),
         *(pool, layer, pages, used, num_entries, num_pages, k, v),
         page_size=page_size,
         row_size=24,
