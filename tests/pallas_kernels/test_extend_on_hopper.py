@@ -70,7 +70,9 @@ def with_triton(monkeypatch) -> None:
 def test_small_pages_are_brought_into_order_before_many_queries(monkeypatch, with_triton):
     module = importlib.import_module("loongjax.pallas_kernels.extend_attention.gather_pages")
     monkeypatch.setattr(module, "gather_pages", gather_with_numpy)
-    check([500, 12], [33, 150], 16, heads=(1, 1))
+    module = importlib.import_module("loongjax.pallas_kernels.extend_attention.mosaic_gpu")
+    monkeypatch.setattr(module, "MANY_ROWS", 128)
+    check([50, 12], [33, 150], 16)
 
 
 def gather_with_numpy(kv_pool, layer, page_indices, num_used, *, num_rows: int) -> tuple[jax.Array, ...]:
@@ -115,16 +117,23 @@ def lower(function, *operands) -> str:
     return exported.mlir_module()
 
 
-@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (511, 8), (511, 16), (512, 32), (2048, 64)])
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (1023, 8), (1023, 16), (1024, 32), (2048, 64)])
 def test_it_lowers_to_one_kernel(num_rows, page_size, with_triton):
     module = lower(extend, *arguments(num_rows, 3, page_size))
     assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 0)
 
 
-@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 1), (512, 2), (100, 12), (512, 8), (2048, 16)])
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 1), (512, 2), (100, 12), (1024, 8), (2048, 16)])
 def test_with_small_pages_it_lowers_to_a_gather_and_the_kernel(num_rows, page_size, with_triton):
     module = lower(extend, *arguments(num_rows, 3, page_size))
     assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 1)
+
+
+@pytest.mark.parametrize(("num_kv_heads", "num_gathers"), [(8, 1), (32, 0)])
+def test_pages_are_brought_into_order_for_as_many_rows_as_share_a_kv_head(num_kv_heads, num_gathers, with_triton):
+    q, cu_q_lens, pool, *tables = arguments(2048, 1, 16)
+    pool = Shape((*pool.shape[:4], num_kv_heads, pool.shape[5]), pool.dtype)
+    assert lower(extend, q, cu_q_lens, pool, *tables).count("@triton_kernel_call_ffi") == num_gathers
 
 
 def test_small_pages_want_the_packages_that_triton_needs(monkeypatch):
@@ -135,7 +144,7 @@ def test_small_pages_want_the_packages_that_triton_needs(monkeypatch):
     monkeypatch.setattr(module, "require_triton", without_triton)
     with pytest.raises(ConfigError, match="extend_attention needs Triton"):
         jax.eval_shape(extend, *arguments(8, 1, 1))
-    for num_rows in (8, 512):
+    for num_rows in (8, 1024):
         assert lower(extend, *arguments(num_rows, 1, 8)).count("@triton_kernel_call_ffi") == 0
 
 

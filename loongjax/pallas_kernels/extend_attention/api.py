@@ -70,7 +70,8 @@ def extend_attention(
         sm_scale: factor of the scores; H ** -0.5 if None.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference", "blockwise" (forward only), "mosaic_gpu" (on Hopper, bfloat16 and float16, head
-            dims 64 and 128; pages of sizes that are no multiples of 8 are copied into order first; forward only),
+            dims 64 and 128; pages of sizes that are no multiples of 8 are copied into order first, and so are those of
+            8 and 16 for many queries, in room for keys and values of I pages; forward only),
             "triton" (on a GPU, bfloat16 and float16, head dims 32 to 256; forward only), or None for the best here.
 
     Returns:
