@@ -61,9 +61,7 @@ def is_triton_installed() -> bool:
     return not missing
 
 
-def require_triton(op: str) -> None:
-    """Raises ConfigError if the packages that Triton variants need are not installed."""
+def require_triton(op: str, what: str = "implementation 'triton'") -> None:
+    """Raises ConfigError, which says what needs them, if the packages of Triton variants are not installed."""
     if missing := _missing_packages():
-        raise ConfigError(
-            f"{op}: implementation 'triton' needs the package {missing[0]!r}: pip install 'loongjax[gpu]' brings it"
-        )
+        raise ConfigError(f"{op}: {what} needs the package {missing[0]!r}: pip install 'loongjax[gpu]' brings it")

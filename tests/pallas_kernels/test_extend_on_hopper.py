@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError
-from loongjax.pallas_kernels import extend_attention
+from loongjax.pallas_kernels import extend_attention, triton_gpu
 from loongjax.pallas_kernels.extend_attention import api
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention, row_ranges
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
@@ -137,12 +137,10 @@ def test_pages_are_brought_into_order_for_as_many_rows_as_share_a_kv_head(num_kv
 
 
 def test_small_pages_want_the_packages_that_triton_needs(monkeypatch):
-    def without_triton(op: str) -> None:
-        raise ConfigError(f"{op} needs Triton")
-
-    module = importlib.import_module("loongjax.pallas_kernels.extend_attention.mosaic_gpu")
-    monkeypatch.setattr(module, "require_triton", without_triton)
-    with pytest.raises(ConfigError, match="extend_attention needs Triton"):
+    monkeypatch.setattr(triton_gpu, "_missing_packages", lambda: ["jax_triton"])
+    with pytest.raises(
+        ConfigError, match="implementation 'mosaic_gpu' with page size 1 needs the package 'jax_triton'"
+    ):
         jax.eval_shape(extend, *arguments(8, 1, 1))
     for num_rows in (8, 1024):
         assert lower(extend, *arguments(num_rows, 1, 8)).count("@triton_kernel_call_ffi") == 0

@@ -69,8 +69,8 @@ def mosaic_gpu_extend_attention(
     """
     T, N, H = q.shape
     check_supported("extend_attention", q.dtype, H)
-    if kv_pool.shape[3] % TMA_ROWS:
-        require_triton("extend_attention")
+    if (page_size := kv_pool.shape[3]) % TMA_ROWS:
+        require_triton("extend_attention", f"implementation 'mosaic_gpu' with page size {page_size}")
     operands = vary_together(q, cu_q_lens, kv_pool, layer, page_indices, page_starts, kv_lens)
     if T == 0 or kv_lens.shape[0] == 0 or page_indices.shape[0] == 0 or kv_pool.size == 0:
         nothing = jnp.zeros((T, N, H), out_dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
