@@ -1,6 +1,6 @@
 """Device time of an op by the profiler (CUPTI on NVIDIA GPUs): when each kernel started and how long it ran.
 
-For ops so short that launching them takes longer than running them. There the slope between n and 2n repetitions times
+For ops so short that launching them takes longer than running them. There the slope between one call and three times
 the host; kernels that were queued behind a long one follow each other as fast as the device can take them.
 """
 
