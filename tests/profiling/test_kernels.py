@@ -15,7 +15,7 @@ from loongjax.pallas_kernels.extend_attention import api as extend_api
 from loongjax_profiling.command import KernelsCommand, main
 from loongjax_profiling.kernels import profile
 from loongjax_profiling.kernels.case import Case, Row
-from loongjax_profiling.kernels.chain import chain
+from loongjax_profiling.kernels.chain import chain, repeat_step
 from loongjax_profiling.kernels.dense import causal, prefill_cases, ring_step, zipf_lengths
 from loongjax_profiling.kernels.paged import decode_cases, extend_cases, update_cases
 from loongjax_profiling.kernels.profile import select
@@ -178,6 +178,18 @@ def test_zipf_prompts_fill_the_batch(num_tokens):
 def test_repetitions_depend_on_each_other():
     repeat = chain(lambda keys, q, i: q * keys + i, jnp.float32(2.0), jnp.ones(3))
     np.testing.assert_array_equal(repeat(3)(), np.full(3, ((1 * 2 + 0) * 2 + 1) * 2 + 2, np.float32))
+
+
+def test_a_call_goes_on_in_the_memory_of_the_one_before_and_leaves_what_was_given_alone():
+    given = jnp.zeros(1 << 16)
+    call = repeat_step(lambda operands, carried, i: carried + operands, jnp.float32(1), given)(3)
+    places = set()
+    for total in (3.0, 6.0, 9.0):
+        carried = call()
+        np.testing.assert_array_equal(carried, np.full(1 << 16, total, np.float32))
+        places.add(carried.unsafe_buffer_pointer())
+    assert len(places) == 1
+    np.testing.assert_array_equal(given, np.zeros(1 << 16, np.float32))
 
 
 def test_repetitions_that_keep_their_queries_run_one_after_another_on_the_same():

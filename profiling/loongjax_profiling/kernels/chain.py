@@ -43,10 +43,12 @@ def repeat_step(
 ) -> Repeat:
     """Repetitions of carried = step(operands, carried, i). Programs are compiled once for each number of them.
 
+    A call goes on with what the one before has carried, and in its memory: else each would begin with a copy.
+
     Args:
         step: one repetition.
         operands: what does not change.
-        carried: what the first one is given.
+        carried: what the first one of the first call is given.
         as_loop: on a GPU, too, where a loop launches kernels of its own to count. Steps on the same operands need one:
             side by side, XLA could make one of them.
     """
@@ -61,7 +63,14 @@ def repeat_step(
                 carried = step(operands, carried, i)
             return carried
 
-        call = jax.jit(run).lower(operands, carried).compile()
-        return lambda: call(operands, carried)
+        program = jax.jit(run, donate_argnums=1).lower(operands, carried).compile()
+        last: jax.Array | None = None
+
+        def call() -> jax.Array:
+            nonlocal last
+            last = result = program(operands, jnp.copy(carried) if last is None else last)
+            return result
+
+        return call
 
     return repeat

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from loongjax_profiling.kernels.chain import repeat_step
+
 
 class SlopeTimer:
     """Times one repetition of an op: the slope between one call and three of a program of `num` dependent ones.
@@ -88,9 +90,5 @@ def copy_bytes_per_second(num_bytes: int = 2 << 30) -> float:
 
 def _add_bytes_per_second(num_bytes: int) -> float:
     values = jax.random.bits(jax.random.key(0), (num_bytes // 4,), jnp.uint32)
-
-    def repeat(num: int) -> Callable[[], jax.Array]:
-        call = jax.jit(lambda x: jax.lax.fori_loop(0, num, lambda i, x: x + jnp.uint32(1), x))
-        return lambda: call(values)
-
+    repeat = repeat_step(lambda _, x, i: x + jnp.uint32(1), None, values, as_loop=True)
     return 2 * num_bytes / device_seconds(repeat, 10)
