@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import math
@@ -28,10 +29,13 @@ def check_buckets(name: str, buckets: tuple[int, ...]) -> None:
         raise ConfigError(f"{name} must be at least 1 and ascending, got {list(buckets)}")
 
 
-def pad(sizes: np.ndarray, buckets: tuple[int, ...]) -> np.ndarray:
+def pad[Real: (float, np.ndarray)](sizes: Real, buckets: tuple[int, ...]) -> Real:
     """Each size, rounded up to the smallest bucket that holds it, or as it is beyond the largest: float64."""
     if not buckets:
         return sizes
+    if not isinstance(sizes, np.ndarray):
+        index = bisect.bisect_left(buckets, sizes)
+        return sizes if index == len(buckets) else float(buckets[index])
     ascending, padded = _table(buckets)
     return np.maximum(padded[ascending.searchsorted(sizes)], sizes)
 

@@ -141,7 +141,7 @@ _NOTHING = _Evidence()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CorrectedModel:
+class CorrectedModel(CostModel):
     """A `CostModel` whose iteration times are multiplied by what a corrector has learned."""
 
     base: CostModel
@@ -151,10 +151,10 @@ class CorrectedModel:
     def source(self) -> Source:
         return self.base.source
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         return self.corrector.factor("prefill", strategy) * self.base.prefill_s(strategy, totals)
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.corrector.factor("decode", strategy) * self.base.decode_s(strategy, totals)
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:

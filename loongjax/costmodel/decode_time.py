@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from loongjax.costmodel.coefficients import check_buckets, check_coefficients, pad
-from loongjax.costmodel.work import DecodeTotals
+from loongjax.costmodel.work import DecodeTotals, larger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class DecodeTime:
 
     @staticmethod
     def features(
-        totals: DecodeTotals, sp: int, row_buckets: tuple[int, ...], compute_bound_rows: float = 0.0
+        totals: DecodeTotals[np.ndarray], sp: int, row_buckets: tuple[int, ...], compute_bound_rows: float = 0.0
     ) -> np.ndarray:
         """What the coefficients multiply, float64 [..., 6]: the constant, padded rows, those beyond
         `compute_bound_rows`, keys, exchanged rows and extra masters.
@@ -65,13 +65,13 @@ class DecodeTime:
         )
         return np.stack(np.broadcast_arrays(*columns), axis=-1)
 
-    def seconds(self, totals: DecodeTotals) -> np.ndarray:
-        """float64, of the totals' broadcast shape."""
+    def seconds[Real: (float, np.ndarray)](self, totals: DecodeTotals[Real]) -> Real:
+        """float64, of the totals' broadcast shape; a number of numbers."""
         padded = pad(totals.busiest_rows, self.row_buckets)
         alone = (
             self.constant_s
             + self.per_padded_row_s * padded
-            + self.per_compute_bound_row_s * np.maximum(padded - self.compute_bound_rows, 0.0)
+            + self.per_compute_bound_row_s * larger(padded - self.compute_bound_rows, 0.0)
             + self.per_key_s * totals.busiest_keys
         )
         if self.sp == 1:

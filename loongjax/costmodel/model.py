@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
+from jaxtyping import Float
 
 from loongjax.costmodel.coefficients import check_coefficients
 from loongjax.costmodel.decode_time import DecodeTime
@@ -22,19 +23,24 @@ Source = Literal["fitted", "roofline"]
 
 @runtime_checkable
 class CostModel(Protocol):
-    """Predicted times, in seconds; many candidate batches in one call."""
+    """Predicted times, in seconds; many candidate batches in one call, or one without numpy."""
 
     @property
     def source(self) -> Source:
         """Whether the times come from measurements or are an estimate."""
         ...
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        """Times of prefills and extends: float64, of the totals' broadcast shape."""
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
+        """Times of prefills and extends: float64, of the totals' broadcast shape; a number of numbers."""
         ...
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
-        """Times of decode steps: float64, of the totals' broadcast shape."""
+    def prefills_s(self, tp: int, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops batches"]) -> None:
+        """Writes `prefill_s` of the same batches on 1, 2, ... instances of `tp` devices."""
+        for sp, row in enumerate(out, start=1):
+            row[:] = self.prefill_s(Strategy(sp, tp), totals)
+
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
+        """Times of decode steps: float64, of the totals' broadcast shape; a number of numbers."""
         ...
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
@@ -78,7 +84,7 @@ class StrategyTimes:
     def prefill(self) -> PaperPrefillTime | RefinedPrefillTime:
         return self.refined_prefill or self.paper_prefill
 
-    def prefill_s(self, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
         """As `CostModel.prefill_s`: the prefill's form, and then reading the keys of decodes, as even as they can be.
 
         Reading is added, as in a decode step: a prefill so small that it takes its floor is busy reading weights.
@@ -88,7 +94,7 @@ class StrategyTimes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FittedModel:
+class FittedModel(CostModel):
     """A `CostModel` of measured coefficients.
 
     Every method raises ConfigError for what was not measured.
@@ -104,14 +110,14 @@ class FittedModel:
     def source(self) -> Source:
         return "fitted"
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         return self.times(strategy).prefill_s(totals)
 
-    def paper_prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def paper_prefill_s(self, strategy: Strategy, totals: PrefillTotals[np.ndarray]) -> np.ndarray:
         """As `prefill_s`, in the paper's form, which knows no decodes beside chunks."""
         return self.times(strategy).paper_prefill.seconds(totals)
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.times(strategy).decode.seconds(totals)
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:

@@ -55,7 +55,7 @@ class ModelShape:
         """Bytes of one token's keys and values on one of an instance's devices, which hold whole heads."""
         return self.kv_bytes_per_token // self.num_kv_heads * -(-self.num_kv_heads // tp)
 
-    def prefill_flops(self, totals: PrefillTotals) -> np.ndarray:
+    def prefill_flops[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
         """FLOPs of prefills: two a weight and token, and four a pair, head dimension, head and layer.
 
         The output projection of one row a request is left out: it is less than a thousandth of a usual prompt.

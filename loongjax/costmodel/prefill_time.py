@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from loongjax.costmodel.coefficients import check_buckets, check_coefficients, pad
-from loongjax.costmodel.work import PrefillTotals
+from loongjax.costmodel.work import PrefillTotals, ceil, larger
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,12 +29,12 @@ class PaperPrefillTime:
         check_coefficients(self)
 
     @staticmethod
-    def features(totals: PrefillTotals) -> np.ndarray:
+    def features(totals: PrefillTotals[np.ndarray]) -> np.ndarray:
         """What A, B and C multiply: float64 [..., 3]."""
         return _stack(np.ones(()), totals.num_tokens, totals.twice_num_pairs)
 
-    def seconds(self, totals: PrefillTotals) -> np.ndarray:
-        """float64, of the totals' broadcast shape."""
+    def seconds[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
+        """float64, of the totals' broadcast shape; a number of numbers."""
         return (
             self.constant_s + self.per_token_s * totals.num_tokens + self.per_squared_token_s * totals.twice_num_pairs
         )
@@ -71,20 +71,20 @@ class RefinedPrefillTime:
         check_buckets("token_buckets", self.token_buckets)
 
     @staticmethod
-    def features(totals: PrefillTotals, sp: int, token_buckets: tuple[int, ...]) -> np.ndarray:
+    def features(totals: PrefillTotals[np.ndarray], sp: int, token_buckets: tuple[int, ...]) -> np.ndarray:
         """What all coefficients but the floor multiply, in order: float64 [..., 4]."""
         padded = pad(np.ceil(totals.num_tokens / sp), token_buckets)
         return _stack(np.ones(()), padded, totals.squared_lens, totals.new_times_past)
 
-    def seconds(self, totals: PrefillTotals) -> np.ndarray:
-        """float64, of the totals' broadcast shape."""
+    def seconds[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
+        """float64, of the totals' broadcast shape; a number of numbers."""
         linear = (
             self.constant_s
-            + self.per_padded_token_s * pad(np.ceil(totals.num_tokens / self.sp), self.token_buckets)
+            + self.per_padded_token_s * pad(ceil(totals.num_tokens / self.sp), self.token_buckets)
             + self.per_squared_token_s * totals.squared_lens
             + self.per_new_times_past_s * totals.new_times_past
         )
-        return np.maximum(linear, self.floor_s)
+        return larger(linear, self.floor_s)
 
     @property
     def tipping_tokens(self) -> float:

@@ -6,11 +6,12 @@ import dataclasses
 import functools
 
 import numpy as np
+from jaxtyping import Float
 
 from loongjax.costmodel.migration_time import MigrationTime
-from loongjax.costmodel.model import Source
+from loongjax.costmodel.model import CostModel, Source
 from loongjax.costmodel.model_shape import ModelShape
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy
+from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, ceil, larger
 from loongjax.errors import ConfigError
 
 PARTIAL_RESULT_BYTES = 4
@@ -91,7 +92,7 @@ _KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RooflineModel:
+class RooflineModel(CostModel):
     """A `CostModel` by arithmetic: work takes the longer of computing and moving bytes, evenly over the devices."""
 
     rates: DeviceRates
@@ -101,29 +102,39 @@ class RooflineModel:
     def source(self) -> Source:
         return "roofline"
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         """The longest of computing, reading the weights, and passing the keys around the ring; then reading the keys
         of decodes beside chunks, over the instances; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
         compute = self.model.prefill_flops(totals) / (sp * tp * self.rates.flops_per_s)
-        seconds = np.maximum(compute, self._weights_s(tp))
+        seconds = larger(compute, self._weights_s(tp))
         # A scheduler asks about thousands of batches at a time, so what is 0 for all of them is left out.
         if sp > 1:
-            ring_token_s = (sp - 1) / sp * self.model.device_kv_bytes_per_token(tp) / self.rates.link_bytes_per_s
-            seconds = np.maximum(seconds, ring_token_s * totals.num_tokens)
+            seconds = larger(seconds, self._ring_token_s(sp, tp) * totals.num_tokens)
         if tp > 1:
-            seconds = seconds + self._all_reduces_s(tp, np.ceil(totals.num_tokens / sp))
+            seconds = seconds + self._all_reduces_s(tp, ceil(totals.num_tokens / sp))
         return seconds + (totals.decode_keys * (self._key_s(tp) / sp) + self._overheads_s(tp, sp - 1))
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+    def prefills_s(self, tp: int, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops batches"]) -> None:
+        """As `prefill_s`, on all numbers of instances at a time."""
+        sp = np.arange(1.0, len(out) + 1.0)[:, None]
+        np.divide(self.model.prefill_flops(totals), sp * tp * self.rates.flops_per_s, out=out)
+        np.maximum(out, self._weights_s(tp), out=out)
+        for row, ring_token_s in zip(out[1:], self._ring_token_s(sp[1:], tp), strict=True):
+            np.maximum(row, ring_token_s * totals.num_tokens, out=row)
+        if tp > 1:
+            out += self._all_reduces_s(tp, np.ceil(totals.num_tokens / sp))
+        out += totals.decode_keys * (self._key_s(tp) / sp) + self._overheads_s(tp, sp - 1.0)
+
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         """The weights read once or the rows computed, whichever is longer; the fullest instance's keys read; the
         group's queries and partial results exchanged; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
         compute = self.model.decode_row_flops * totals.busiest_rows / (tp * self.rates.flops_per_s)
         keys = totals.busiest_keys * self._key_s(tp)
-        own = np.maximum(compute, self._weights_s(tp)) + keys
+        own = larger(compute, self._weights_s(tp)) + keys
         if tp > 1:
             own = own + self._all_reduces_s(tp, totals.busiest_rows)
         overheads = self._overheads_s(tp, 2 if sp > 1 else 0)
@@ -154,15 +165,19 @@ class RooflineModel:
     def _weights_s(self, tp: int) -> float:
         return self.model.weight_bytes / tp / self.rates.memory_bytes_per_s
 
+    def _ring_token_s[Real: (float, np.ndarray)](self, sp: Real, tp: int) -> Real:
+        """Passing a token's keys and values by the other instances of a ring."""
+        return (sp - 1) / sp * self.model.device_kv_bytes_per_token(tp) / self.rates.link_bytes_per_s
+
     def _key_s(self, tp: int) -> float:
         """Reading a token's keys and values, in all layers."""
         return self.model.device_kv_bytes_per_token(tp) / self.rates.memory_bytes_per_s
 
-    def _all_reduces_s(self, tp: int, rows: np.ndarray) -> np.ndarray:
+    def _all_reduces_s[Real: (float, np.ndarray)](self, tp: int, rows: Real) -> Real:
         """Two sums over an instance's devices a layer: each device sends 2 (tp - 1) / tp of the activations."""
         activation_bytes = rows * self.model.hidden_size * self.model.dtype_bytes
         return 2 * self.model.num_layers * 2 * (tp - 1) / tp * activation_bytes / self.rates.link_bytes_per_s
 
-    def _overheads_s(self, tp: int, sp_collectives: int) -> float:
+    def _overheads_s[Real: (float, np.ndarray)](self, tp: int, sp_collectives: Real) -> Real:
         collectives = sp_collectives + (2 if tp > 1 else 0)
         return self.model.num_layers * (self.rates.layer_overhead_s + collectives * self.rates.collective_s)

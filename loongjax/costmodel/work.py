@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -18,13 +19,25 @@ Numbers = int | float | Sequence[int] | Sequence[float] | np.number | np.ndarray
 """One number a batch, or the number of a single batch."""
 
 
+def larger[Real: (float, np.ndarray)](left: Real, right: float | np.ndarray) -> Real:
+    """The larger of two, element by element. One number goes without numpy, which takes ten times as long for it."""
+    return np.maximum(left, right) if isinstance(left, np.ndarray) else max(left, float(right))
+
+
+def ceil[Real: (float, np.ndarray)](numbers: Real) -> Real:
+    """The least whole numbers that are no smaller, float64."""
+    if isinstance(numbers, np.ndarray):
+        return np.ceil(numbers)
+    return float(math.ceil(numbers))
+
+
 def per_batch(numbers: Numbers) -> np.ndarray:
     """As float64 of the same shape; a single number as [1]."""
     return np.atleast_1d(np.asarray(numbers, np.float64))
 
 
-_ZERO, _ONE = np.zeros(1), np.ones(1)
-_ZERO.flags.writeable = _ONE.flags.writeable = False
+_ZERO = np.zeros(1)
+_ZERO.flags.writeable = False
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -43,17 +56,17 @@ class Strategy:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillTotals:
+class PrefillTotals[Real: (float, np.ndarray)]:
     """What the time of a prefill depends on, for any number of batches: float64 arrays of one shape, or
-    broadcastable."""
+    broadcastable; or for one batch, as numbers."""
 
-    num_tokens: np.ndarray
+    num_tokens: Real
     """Sum of the new tokens."""
-    squared_lens: np.ndarray
+    squared_lens: Real
     """Sum of the squares of the new tokens."""
-    new_times_past: np.ndarray
+    new_times_past: Real
     """Sum of new tokens x tokens before them whose keys are in the pool (chunks, cached prefixes), decodes left out."""
-    decode_keys: np.ndarray
+    decode_keys: Real
     """Sum of the keys before requests of one new token, the decodes beside chunks.
 
     One query does so little with a key that reading it is what takes time, as in a decode step: on an H200, 120 ns for
@@ -67,9 +80,9 @@ class PrefillTotals:
         squared_lens: Numbers,
         new_times_past: Numbers = _ZERO,
         decode_keys: Numbers = _ZERO,
-    ) -> PrefillTotals:
+    ) -> PrefillTotals[np.ndarray]:
         """Totals from sums in any numeric type; of scalars: arrays [1]."""
-        return cls(
+        return PrefillTotals(
             num_tokens=per_batch(num_tokens),
             squared_lens=per_batch(squared_lens),
             new_times_past=per_batch(new_times_past),
@@ -77,17 +90,14 @@ class PrefillTotals:
         )
 
     @classmethod
-    def of_batch(cls, num_tokens: int, squared_lens: int) -> PrefillTotals:
-        """Totals of a single batch of whole prompts: arrays [1]."""
-        return cls(
-            num_tokens=np.array([num_tokens], np.float64),
-            squared_lens=np.array([squared_lens], np.float64),
-            new_times_past=_ZERO,
-            decode_keys=_ZERO,
+    def of_batch(cls, num_tokens: int, squared_lens: int) -> PrefillTotals[float]:
+        """Totals of a single batch of whole prompts, as numbers."""
+        return PrefillTotals(
+            num_tokens=float(num_tokens), squared_lens=float(squared_lens), new_times_past=0.0, decode_keys=0.0
         )
 
     @classmethod
-    def of(cls, works: Sequence[PrefillWork]) -> PrefillTotals:
+    def of(cls, works: Sequence[PrefillWork]) -> PrefillTotals[np.ndarray]:
         """Totals of these batches: arrays [number of batches]."""
         return cls.of_sums(
             [work.num_tokens for work in works],
@@ -97,7 +107,7 @@ class PrefillTotals:
         )
 
     @functools.cached_property
-    def twice_num_pairs(self) -> np.ndarray:
+    def twice_num_pairs(self) -> Real:
         """Twice the query and key pairs of causal attention, the diagonal counted half, those of decodes left out.
 
         Without past tokens this is sum(len^2), the third term of the paper's equation 7.
@@ -145,32 +155,35 @@ class PrefillWork:
         return sum(past for new, past in zip(self.new_lens, self.past_lens, strict=False) if new == 1)
 
     @property
-    def totals(self) -> PrefillTotals:
+    def totals(self) -> PrefillTotals[np.ndarray]:
         """Totals of this batch alone: arrays [1]."""
         return PrefillTotals.of_sums(self.num_tokens, self.squared_lens, self.new_times_past, self.decode_keys)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeTotals:
-    """What the time of a decode step depends on, for any number of batches: float64 arrays, broadcastable.
+class DecodeTotals[Real: (float, np.ndarray)]:
+    """What the time of a decode step depends on, for any number of batches: float64 arrays, broadcastable; or for one
+    step, as numbers.
 
     Layer by layer everybody waits for the slowest, hence the maxima.
     """
 
-    num_rows: np.ndarray
+    num_rows: Real
     """Requests of the whole group."""
-    num_masters: np.ndarray
+    num_masters: Real
     """Instances that own a sub-batch."""
-    busiest_rows: np.ndarray
+    busiest_rows: Real
     """Requests of the largest sub-batch."""
-    busiest_keys: np.ndarray
+    busiest_keys: Real
     """Keys on the instance that holds most of them."""
 
     @classmethod
-    def even(cls, strategy: Strategy, num_rows: Numbers, num_keys: Numbers, num_masters: Numbers = 1) -> DecodeTotals:
+    def even(
+        cls, strategy: Strategy, num_rows: Numbers, num_keys: Numbers, num_masters: Numbers = 1
+    ) -> DecodeTotals[np.ndarray]:
         """Rows as even as they can be over the masters, keys over the instances."""
         rows, masters = per_batch(num_rows), per_batch(num_masters)
-        return cls(
+        return DecodeTotals(
             num_rows=rows,
             num_masters=masters,
             busiest_rows=np.ceil(rows / masters),
@@ -178,17 +191,15 @@ class DecodeTotals:
         )
 
     @classmethod
-    def of_one_master(cls, num_rows: int, busiest_keys: int) -> DecodeTotals:
-        """Totals of a single step in which one instance has all rows: arrays [1]."""
-        rows = np.array([num_rows], np.float64)
-        return cls(
-            num_rows=rows, num_masters=_ONE, busiest_rows=rows, busiest_keys=np.array([busiest_keys], np.float64)
-        )
+    def of_one_master(cls, num_rows: int, busiest_keys: int) -> DecodeTotals[float]:
+        """Totals of a single step in which one instance has all rows, as numbers."""
+        rows = float(num_rows)
+        return DecodeTotals(num_rows=rows, num_masters=1.0, busiest_rows=rows, busiest_keys=float(busiest_keys))
 
     @classmethod
-    def of(cls, works: Sequence[DecodeWork]) -> DecodeTotals:
+    def of(cls, works: Sequence[DecodeWork]) -> DecodeTotals[np.ndarray]:
         """Totals of these batches: arrays [number of batches]."""
-        return cls(
+        return DecodeTotals(
             num_rows=np.asarray([sum(work.rows) for work in works], np.float64),
             num_masters=np.asarray([work.num_masters for work in works], np.float64),
             busiest_rows=np.asarray([max(work.rows) for work in works], np.float64),

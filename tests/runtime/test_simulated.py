@@ -21,7 +21,7 @@ from loongjax.core.iteration import (
 )
 from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
-from loongjax.costmodel.model import Source
+from loongjax.costmodel.model import CostModel, Source
 from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, per_batch
 from loongjax.runtime.protocol import JumpingRuntime, Runtime, RuntimeLimits
 from loongjax.runtime.simulated import SimulatedRuntime, Span
@@ -31,7 +31,7 @@ LIMITS = RuntimeLimits(max_model_len=256, max_num_batched_tokens=64, max_num_seq
 
 
 @dataclasses.dataclass(frozen=True)
-class TransparentModel:
+class TransparentModel(CostModel):
     """Times that show what they were made of, in seconds: a prefill takes tokens / instances, and more for new x past
     tokens of chunks / 1000 and for keys of decodes beside them / 10; a step 1 + keys / 1000.
     """
@@ -40,11 +40,11 @@ class TransparentModel:
     def source(self) -> Source:
         return "fitted"
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         assert strategy.tp == SHAPE.tp
         return totals.num_tokens / strategy.sp + totals.new_times_past / 1000.0 + totals.decode_keys / 10.0
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return 1.0 + totals.busiest_keys / 1000.0 + 0.0 * totals.num_rows
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:

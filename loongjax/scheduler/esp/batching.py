@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -12,8 +11,12 @@ from jaxtyping import Float, Int
 
 from loongjax.costmodel.work import PrefillTotals
 
-PrefillSeconds = Callable[[int, PrefillTotals], np.ndarray]
-"""(degree of parallelism, totals of many batches) to their times in seconds, float64 of the totals' shape."""
+PrefillSeconds = Callable[[PrefillTotals[np.ndarray], np.ndarray], None]
+"""Writes the times in seconds of batches, given by their totals, on 1, 2, ... instances: float64 [dops, batches]."""
+
+
+MAX_RUNS_OF_BLOCK = 4096
+"""What a search looks at a time, which on all instances should stay in the processor's cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +36,7 @@ def split(
     max_tokens_per_instance: int,
     max_requests: int,
     kept_tokens: Int[np.ndarray, " requests"] | None = None,
+    workspace: Workspace | None = None,
 ) -> tuple[Batch, ...] | None:
     """Splits requests and instances into batches of least weighted latency.
 
@@ -52,10 +56,11 @@ def split(
         weights: what a second of each request's prefill costs, above 0.
         free_tokens: free slots of each instance. If they descend, no instance between two batches is worth leaving
             out; the last ones may be.
-        seconds: asked once for each degree of parallelism, about every batch of neighbours.
+        seconds: asked about every batch of neighbours, a block of them at a time.
         max_tokens_per_instance: a batch on d instances computes at most d times as many.
         max_requests: of one batch.
         kept_tokens: slots that each request's keys take; None: as many as its length.
+        workspace: memory of earlier searches, which none may use at the same time; None: new memory.
 
     Returns:
         Batches in the order of the lists, which cover all requests; None if memory or limits allow no split.
@@ -69,13 +74,33 @@ def split(
         num_kept = (lengths if kept_tokens is None else kept_tokens).sum()
         fits = num_kept <= free_tokens[0] and lengths.sum() <= max_tokens_per_instance and num_requests <= max_requests
         return (Batch(range(num_requests), range(1)),) if fits else None
-    runs = _runs(num_requests, max_requests)
-    num_tokens = runs.sums(lengths)
-    totals = PrefillTotals.of_sums(num_tokens, runs.sums(lengths * lengths))
-    costs = _costs(num_tokens, totals, runs.sums(weights), seconds, num_instances, max_tokens_per_instance)
-    kept = runs.sums(lengths if kept_tokens is None else kept_tokens)
-    free = np.concatenate(([0], np.cumsum(free_tokens)))
-    return _Search(runs, costs, kept, free).trace_back()
+    numbers = np.array(
+        (lengths, lengths * lengths, weights, lengths if kept_tokens is None else kept_tokens), np.float64
+    )
+    search = _Search(
+        _runs(num_requests, max_requests), numbers, free_tokens, Workspace() if workspace is None else workspace
+    )
+    for block in search.runs.blocks:
+        search.price(block, seconds, max_tokens_per_instance)
+        search.fill(block)
+    return search.trace_back()
+
+
+class Workspace:
+    """Arrays that one search after the other uses: to get memory from the operating system takes longer than all that
+    is written to it.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, np.ndarray] = {}
+
+    def array(self, name: str, num_rows: int, num_columns: int) -> Float[np.ndarray, "rows columns"]:
+        """One of this size, of any content, until it is asked for by the same name again."""
+        size = num_rows * num_columns
+        buffer = self._buffers.get(name)
+        if buffer is None or len(buffer) < size:
+            buffer = self._buffers[name] = np.empty(size)
+        return buffer[:size].reshape(num_rows, num_columns)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -84,105 +109,133 @@ class _Runs:
 
     first: Int[np.ndarray, " runs"]
     last: Int[np.ndarray, " runs"]
-    offsets: Int[np.ndarray, " requests"]
-    """Where the runs that end with each request begin."""
-    slices: tuple[slice, ...]
-    """Those runs."""
+    offsets: Int[np.ndarray, " requests_and_1"]
+    """Where the runs that end with each request begin, and where all end."""
+    num_prefixes: int
+    """Runs that begin with the first request: the first of those that end with each of as many."""
+    blocks: tuple[range, ...]
+    """All requests, in pieces of which the runs that end with them fit into the processor's cache."""
 
-    def sums(self, numbers: np.ndarray) -> np.ndarray:
-        """Of each run's numbers: [runs]."""
-        sums = numbers.cumsum()
-        return sums.take(self.last) - (sums - numbers).take(self.first)
+    def ending_with(self, requests: range) -> slice:
+        return slice(int(self.offsets[requests.start]), int(self.offsets[requests.stop]))
 
 
 @functools.lru_cache(maxsize=64)
 def _runs(num_requests: int, max_requests: int) -> _Runs:
     """Shared: not to be written to."""
     last, first = np.nonzero(np.tril(~np.tri(num_requests, k=-max_requests, dtype=bool)))
-    offsets = np.searchsorted(last, np.arange(num_requests))
-    slices = [slice(begin, end) for begin, end in itertools.pairwise([*offsets.tolist(), len(last)])]
-    return _Runs(first.copy(), last.copy(), offsets, tuple(slices))
-
-
-def _costs(
-    num_tokens: Int[np.ndarray, " runs"],
-    totals: PrefillTotals,
-    weights: Float[np.ndarray, " runs"],
-    seconds: PrefillSeconds,
-    num_instances: int,
-    max_tokens_per_instance: int,
-) -> Float[np.ndarray, "dops runs"]:
-    """T of each run as a batch on 1, 2, ... instances; infinite where these cannot compute as many tokens."""
-    costs = np.empty((num_instances, len(num_tokens)))
-    most_of_any = num_tokens.max()
-    for dop, cost in enumerate(costs, start=1):
-        np.multiply(seconds(dop, totals), weights, out=cost)
-        if most_of_any > dop * max_tokens_per_instance:
-            cost[num_tokens > dop * max_tokens_per_instance] = np.inf
-    return costs
+    offsets = np.searchsorted(last, np.arange(num_requests + 1))
+    blocks: list[range] = []
+    begin = 0
+    for end in range(1, num_requests + 1):
+        if end == num_requests or offsets[end + 1] - offsets[begin] > MAX_RUNS_OF_BLOCK:
+            blocks.append(range(begin, end))
+            begin = end
+    return _Runs(first.copy(), last.copy(), offsets, min(num_requests, max_requests), tuple(blocks))
 
 
 class _Search:
-    """The table of f, column by column."""
+    """The table of f, filled from its first requests on.
+
+    Args:
+        runs: what may be a batch.
+        numbers: length, squared length, weight and slots of each request.
+        free_tokens: slots of each instance.
+        workspace: for what is known of every run.
+    """
 
     def __init__(
         self,
         runs: _Runs,
-        costs: Float[np.ndarray, "dops runs"],
-        kept: Int[np.ndarray, " runs"],
-        free: Int[np.ndarray, " instances_and_1"],
+        numbers: Float[np.ndarray, "4 requests"],
+        free_tokens: Int[np.ndarray, " instances"],
+        workspace: Workspace,
     ) -> None:
-        """All of f.
-
-        Args:
-            runs: what may be a batch.
-            costs: of each on 1, 2, ... instances.
-            kept: slots that each takes.
-            free: slots on the first 0, 1, ... instances.
-        """
-        num_instances, num_requests = len(costs), len(runs.offsets)
-        self._runs = runs
-        self._costs = costs
-        self._kept = kept
-        self._free = free
-        self._is_memory_short = kept.max() > np.diff(free).min()
+        self.runs = runs
+        self._workspace = workspace
+        self._upto = numbers.cumsum(axis=1)
+        """Sums of the numbers up to each request, and before it."""
+        self._before = self._upto - numbers
+        self._costs = workspace.array("costs", len(free_tokens), len(runs.first))
+        """T of each run as a batch on 1, 2, ... instances."""
+        self._free = np.concatenate(([0], free_tokens.cumsum()))
+        """Slots on the first 0, 1, ... instances."""
+        self._is_memory_short = bool(self._upto[3, -1] > free_tokens.min())
         """Whether there may be a batch that some instance could not hold."""
-        self._least_of_all = np.full(num_instances + 1, np.inf)
-        """f[n], of all requests."""
-        self._before = np.empty((num_instances, len(kept)))
-        """[l, run]: f[j][l] of the requests before the run."""
-        column = np.full(num_requests + 1, np.inf)
-        column[0] = 0.0
-        for k in range(1, num_instances + 1):
-            # Every batch takes an instance, so a column of f follows from those before it, all its rows at once. Of
-            # the last column one row is asked for.
-            column.take(runs.first, out=self._before[k - 1], mode="clip")
-            if k < num_instances:
-                least = np.minimum.reduce(self._candidates(k, slice(None)))
-                column[0], column[1:] = np.inf, np.minimum.reduceat(least, runs.offsets)
-                self._least_of_all[k] = column[-1]
-        last = self._candidates(num_instances, runs.slices[-1])
-        self._least_of_all[num_instances] = last.min()
+        self._alone = np.full((len(free_tokens), numbers.shape[1] + 1), np.inf)
+        """[k - 1, i]: the cost of the first i requests as one batch on the first k instances."""
+        self._least = self._alone.copy()
+        """[k - 1, i]: f[i][k]."""
+
+    def price(self, requests: range, seconds: PrefillSeconds, max_tokens_per_instance: int) -> None:
+        """Finds the costs of all runs that end with these requests; infinite where instances cannot compute as much."""
+        part = self.runs.ending_with(requests)
+        costs = self._costs[:, part]
+        sums = self._workspace.array("sums", 4, costs.shape[1])
+        before = self._workspace.array("before", 4, costs.shape[1])
+        self._upto.take(self.runs.last[part], axis=1, out=sums, mode="clip")
+        sums -= self._before.take(self.runs.first[part], axis=1, out=before, mode="clip")
+        num_tokens, squared_lens, weights, _ = sums
+        seconds(PrefillTotals.of_sums(num_tokens, squared_lens), costs)
+        costs *= weights
+        if self._upto[0, -1] > max_tokens_per_instance:
+            limits = np.arange(1, len(costs) + 1) * max_tokens_per_instance
+            costs[num_tokens > limits[:, None]] = np.inf
+        ends = slice(requests.start, min(requests.stop, self.runs.num_prefixes))
+        alone = self._costs[:, self.runs.offsets[ends]]
+        if self._is_memory_short:
+            alone[self._upto[3, ends] > self._free[1:, None]] = np.inf
+        self._alone[:, 1:][:, ends] = alone
+
+    def fill(self, requests: range) -> None:
+        """Finds the entries of these requests; those before are known. Of the last k, only one is asked for."""
+        part, entries = self.runs.ending_with(requests), slice(requests.start + 1, requests.stop + 1)
+        num_instances, first = len(self._costs), self.runs.first[part]
+        offsets = self.runs.offsets[requests.start : requests.stop] - part.start
+        before = self._workspace.array("before", num_instances - 1, len(first))
+        """[k - 1, run]: f[j][k] of the requests before the run."""
+        sums = self._workspace.array("sums", num_instances - 1, len(first))
+        self._least[:, entries] = self._alone[:, entries]
+        for k in range(1, num_instances):
+            # Every batch takes an instance, so a row of f follows from those before it, all of it at once.
+            row = self._least[k - 1]
+            if k > 1:
+                candidates = np.add(before[: k - 1][::-1], self._costs[: k - 1, part], out=sums[: k - 1])
+                self._forbid(candidates, part, k)
+                least = np.minimum.reduceat(np.minimum.reduce(candidates), offsets)
+                np.minimum(row[entries], least, out=row[entries])
+            row.take(first, out=before[k - 1], mode="clip")
 
     def trace_back(self) -> tuple[Batch, ...] | None:
         """The batches behind the least f[n][k], found again from the last to the first; None if it is infinite."""
-        i, k = len(self._runs.offsets), int(self._least_of_all.argmin())
-        if self._least_of_all[k] == np.inf:
+        num_instances, i = len(self._costs), len(self.runs.offsets) - 1
+        least = [*self._least[:-1, i].tolist(), min(self._alone[-1, i], self._candidates(i, num_instances).min())]
+        k = least.index(min(least)) + 1
+        if least[k - 1] == np.inf:
             return None
         batches: list[Batch] = []
-        while i:
-            runs = self._runs.slices[i - 1]
-            dop_less_1, index = divmod(int(self._candidates(k, runs).argmin()), runs.stop - runs.start)
-            begin = int(self._runs.first[runs.start + index])
+        while k > 1:
+            candidates = self._candidates(i, k)
+            dop_less_1, index = divmod(int(candidates.argmin()), candidates.shape[1])
+            if candidates[dop_less_1, index] > self._alone[k - 1, i]:
+                break
+            begin = i - candidates.shape[1] + index
             batches.append(Batch(range(begin, i), range(k - 1 - dop_less_1, k)))
             i, k = begin, k - 1 - dop_less_1
+        batches.append(Batch(range(i), range(k)))
         return tuple(reversed(batches))
 
-    def _candidates(self, k: int, runs: slice) -> Float[np.ndarray, "dops runs"]:
-        """The cost of each of these runs on the last 1, 2, ... of k instances, and of what is before it on the others;
-        infinite where memory is too short."""
-        candidates = self._before[k - 1 :: -1, runs] + self._costs[:k, runs]
-        if self._is_memory_short:
-            num_free = self._free[k] - self._free[k - 1 :: -1]
-            candidates[self._kept[runs] > num_free[:, None]] = np.inf
+    def _candidates(self, i: int, k: int) -> Float[np.ndarray, "dops runs"]:
+        """Of the runs that end with the i-th request, each on the last 1, 2, ... of k instances: their costs, and of
+        what is before them on the others, at least one."""
+        part = self.runs.ending_with(range(i - 1, i))
+        first = i - (part.stop - part.start)
+        candidates = self._least[k - 2 :: -1, first:i] + self._costs[: k - 1, part]
+        self._forbid(candidates, part, k)
         return candidates
+
+    def _forbid(self, candidates: Float[np.ndarray, "dops runs"], part: slice, k: int) -> None:
+        """Makes infinite what the last 1, 2, ... of k instances cannot hold of these runs."""
+        if self._is_memory_short:
+            num_slots = self._upto[3].take(self.runs.last[part]) - self._before[3].take(self.runs.first[part])
+            candidates[num_slots > (self._free[k] - self._free[k - 1 : 0 : -1])[:, None]] = np.inf

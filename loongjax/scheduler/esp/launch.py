@@ -9,7 +9,7 @@ import numpy as np
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.batching import split
+from loongjax.scheduler.esp.batching import Workspace, split
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
@@ -44,6 +44,7 @@ def launch(
     *,
     newcomers: Newcomers,
     growth_tokens: int,
+    workspace: Workspace,
     explain: Sink | None,
 ) -> Launch:
     """Splits the choice into batches, starts those whose instances are idle, and holds the idle instances of others.
@@ -61,16 +62,19 @@ def launch(
         times: predictions.
         newcomers: for whom an instance may be spared.
         growth_tokens: room to leave for each request.
+        workspace: for the split.
         explain: is given each batch that starts.
     """
     instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
     by_length = sorted(choice.places, key=lambda place: (-window.lens[place], place))
     started: list[int] = []
     coming: set[int] = set()
-    batches = _batches(draft, by_length, instances, choice, window, times)
+    batches = _batches(draft, by_length, instances, choice, window, times, workspace)
     if batches:
         sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
-        decided = sparing.decide(batches, lambda fewer: _batches(draft, by_length, fewer, choice, window, times))
+        decided = sparing.decide(
+            batches, lambda fewer: _batches(draft, by_length, fewer, choice, window, times, workspace)
+        )
         if decided is None:
             draft.reserve(choice.instances)
             return Launch([], set(choice.places))
@@ -135,7 +139,13 @@ def _hold(draft: Draft, outlook: Outlook, choice: Choice, group: Sequence[Instan
 
 
 def _batches(
-    draft: Draft, by_length: list[int], instances: list[InstanceId], choice: Choice, window: Window, times: Times
+    draft: Draft,
+    by_length: list[int],
+    instances: list[InstanceId],
+    choice: Choice,
+    window: Window,
+    times: Times,
+    workspace: Workspace,
 ) -> list[OrderedBatch]:
     """The batches of equation 5. If memory is too scattered for all requests, the last in queue
     order are left out, half of them at a time."""
@@ -147,10 +157,11 @@ def _batches(
             lens,
             weights,
             free_tokens,
-            times.prefill_s,
+            times.prefills_s,
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,
             kept_tokens=np.array([window.pages[place] * page_size for place in by_length], np.int64),
+            workspace=workspace,
         )
         if batches is not None:
             slices = [

@@ -27,6 +27,7 @@ from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.arrivals import Arrivals
+from loongjax.scheduler.esp.batching import Workspace
 from loongjax.scheduler.esp.candidates import Candidates
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Sink
@@ -61,6 +62,7 @@ class EspPolicy:
         self._arrivals = Arrivals()
         self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
         self._groups = GroupMemory()
+        self._workspace = Workspace()
         self._fairness = Fairness(
             max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes
         )
@@ -101,6 +103,7 @@ class EspPolicy:
                 arrivals=self._arrivals,
                 candidates=self._candidates,
                 groups=self._groups,
+                workspace=self._workspace,
                 can_migrate=self._can_migrate,
                 explain=self._explain,
             ).plan()

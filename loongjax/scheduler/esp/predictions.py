@@ -58,7 +58,7 @@ class Predictions:
             if len(self._prefills) >= MAX_REMEMBERED:
                 self._prefills.clear()
             totals = PrefillTotals.of_batch(num_tokens, squared_lens)
-            seconds = self._prefills[key] = self._model.prefill_s(strategy, totals).item()
+            seconds = self._prefills[key] = float(self._model.prefill_s(strategy, totals))
         return seconds
 
     def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
@@ -69,7 +69,7 @@ class Predictions:
             if len(self._steps) >= MAX_REMEMBERED:
                 self._steps.clear()
             totals = DecodeTotals.of_one_master(num_rows, busiest_keys)
-            seconds = self._steps[key] = self._model.decode_s(strategy, totals).item()
+            seconds = self._steps[key] = float(self._model.decode_s(strategy, totals))
         return seconds
 
     def migration_s(self, num_tokens: int | float, tp: int) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Migrate
@@ -42,10 +43,15 @@ class Times:
         self._factors: dict[tuple[Kind, int], float] = {}
         self._strategies: dict[int, Strategy] = {}
 
-    def prefill_s(self, dop: int, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s(self, dop: int, totals: PrefillTotals[np.ndarray]) -> np.ndarray:
         """Of many batches on so many instances each: float64, of the totals' shape."""
         strategy = self._strategy(dop)
         return self._factor("prefill", strategy) * self._model.prefill_s(strategy, totals)
+
+    def prefills_s(self, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops _"]) -> None:
+        """Writes the times of the same batches on 1, 2, ... instances."""
+        self._model.prefills_s(self._tp, totals, out)
+        out *= [[self._factor("prefill", self._strategy(dop))] for dop in range(1, len(out) + 1)]
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""

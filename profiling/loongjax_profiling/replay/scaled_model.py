@@ -15,7 +15,7 @@ from loongjax_profiling.replay.traced_runtime import TracedIteration
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ScaledModel:
+class ScaledModel(CostModel):
     """A `CostModel` whose times are scaled, kind by kind and strategy by strategy, to what an engine took in all."""
 
     base: CostModel
@@ -50,10 +50,10 @@ class ScaledModel:
     def source(self) -> Source:
         return self.base.source
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         return self.prefill_factors.get(strategy, self.prefill_factor) * self.base.prefill_s(strategy, totals)
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.decode_factors.get(strategy, self.decode_factor) * self.base.decode_s(strategy, totals)
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:

@@ -17,18 +17,18 @@ from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
 
 @dataclasses.dataclass(frozen=True)
-class RoundModel:
+class RoundModel(CostModel):
     """A prefill takes a second for each 1,000 tokens of an instance, a decode step 10 ms, a migration nothing."""
 
     @property
     def source(self) -> Source:
         return "fitted"
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         return totals.num_tokens / strategy.sp / 1000.0
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
-        return np.full(np.broadcast_shapes(totals.num_rows.shape, totals.busiest_keys.shape), 0.01)
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
+        return 0.01 + 0.0 * (totals.num_rows + totals.busiest_keys)
 
     def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
         return 0.0 * per_batch(num_tokens)

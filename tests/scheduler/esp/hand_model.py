@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from loongjax.core.plan import Plan
-from loongjax.costmodel.model import Source
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, per_batch
+from loongjax.costmodel.model import CostModel, Source
+from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, larger, per_batch
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.policy import EspPolicy
@@ -18,7 +18,7 @@ from loongjax.scheduler.view import ClusterView
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class HandModel:
+class HandModel(CostModel):
     """Prefill: max(floor, constant + token x tokens / sp + squared_token x sum(len^2) / sp). Decode: step + row x rows
     of the busiest master + key x keys of the fullest instance + exchange x (sp - 1). Migration: moved x tokens.
     """
@@ -37,11 +37,11 @@ class HandModel:
     def source(self) -> Source:
         return "fitted"
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         work = self.token_s * totals.num_tokens + self.squared_token_s * totals.squared_lens
-        return np.maximum(self.constant_s + work / strategy.sp, self.floor_s)
+        return larger(self.constant_s + work / strategy.sp, self.floor_s)
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         own = self.step_s + self.row_s * totals.busiest_rows + self.key_s * totals.busiest_keys
         return own + self.exchange_s * (strategy.sp - 1)
 

@@ -25,9 +25,9 @@ class Problem:
     max_requests: int = 10**9
     kept_tokens: tuple[int, ...] | None = None
 
-    def seconds(self, dop: int, totals: PrefillTotals) -> np.ndarray:
-        constant, per_token, per_square = self.coefficients[dop - 1]
-        return constant + per_token * totals.num_tokens + per_square * totals.squared_lens
+    def seconds(self, totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
+        for row, (constant, per_token, per_square) in zip(out, self.coefficients, strict=False):
+            row[:] = constant + per_token * totals.num_tokens + per_square * totals.squared_lens
 
     def cost(self, requests: Sequence[int], instances: Sequence[int]) -> float:
         """Of one batch; infinite if it cannot be."""

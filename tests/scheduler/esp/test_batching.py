@@ -158,16 +158,21 @@ def test_no_instances_hold_no_requests():
     assert solve(Problem(lengths=(100,), weights=(1.0,), free_tokens=(), coefficients=())) is None
 
 
-def test_the_cost_model_is_asked_once_for_each_degree_of_parallelism():
-    asked: list[int] = []
+def seconds_of_tokens(totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
+    """A second a token, perfectly parallel."""
+    out[:] = totals.num_tokens / np.arange(1, len(out) + 1)[:, None]
 
-    def seconds(dop: int, totals: PrefillTotals) -> np.ndarray:
-        asked.append(dop)
-        return totals.num_tokens / dop
+
+def test_the_cost_model_is_asked_once_about_few_requests():
+    asked: list[tuple[int, ...]] = []
+
+    def seconds(totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
+        asked.append(out.shape)
+        seconds_of_tokens(totals, out)
 
     lengths = np.arange(20, 0, -1)
     split(lengths, 1.0 / lengths, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
-    assert asked == [1, 2, 3, 4]
+    assert asked == [(4, 210)]
 
 
 def test_the_cost_model_is_asked_about_true_batches_only():
@@ -179,10 +184,10 @@ def test_the_cost_model_is_asked_about_true_batches_only():
         if (part := lengths[b : e + 1].tolist())
     }
 
-    def seconds(dop: int, totals: PrefillTotals) -> np.ndarray:
+    def seconds(totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
         assert set(zip(totals.num_tokens.tolist(), totals.squared_lens.tolist(), strict=True)) == true
         assert not totals.new_times_past.any()
-        return totals.num_tokens / dop
+        seconds_of_tokens(totals, out)
 
     assert split(lengths, 1.0 / lengths, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
 

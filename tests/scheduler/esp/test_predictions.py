@@ -24,12 +24,12 @@ class CountingModel(HandModel):
 
     asked: list[int] = dataclasses.field(default_factory=list)
 
-    def prefill_s(self, strategy: Strategy, totals: PrefillTotals) -> np.ndarray:
-        self.asked.append(totals.num_tokens.size)
+    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
+        self.asked.append(np.size(totals.num_tokens))
         return super().prefill_s(strategy, totals)
 
-    def decode_s(self, strategy: Strategy, totals: DecodeTotals) -> np.ndarray:
-        self.asked.append(totals.busiest_keys.size)
+    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
+        self.asked.append(np.size(totals.busiest_keys))
         return super().decode_s(strategy, totals)
 
 
