@@ -226,8 +226,9 @@ def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str
     for index in range(num_samples + 3):
         view = make_view(case, random)
         asked = policy.copy()
-        asked.plan(while_nobody_is_idle(view))
-        asked.copy().plan(a_step_before(view))
+        before = a_step_before(view)
+        asked.plan(while_nobody_is_idle(before))
+        asked.copy().plan(before)
         gc.freeze()
         # An engine has waited for a completion. Who has computed without a pause is interrupted first.
         time.sleep(pause_s)

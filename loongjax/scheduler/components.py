@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.view import RunningView
 
 
@@ -15,7 +15,7 @@ class Component:
     """Instances tied together by requests with keys on several of them, and those requests, oldest first."""
 
     instances: set[InstanceId]
-    requests: list[RunningView]
+    requests: tuple[RunningView, ...]
 
 
 def find_components(draft: Draft) -> list[Component]:
@@ -24,8 +24,6 @@ def find_components(draft: Draft) -> list[Component]:
     Busy ones are among them. Instances that prefill are not, nor are requests with keys there: those stand still.
     """
     components = _tied_together(draft) if draft.straddling else _each_alone(draft)
-    for component in components:
-        component.requests.sort(key=order_of)
     components.sort(key=lambda component: component.requests[0].order)
     return components
 
@@ -34,8 +32,8 @@ def _each_alone(draft: Draft) -> list[Component]:
     """Those of instances that share no request, which is most of the time."""
     prefilling = draft.prefilling
     return [
-        Component({instance}, residents.copy())
-        for instance, residents in enumerate(draft.residents)
+        Component({instance}, residents)
+        for instance, residents in enumerate(draft.oldest_first)
         if residents and instance not in prefilling
     ]
 
@@ -50,21 +48,17 @@ def _tied_together(draft: Draft) -> list[Component]:
             first = _find(root, request.kv[0][0])
             for instance, _ in request.kv[1:]:
                 root[_find(root, instance)] = first
-    components: dict[int, Component] = {}
+    tied: dict[int, tuple[set[InstanceId], list[RunningView]]] = {}
     for instance, residents in enumerate(draft.residents):
         if residents and instance not in draft.prefilling:
-            component = components.setdefault(_find(root, instance), Component(set(), []))
-            component.instances.add(instance)
-            component.requests += [
+            instances, requests = tied.setdefault(_find(root, instance), (set(), []))
+            instances.add(instance)
+            requests += [
                 request
                 for request in residents
                 if request.kv[-1][0] == instance and (not stalled or request.request_id not in stalled)
             ]
-    return [component for component in components.values() if component.requests]
-
-
-order_of = operator.attrgetter("order")
-"""The key to sort by age, oldest first."""
+    return [Component(instances, oldest_first(requests)) for instances, requests in tied.values() if requests]
 
 
 def _find(root: list[int], instance: InstanceId) -> InstanceId:

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import SubBatch
-from loongjax.scheduler.components import Component, find_components, order_of
+from loongjax.scheduler.components import Component, find_components
 from loongjax.scheduler.decode_rules import DecodeRules
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.view import RunningView
 
 
@@ -124,7 +125,9 @@ class DecodePlanner:
             if not is_overdue and self._roomiest(draft.decoding, len(short)) is not None:
                 return False
         if len(component.requests) > 1:
-            draft.preempt(component.requests.pop())
+            *others, newest = component.requests
+            component.requests = tuple(others)
+            draft.preempt(newest)
             return True
         return self._find_last_page(component, outside)
 
@@ -169,13 +172,13 @@ class DecodePlanner:
         for other in self._components:
             if other is not component and instance in other.instances:
                 component.instances |= other.instances
-                component.requests = sorted(component.requests + other.requests, key=order_of)
-                other.requests = []
+                component.requests = oldest_first(component.requests + other.requests)
+                other.requests = ()
 
     def _drop(self, request: RunningView) -> None:
         self._draft.preempt(request)
         for component in self._components:
-            component.requests = [other for other in component.requests if other is not request]
+            component.requests = tuple([other for other in component.requests if other is not request])
 
     def _consolidate(self, component: Component) -> bool:
         """Moves one request's keys off an instance, if a few such moves take the instance out of the group.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill, PrefillRequest, SubBatch
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.view import ClusterView, RunningView
 
 
@@ -15,9 +16,10 @@ class Draft:
     Args:
         view: the cluster.
         growth_tokens: tokens of room that a running request is promised where its newest token lies.
+        residents: the view's; None: they are found.
     """
 
-    def __init__(self, view: ClusterView, growth_tokens: int) -> None:
+    def __init__(self, view: ClusterView, growth_tokens: int, residents: Residents | None = None) -> None:
         self.view = view
         self.shape = view.shape
         self.free = [instance.num_free_pages for instance in view.instances]
@@ -28,27 +30,19 @@ class Draft:
         """Instances that will be busy for long, those of this answer's prefills included."""
         self.decoding = {instance.instance for instance in view.instances if instance.is_busy} - self.prefilling
         """Instances that will be idle soon."""
-        self.residents: list[list[RunningView]] = [[] for _ in view.instances]
+        residents = Residents(view.running, len(view.instances)) if residents is None else residents
+        assert residents.running is view.running, "of another view"
+        self.residents = residents.by_instance.copy()
         """Requests with keys on an instance."""
-        self.straddling: list[RunningView] = []
+        self.oldest_first = residents.oldest_first.copy()
+        """The same by age."""
+        self.straddling = residents.straddling
         """Requests with keys on more than one instance."""
+        self.num_newest = residents.num_newest.copy()
+        """Requests whose newest token lies on an instance."""
         self._growth_pages = view.shape.num_pages_for(growth_tokens)
         self._iterations: list[Plan] = []
         self._preempted: list[str] = []
-        residents = self.residents
-        for request in view.running:
-            kv = request.kv
-            if len(kv) == 1:
-                residents[kv[0][0]].append(request)
-            elif kv:
-                self.straddling.append(request)
-                for instance, _ in kv:
-                    residents[instance].append(request)
-        self.num_newest = [len(requests) for requests in residents]
-        """Requests whose newest token lies on an instance."""
-        for request in self.straddling:
-            for instance, _ in request.kv[:-1]:
-                self.num_newest[instance] -= 1
 
     @property
     def plans(self) -> tuple[Plan, ...]:
@@ -83,10 +77,11 @@ class Draft:
         assert not request.is_in_flight, request
         self._preempted.append(request.request_id)
         self.num_newest[request.kv[-1][0]] -= 1
-        self.straddling = [other for other in self.straddling if other is not request]
+        self.straddling = _without(self.straddling, request)
         for instance, num_tokens in request.kv:
             self.free[instance] += self.shape.num_pages_for(num_tokens)
-            self.residents[instance] = [other for other in self.residents[instance] if other is not request]
+            self.residents[instance] = _without(self.residents[instance], request)
+            self.oldest_first[instance] = _without(self.oldest_first[instance], request)
 
     def prefill(self, group: Group, requests: Sequence[PrefillRequest]) -> None:
         for request in requests:
@@ -107,3 +102,7 @@ class Draft:
     def migrate(self, request_id: str, source: InstanceId, target: InstanceId, num_tokens: int) -> None:
         self.idle.difference_update((source, target))
         self._iterations.append(Migrate(request_id, source, target, num_tokens))
+
+
+def _without(requests: tuple[RunningView, ...], request: RunningView) -> tuple[RunningView, ...]:
+    return tuple([other for other in requests if other is not request])

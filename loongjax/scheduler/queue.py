@@ -1,12 +1,12 @@
-"""The order of the waiting queue: by priority, then by age."""
+"""Orders: that of the waiting queue, by priority and then by age, and by age alone."""
 
 from __future__ import annotations
 
 import bisect
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.view import RunningView, WaitingView
 
 
 def priority_classes(waiting: Sequence[WaitingView]) -> list[tuple[int, int]]:
@@ -23,4 +23,10 @@ def priority_classes(waiting: Sequence[WaitingView]) -> list[tuple[int, int]]:
     return classes
 
 
+def oldest_first(requests: Iterable[RunningView]) -> tuple[RunningView, ...]:
+    return tuple(sorted(requests, key=order_of))
+
+
+order_of = operator.attrgetter("order")
+"""The key to sort by age, oldest first."""
 _priority = operator.attrgetter("priority")

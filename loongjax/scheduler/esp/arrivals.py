@@ -6,9 +6,8 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
-from loongjax.scheduler.components import order_of
 from loongjax.scheduler.esp.objective import prefill_weight
-from loongjax.scheduler.queue import priority_classes
+from loongjax.scheduler.queue import order_of, priority_classes
 from loongjax.scheduler.view import WaitingView
 
 REMEMBERED = 128

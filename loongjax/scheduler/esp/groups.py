@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -20,16 +19,16 @@ MAX_REMEMBERED = 1 << 12
 class GroupFacts:
     """A decode group: its instances, its requests, and what both mean."""
 
-    def __init__(self, instances: tuple[InstanceId, ...], requests: Sequence[RunningView], lengths: OutputLengths):
+    def __init__(self, instances: tuple[InstanceId, ...], requests: tuple[RunningView, ...], lengths: OutputLengths):
         """Facts of these requests, oldest first, on these instances, ascending, by what is known of outputs now."""
         self.instances = instances
-        self.requests = tuple(requests)
+        self.requests = requests
         self._lengths = lengths.copy()
 
-    def still_hold(self, requests: Sequence[RunningView], lengths: OutputLengths) -> bool:
+    def still_hold(self, requests: tuple[RunningView, ...], lengths: OutputLengths) -> bool:
         """Whether these are the same requests, unchanged, and no more is known of outputs."""
         # Views are made anew only if something changed, and tuples look at identity first.
-        return self._lengths.knows_the_same(lengths) and self.requests == tuple(requests)
+        return self._lengths.knows_the_same(lengths) and self.requests == requests
 
     @functools.cached_property
     def has_paces(self) -> bool:

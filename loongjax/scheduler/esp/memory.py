@@ -9,6 +9,8 @@ from jaxtyping import Int
 
 from loongjax.scheduler.esp.config import Admission
 from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
 
 
@@ -34,27 +36,30 @@ class MemoryAdmission:
 
     Args:
         view: the cluster.
+        residents: its requests with keys.
         candidates: waiting requests that may be let in.
         lengths: of outputs that have ended.
         admission: how long outputs are taken to become.
     """
 
     def __init__(
-        self, view: ClusterView, candidates: Sequence[WaitingView], lengths: OutputLengths, admission: Admission
+        self,
+        view: ClusterView,
+        residents: Residents,
+        candidates: Window,
+        lengths: OutputLengths,
+        admission: Admission,
     ) -> None:
-        running = [request for request in view.running if request.kv]
         self._page_size = view.shape.page_size
         self._lengths = lengths
         self._admission: Admission = admission
         self._capacity = view.shape.num_instances * view.shape.num_slots
-        self.most: list[int] = [
-            (request.max_total_tokens + self._page_size) * request.keeps_kv for request in candidates
-        ]
+        self.most = candidates.most
         """Slots that each candidate may take in the end, and if there is room for all of them, no less than that."""
-        self._most = sum([request.max_total_tokens for request in running]) + self._page_size * len(running)
+        self._most = residents.max_total_tokens + self._page_size * residents.num_requests
         # Nobody takes more than its full length and the rest of a page; mostly that is all there is to know.
-        if self._most + sum(self.most) > self._capacity:
-            self._look_closer(running, candidates)
+        if self._most + candidates.sum_of_most > self._capacity:
+            self._look_closer([request for request in view.running if request.kv], candidates.requests)
 
     def _look_closer(self, running: Sequence[RunningView], candidates: Sequence[WaitingView]) -> None:
         columns = zip(_running_columns(running), _waiting_columns(candidates), strict=True)

@@ -11,12 +11,12 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
-from loongjax.scheduler.components import order_of
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.queue import order_of
 from loongjax.scheduler.view import RunningView
 
 

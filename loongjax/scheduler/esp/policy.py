@@ -39,6 +39,7 @@ from loongjax.scheduler.esp.scaling import CostModelRules
 from loongjax.scheduler.esp.times import Times, kind_of
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.view import ClusterView
 
 
@@ -61,6 +62,7 @@ class EspPolicy:
         self._lengths = OutputLengths()
         self._arrivals = Arrivals()
         self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
+        self._residents = Residents((), 0)
         self._groups = GroupMemory()
         self._workspace = Workspace()
         self._fairness = Fairness(
@@ -88,7 +90,10 @@ class EspPolicy:
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """Plans for the instances that are not busy. See `Policy.plan`."""
         self._arrivals = self._arrivals.after(view.waiting)
-        draft = Draft(view, self._config.growth_tokens)
+        if len(self._residents.by_instance) != len(view.instances):
+            self._residents = Residents((), len(view.instances))
+        self._residents = self._residents.after(view.running)
+        draft = Draft(view, self._config.growth_tokens, self._residents)
         if not draft.idle:
             return ()
         times = Times(self._base_model, view.shape.tp, corrector=self._corrector, predictions=self._predictions)
@@ -96,6 +101,7 @@ class EspPolicy:
         if view.waiting:
             components = PrefillPlanner(
                 draft,
+                self._residents,
                 times,
                 config=self._config,
                 fairness=self._fairness,

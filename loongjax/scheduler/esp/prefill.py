@@ -25,6 +25,7 @@ from loongjax.scheduler.esp.senior import SeniorPlanner, senior_of
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.view import WaitingView
 
 LEAST_OVERTAKE = 1 / 16
@@ -37,6 +38,7 @@ class PrefillPlanner:
     def __init__(
         self,
         draft: Draft,
+        residents: Residents,
         times: Times,
         *,
         config: EspConfig,
@@ -51,6 +53,7 @@ class PrefillPlanner:
     ) -> None:
         self._draft = draft
         self._view = draft.view
+        self._residents = residents
         self._times = times
         self._config = config
         self._fairness = fairness
@@ -93,7 +96,7 @@ class PrefillPlanner:
         If the first request was overtaken too often, it is not put off again, nor made to wait for other prefills.
         """
         draft = self._draft
-        memory = MemoryAdmission(self._view, window.requests, self._lengths, self._config.admission)
+        memory = MemoryAdmission(self._view, self._residents, window, self._lengths, self._config.admission)
         mover = None
         if self._can_migrate:
             least = self._config.min_tokens_between_migrations

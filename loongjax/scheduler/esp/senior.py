@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
-from loongjax.scheduler.components import order_of
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.launch import start
 from loongjax.scheduler.esp.outlook import Outlook
-from loongjax.scheduler.queue import priority_classes
+from loongjax.scheduler.queue import order_of, priority_classes
 from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
 
 

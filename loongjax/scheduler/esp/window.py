@@ -38,6 +38,9 @@ class Window:
         self.lens = [request.num_tokens for request in requests]
         self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""
+        self.most = [(request.max_total_tokens + shape.page_size) * request.keeps_kv for request in requests]
+        """Slots that each may take in the end."""
+        self.sum_of_most = sum(self.most)
         self.weights = [prefill_weight(request, now_s, implied_ttft_s) for request in requests]
         """What a second of waiting costs."""
         self.urgencies = [weight / length for weight, length in zip(self.weights, self.lens, strict=True)]

@@ -32,7 +32,7 @@ def pair() -> list[RunningView]:
 
 
 def facts(requests: list[RunningView], lengths: OutputLengths) -> GroupFacts:
-    return GroupMemory().facts_of(Component({2, 0}, requests), lengths)
+    return GroupMemory().facts_of(Component({2, 0}, tuple(requests)), lengths)
 
 
 def test_a_group_by_hand() -> None:
@@ -49,14 +49,14 @@ def test_a_group_by_hand() -> None:
 
 def test_what_has_not_changed_is_not_worked_out_again() -> None:
     memory, lengths, requests = GroupMemory(), learned(10), pair()
-    first = memory.facts_of(Component({0, 2}, requests), lengths)
-    assert memory.facts_of(Component({0, 2}, list(requests)), lengths.copy()) is first
+    first = memory.facts_of(Component({0, 2}, tuple(requests)), lengths)
+    assert memory.facts_of(Component({0, 2}, tuple(requests)), lengths.copy()) is first
 
 
 @pytest.mark.parametrize("change", ["a token more", "one fewer", "one more", "another instance", "an output ended"])
 def test_whatever_changes_is_seen(change: str) -> None:
     memory, lengths, requests, instances = GroupMemory(), learned(10), pair(), {0, 2}
-    first = memory.facts_of(Component(set(instances), list(requests)), lengths)
+    first = memory.facts_of(Component(set(instances), tuple(requests)), lengths)
     match change:
         case "a token more":
             requests[1] = dataclasses.replace(requests[1], kv=((2, 9),), num_tokens=9, num_output_tokens=3)
@@ -68,8 +68,10 @@ def test_whatever_changes_is_seen(change: str) -> None:
             instances.add(1)
         case "an output ended":
             lengths.add(500)
-    again = memory.facts_of(Component(instances, requests), lengths)
-    fresh = facts(requests, lengths) if change != "another instance" else GroupFacts((0, 1, 2), requests, lengths)
+    again = memory.facts_of(Component(instances, tuple(requests)), lengths)
+    fresh = (
+        facts(requests, lengths) if change != "another instance" else GroupFacts((0, 1, 2), tuple(requests), lengths)
+    )
     assert again is not first
     assert again.num_steps_left == fresh.num_steps_left
     assert again.size_of_step == fresh.size_of_step
@@ -112,8 +114,8 @@ def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int,
                 lengths.add(number + 1)
         for place, company in groups.items():
             if company:
-                known = memory.facts_of(Component({place}, list(company)), lengths)
-                fresh = GroupFacts((place,), company, lengths)
+                known = memory.facts_of(Component({place}, tuple(company)), lengths)
+                fresh = GroupFacts((place,), tuple(company), lengths)
                 assert known.requests == fresh.requests
                 assert known.num_keys == fresh.num_keys
                 assert known.weight_of_steps == fresh.weight_of_steps

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,9 @@ from loongjax.core.plan import Prefill
 from loongjax.core.request import FinishReason
 from loongjax.scheduler.esp.memory import MemoryAdmission, peak_tokens
 from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.observation import RequestEnded
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.view import ClusterView
 from tests.scheduler.esp.hand_model import HandModel, ask, policy_of
 from tests.scheduler.views import cluster, running, waiting
@@ -70,16 +74,22 @@ def test_an_aborted_request_teaches_nothing() -> None:
     assert not [plan for plan in policy.plan(two_vacant()) if isinstance(plan, Prefill)]
 
 
+def worst_case(view: ClusterView) -> MemoryAdmission:
+    residents = Residents(view.running, len(view.instances))
+    candidates = Window(view.waiting, view.shape, 0.0, math.inf, is_patient=True)
+    return MemoryAdmission(view, residents, candidates, OutputLengths(), "worst-case")
+
+
 def test_a_request_that_keeps_no_keys_takes_no_memory() -> None:
     waits = [waiting("echo", 0, 80, keeps_kv=False), waiting("w", 1, 80, max_total_tokens=90)]
     for num_pages in (22, 1000):
         view = cluster(1, num_pages=num_pages, waits=waits)
-        assert MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case").most[0] == 0
+        assert worst_case(view).most[0] == 0
 
 
 def test_where_memory_is_short_a_request_counts_with_all_its_tokens_but_the_last() -> None:
     view = cluster(1, num_pages=22, waits=[waiting("w", 1, 80, max_total_tokens=90)])
-    assert MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case").most == [80 + 9]
+    assert worst_case(view).most == [80 + 9]
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=4)
@@ -103,7 +113,7 @@ def test_what_fits_is_what_counting_step_by_step_finds_however_ample_memory_is(
         ],
         taken={0: 0},
     )
-    memory = MemoryAdmission(view, view.waiting, OutputLengths(), "worst-case")
+    memory = worst_case(view)
     candidates = list(range(len(waits)))
     held = [-(-count // 4) * 4 for count, _ in (*runs, *waits)]
     left = [new - 1 for _, new in (*runs, *waits)]
