@@ -76,12 +76,15 @@ class Corrector:
         self._own: dict[tuple[Kind, Strategy], _Evidence] = {}
         self._of_kind: dict[Kind, _Evidence] = {}
         """Sums over the strategies."""
+        self._factors: dict[Kind, dict[Strategy, float]] = {}
+        """Those asked for since the last observation of the kind."""
 
     def copy(self) -> Corrector:
         """One that has learned the same, and goes on apart."""
         other = Corrector(self._config)
         other._own = dict(self._own)
         other._of_kind = dict(self._of_kind)
+        other._factors = dict(self._factors)
         return other
 
     @property
@@ -91,7 +94,11 @@ class Corrector:
 
     def factor(self, kind: Kind, strategy: Strategy) -> float:
         """What to multiply predictions by; 1 before anything of the kind was observed."""
-        return math.exp(self._log_factor(kind, strategy))
+        factors = self._factors.setdefault(kind, {})
+        factor = factors.get(strategy)
+        if factor is None:
+            factor = factors[strategy] = math.exp(self._log_factor(kind, strategy))
+        return factor
 
     def predicted_over_actual(self, kind: Kind, strategy: Strategy) -> float:
         """How far the uncorrected predictions are off: above 1 they are too long."""
@@ -127,6 +134,7 @@ class Corrector:
             own_weight = (1.0 - weight) * own_weight + weight
             whole_log_sum, whole_weight = math.fsum((*log_sums, log_sum)), math.fsum((*weights, own_weight))
         if own_weight > 0.0:
+            self._factors[kind] = {}
             self._own[kind, strategy] = _Evidence(log_sum, own_weight)
             self._of_kind[kind] = _Evidence(whole_log_sum, whole_weight)
 

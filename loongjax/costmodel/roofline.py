@@ -119,10 +119,13 @@ class RooflineModel(CostModel):
     def prefills_s(self, tp: int, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops batches"]) -> None:
         """As `prefill_s`, on all numbers of instances at a time."""
         sp = np.arange(1.0, len(out) + 1.0)[:, None]
-        np.divide(self.model.prefill_flops(totals), sp * tp * self.rates.flops_per_s, out=out)
+        flops_per_s = sp * tp * self.rates.flops_per_s
+        np.divide(self.model.prefill_flops(totals), flops_per_s, out=out)
         np.maximum(out, self._weights_s(tp), out=out)
-        for row, ring_token_s in zip(out[1:], self._ring_token_s(sp[1:], tp), strict=True):
-            np.maximum(row, ring_token_s * totals.num_tokens, out=row)
+        # A ring that is faster than the products of any token is never the longest.
+        ring_token_s = self._ring_token_s(sp, tp)
+        for row in np.flatnonzero(ring_token_s > 0.99 * 2.0 * self.model.num_layer_params / flops_per_s).tolist():
+            np.maximum(out[row], ring_token_s[row] * totals.num_tokens, out=out[row])
         if tp > 1:
             out += self._all_reduces_s(tp, np.ceil(totals.num_tokens / sp))
         out += totals.decode_keys * (self._key_s(tp) / sp) + self._overheads_s(tp, sp - 1.0)

@@ -84,13 +84,11 @@ class Draft:
             self.oldest_first[instance] = _without(self.oldest_first[instance], request)
 
     def prefill(self, group: Group, requests: Sequence[PrefillRequest]) -> None:
+        page_size = self.shape.page_size
         for request in requests:
-            num_tokens: dict[InstanceId, int] = {}
+            # Every cut is a multiple of a page, so that each piece takes pages of its own.
             for interval in request.kept:
-                instance = interval.instance
-                num_tokens[instance] = num_tokens.get(instance, 0) + interval.end - interval.begin
-            for instance, count in num_tokens.items():
-                self.free[instance] -= self.shape.num_pages_for(count)
+                self.free[interval.instance] -= -((interval.begin - interval.end) // page_size)
         self.idle.difference_update(group.instances)
         self.prefilling.update(group.instances)
         self._iterations.append(Prefill(group, tuple(requests)))

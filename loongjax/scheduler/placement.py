@@ -37,14 +37,18 @@ def place_keys(
     keepers = [request for request in requests if request.keeps_kv]
     num_needed = sum([-(-request.num_tokens // page_size) for request in keepers])
     chosen = _fewest(shelves, num_needed, num_spare_pages, len(keepers)) if keepers else []
-    kept: dict[str, tuple[TokenInterval, ...]] = {}
     if len(chosen) == 1:
-        instance = chosen[0].instance
-        kept = {request.request_id: (TokenInterval(instance, 0, request.num_tokens),) for request in keepers}
-    else:
-        for request in sorted(keepers, key=lambda request: -request.num_tokens):
-            kept[request.request_id] = _place_one(request.num_tokens, chosen, page_size)
+        (shelf,) = chosen
+        return tuple([_whole_on(shelf.instance, request) for request in requests])
+    kept: dict[str, tuple[TokenInterval, ...]] = {}
+    for request in sorted(keepers, key=lambda request: -request.num_tokens):
+        kept[request.request_id] = _place_one(request.num_tokens, chosen, page_size)
     return tuple([PrefillRequest(request.request_id, kept.get(request.request_id, ())) for request in requests])
+
+
+def _whole_on(instance: InstanceId, request: WaitingView) -> PrefillRequest:
+    kept = (TokenInterval(instance, 0, request.num_tokens),) if request.keeps_kv else ()
+    return PrefillRequest(request.request_id, kept)
 
 
 def _fewest(shelves: Sequence[Shelf], num_needed: int, num_spare: int, num_requests: int) -> list[Shelf]:

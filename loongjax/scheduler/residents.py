@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 
+from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.view import RunningView
 
@@ -45,21 +48,24 @@ class Residents:
         """
         if running is self.running:
             return self
-        pairs = zip(self.running, running, strict=False)
-        changed = [(old, new) for old, new in pairs if old is not new]
-        if len(running) != len(self.running) or not all(_lies_alike(old, new) for old, new in changed):
+        before = self.running
+        places = list(itertools.compress(range(len(running)), map(operator.is_not, before, running)))
+        if len(running) != len(before) or 2 * len(places) > len(running):
             return Residents(running, len(self.by_instance))
-        newer = {id(old): new for old, new in changed}
+        newer: dict[int, RunningView] = {}
+        instances: set[InstanceId] = set()
+        max_total_tokens = self.max_total_tokens
+        for place in places:
+            old, new = before[place], running[place]
+            if len(old.kv) != 1 or len(new.kv) != 1 or old.kv[0][0] != new.kv[0][0] or old.order != new.order:
+                return Residents(running, len(self.by_instance))
+            newer[id(old)] = new
+            instances.add(new.kv[0][0])
+            max_total_tokens += new.max_total_tokens - old.max_total_tokens
         following = copy.copy(self)
-        following.running = running
+        following.running, following.max_total_tokens = running, max_total_tokens
         following.by_instance, following.oldest_first = self.by_instance.copy(), self.oldest_first.copy()
-        for instance in {new.kv[0][0] for _, new in changed}:
+        for instance in instances:
             for lists in (following.by_instance, following.oldest_first):
                 lists[instance] = tuple([newer.get(id(request), request) for request in lists[instance]])
-        following.max_total_tokens += sum([new.max_total_tokens - old.max_total_tokens for old, new in changed])
         return following
-
-
-def _lies_alike(old: RunningView, new: RunningView) -> bool:
-    """Whether both have the same age, and all their keys on the same single instance."""
-    return len(old.kv) == len(new.kv) == 1 and old.kv[0][0] == new.kv[0][0] and old.order == new.order

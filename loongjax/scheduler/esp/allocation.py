@@ -18,8 +18,7 @@ come from the cost model. Keys are moved to one instance that has room for all o
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
@@ -35,8 +34,7 @@ MAX_REFUSALS = 2
 """Sites that may be refused before the rest, which hold more keys, is not asked."""
 
 
-@dataclasses.dataclass(frozen=True)
-class _Offer:
+class _Offer(NamedTuple):
     """One way to have a site."""
 
     step: Literal["allocate", "migrate", "wait"]
@@ -86,7 +84,7 @@ class Allocator:
         num_refusals = 0
         weight, sums = self._window.weight(choice.places), self._window.sums(choice.places)
         for site in self._candidates(choice):
-            offer = max(self._offers(choice, site, weight, sums), key=lambda offer: offer.gain - offer.cost)
+            offer = max(self._offers(choice, site, weight, sums), key=_net_gain)
             is_taken = offer.gain > 0.0 and offer.gain >= offer.cost
             self._tell(choice, site, offer, is_taken)
             if not is_taken:
@@ -107,14 +105,15 @@ class Allocator:
 
     def _offers(self, choice: Choice, site: Site, weight: float, sums: tuple[int, int]) -> list[_Offer]:
         """The choice's requests weigh so much, and have so many tokens and squared tokens."""
-        paused = sum([taken.pause_weight for taken in choice.sites])
-        now_s = choice.ready_s + self._times.batch_of_s(choice.dop, *sums)
+        begin_s = choice.ready_s
+        now_s = begin_s + self._times.batch_of_s(choice.dop, *sums)
         duration_s = self._times.batch_of_s(choice.dop + len(site.instances), *sums)
-        ready_s = max(choice.ready_s, site.ready_s)
+        ready_s = max(begin_s, site.ready_s)
         gain = weight * (now_s - ready_s - duration_s)
         gain -= self._loss_of_newcomers(choice, site, now_s, ready_s + duration_s)
         if not site.requests:
-            return [_Offer("wait", gain, paused * max(0.0, ready_s - choice.ready_s), ready_s)]
+            paused = sum([taken.pause_weight for taken in choice.sites])
+            return [_Offer("wait", gain, paused * max(0.0, ready_s - begin_s), ready_s)]
         offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + duration_s), ready_s)]
         mover = self._mover
         if gain <= 0.0 or mover is None:
@@ -155,6 +154,10 @@ class Allocator:
                     ),
                 )
             )
+
+
+def _net_gain(offer: _Offer) -> float:
+    return offer.gain - offer.cost
 
 
 def _num_keys(site: Site) -> tuple[int, tuple[InstanceId, ...]]:

@@ -193,18 +193,18 @@ class _Search:
         num_instances, first = len(self._costs), self.runs.first[part]
         offsets = self.runs.offsets[requests.start : requests.stop] - part.start
         before = self._workspace.array("before", num_instances - 1, len(first))
-        """[k - 1, run]: f[j][k] of the requests before the run."""
+        """[-k, run]: f[j][k] of the requests before the run."""
         sums = self._workspace.array("sums", num_instances - 1, len(first))
         self._least[:, entries] = self._alone[:, entries]
         for k in range(1, num_instances):
             # Every batch takes an instance, so a row of f follows from those before it, all of it at once.
             row = self._least[k - 1]
             if k > 1:
-                candidates = np.add(before[: k - 1][::-1], self._costs[: k - 1, part], out=sums[: k - 1])
+                candidates = np.add(before[num_instances - k :], self._costs[: k - 1, part], out=sums[: k - 1])
                 self._forbid(candidates, part, k)
                 least = np.minimum.reduceat(np.minimum.reduce(candidates), offsets)
                 np.minimum(row[entries], least, out=row[entries])
-            row.take(first, out=before[k - 1], mode="clip")
+            row.take(first, out=before[-k], mode="clip")
 
     def trace_back(self) -> tuple[Batch, ...] | None:
         """The batches behind the least f[n][k], found again from the last to the first; None if it is infinite."""

@@ -130,15 +130,23 @@ class Dispatcher:
         A few that do not fit are passed over, but not the first of the window once it was overtaken enough.
         """
         window, draft, memory = self._window, self._draft, self._memory
-        max_num_seqs = draft.view.max_num_seqs
-        num_tokens = len(instances) * draft.view.max_num_batched_tokens - sum([window.lens[place] for place in taken])
-        num_pages = sum([draft.room(i) for i in instances]) - sum([window.pages[place] for place in taken])
-        num_seats = sum([max(0, max_num_seqs - draft.num_newest[i]) for i in instances]) - len(taken)
-        num_seats = min(num_seats, self._config.max_picked - len(taken))
-        num_slots = memory.num_free - sum([memory.most[place] for place in taken])
         if any(window[place].is_suspect for place in taken):
             return []
-        already, company, num_skipped = set(taken), list(taken), 0
+        max_num_seqs = draft.view.max_num_seqs
+        num_tokens = len(instances) * draft.view.max_num_batched_tokens
+        num_pages = sum([draft.room(i) for i in instances])
+        num_seats = sum([max(0, max_num_seqs - draft.num_newest[i]) for i in instances])
+        num_seats = min(num_seats, self._config.max_picked)
+        company = list(taken)
+        if not taken:
+            # Mostly all that fit are the first ones.
+            num_first = window.num_first_within(num_tokens, num_pages, memory.num_free)
+            company = window.order[: max(0, min(num_first, num_seats))]
+        num_tokens -= sum([window.lens[place] for place in company])
+        num_pages -= sum([window.pages[place] for place in company])
+        num_slots = memory.num_free - sum([memory.most[place] for place in company])
+        num_seats -= len(company)
+        already, num_skipped = set(company), 0
         for place in window.order:
             request = window[place]
             if num_seats <= 0:
@@ -195,11 +203,11 @@ class Dispatcher:
         """Equations 1 and 2, of the first of these requests, of the first two, and so on: the best number."""
         window = self._window
         wait_s = max(choice.ready_s, site.ready_s)
-        lens, weights = window.arrays(more)
-        totals = PrefillTotals.of_sums(np.cumsum(lens), np.cumsum(lens * lens))
+        num_tokens, squared_lens, weights = window.growing(more)
+        totals = PrefillTotals.of_sums(num_tokens, squared_lens)
         durations_s = self._times.prefill_s(len(site.instances), totals)
         otherwise_s = self._wait_otherwise_s(choice, site, more)
-        gains = np.cumsum(weights) * max(0.0, otherwise_s - wait_s)
+        gains = weights * max(0.0, otherwise_s - wait_s)
         costs = site.pause_weight * (wait_s - site.ready_s + durations_s)
         best = int(np.argmax(gains - costs))
         terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", float(durations_s[best])))

@@ -60,6 +60,8 @@ class GroupFacts:
     @functools.cached_property
     def num_keys(self) -> dict[InstanceId, int]:
         """On each instance."""
+        if len(self.instances) == 1:
+            return {self.instances[0]: self.num_tokens}
         num_keys = dict.fromkeys(self.instances, 0)
         for request in self.requests:
             for instance, num_tokens in request.kv:
@@ -97,7 +99,7 @@ class GroupMemory:
 
     def facts_of(self, component: Component, lengths: OutputLengths) -> GroupFacts:
         """Of a group of at least one request."""
-        instances = tuple(sorted(component.instances))
+        instances = tuple(component.instances) if len(component.instances) == 1 else tuple(sorted(component.instances))
         facts = self._facts.get(instances)
         if facts is None or not facts.still_hold(component.requests, lengths):
             if len(self._facts) >= MAX_REMEMBERED:

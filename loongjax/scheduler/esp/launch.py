@@ -66,20 +66,26 @@ def launch(
         explain: is given each batch that starts.
     """
     instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
-    by_length = sorted(choice.places, key=lambda place: (-window.lens[place], place))
+    by_length = window.longest_first(choice.places)
     started: list[int] = []
     coming: set[int] = set()
-    batches = _batches(draft, by_length, instances, choice, window, times, workspace)
-    if batches:
-        sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
-        decided = sparing.decide(
-            batches, lambda fewer: _batches(draft, by_length, fewer, choice, window, times, workspace)
-        )
+    batches = _batches(draft, by_length, instances, window, times, workspace)
+    sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
+    vacant = sparing.spareable([instance for _, group in batches for instance in group]) if batches else []
+    # What one prefill would take of a batch matters where it starts, and to those who compare.
+    ordered = put_in_order(batches, choice, window, times, starting=choice.instances if vacant else draft.idle)
+    if vacant:
+
+        def split_on(fewer: list[InstanceId]) -> list[OrderedBatch]:
+            others = _batches(draft, by_length, fewer, window, times, workspace)
+            return put_in_order(others, choice, window, times, starting=fewer)
+
+        decided = sparing.decide(ordered, vacant, split_on)
         if decided is None:
             draft.reserve(choice.instances)
             return Launch([], set(choice.places))
-        batches = decided
-    for batch in batches:
+        ordered = decided
+    for batch in ordered:
         group, kept = batch.group, batch.starting
         if not draft.idle.issuperset(group):
             _hold(draft, outlook, choice, group, times)
@@ -109,7 +115,7 @@ def launch(
 def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:
     """Puts one prefill into the draft. Its keys stay on the fewest instances that can hold them: scale-down."""
     page_size = draft.shape.page_size
-    num_pages = [draft.shape.num_pages_for(request.num_tokens) for request in requests if request.keeps_kv]
+    num_pages = [-(-request.num_tokens // page_size) for request in requests if request.keeps_kv]
     num_spare = len(num_pages) * draft.shape.num_pages_for(growth_tokens)
     has_room = sum([draft.room(instance) for instance in group]) >= sum(num_pages)
     shelves = [
@@ -142,17 +148,16 @@ def _batches(
     draft: Draft,
     by_length: list[int],
     instances: list[InstanceId],
-    choice: Choice,
     window: Window,
     times: Times,
     workspace: Workspace,
-) -> list[OrderedBatch]:
-    """The batches of equation 5. If memory is too scattered for all requests, the last in queue
+) -> list[tuple[list[int], list[InstanceId]]]:
+    """The batches of equation 5, as (places, group). If memory is too scattered for all requests, the last in queue
     order are left out, half of them at a time."""
     page_size = draft.shape.page_size
     free_tokens = np.array([draft.room(instance) * page_size for instance in instances], np.int64)
     while by_length:
-        lens, weights = window.arrays(by_length)
+        lens, weights, pages = window.arrays(by_length)
         batches = split(
             lens,
             weights,
@@ -160,18 +165,17 @@ def _batches(
             times.prefills_s,
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,
-            kept_tokens=np.array([window.pages[place] * page_size for place in by_length], np.int64),
+            kept_tokens=pages * page_size,
             workspace=workspace,
         )
         if batches is not None:
-            slices = [
+            return [
                 (
                     by_length[batch.requests.start : batch.requests.stop],
                     instances[batch.instances.start : batch.instances.stop],
                 )
                 for batch in batches
             ]
-            return put_in_order(slices, choice, window, times)
         left_out = set(sorted(by_length)[-(-len(by_length) // 2) :] if len(by_length) > 1 else by_length)
         by_length = [place for place in by_length if place not in left_out]
     return []

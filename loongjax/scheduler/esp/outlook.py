@@ -17,7 +17,7 @@ from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.view import RunningView
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+@dataclasses.dataclass(kw_only=True, eq=False)
 class Site:
     """Instances that prefills can have together, or not at all."""
 
@@ -89,7 +89,7 @@ class Outlook:
 
         return Site(
             instances=group.instances,
-            ready_s=max([self.until_free_s[instance] for instance in group.instances]),
+            ready_s=max(map(self.until_free_s.__getitem__, group.instances)),
             requests=group.requests,
             facts=group,
             weigh=weigh,

@@ -33,6 +33,8 @@ class OutputLengths:
         """[i]: the sum of the ascending lengths from the i-th on."""
         self._reciprocals_from = [0.0]
         """[i]: the sum of 1 / length from the i-th on."""
+        self._means_from: list[float] = []
+        """[i]: their mean."""
 
     def copy(self) -> OutputLengths:
         other = object.__new__(OutputLengths)
@@ -53,6 +55,8 @@ class OutputLengths:
         self._ascending_list = self._ascending.tolist()
         self._sums_from = _sums_from(self._ascending)
         self._reciprocals_from = _sums_from(1.0 / np.maximum(self._ascending, 1))
+        counts = range(len(self._ascending_list), 0, -1)
+        self._means_from = [total / count for total, count in zip(self._reciprocals_from, counts, strict=False)]
 
     def bounds(
         self, num_output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"]
@@ -86,16 +90,21 @@ class OutputLengths:
 
         Where none was longer, it is taken to be half way.
         """
-        ascending, reciprocals_from, num_known = self._ascending_list, self._reciprocals_from, len(self._ascending_list)
+        ascending, reciprocals_from, means_from = self._ascending_list, self._reciprocals_from, self._means_from
+        num_known = len(ascending)
+        longest = ascending[-1] if ascending else 0
         result: list[float] = []
         for generated, most in zip(num_output_tokens, max_tokens, strict=True):
-            limit = most if most > generated else generated + 1
             first = bisect.bisect_right(ascending, generated)
+            if first < num_known and most > longest:
+                result.append(means_from[first])
+                continue
+            limit = most if most > generated else generated + 1
             if first == num_known:
                 guess = 2 * generated or 1
                 result.append(1.0 / (guess if guess < limit else limit))
                 continue
-            at_limit = bisect.bisect_left(ascending, limit, first) if limit <= ascending[-1] else num_known
+            at_limit = bisect.bisect_left(ascending, limit, first) if limit <= longest else num_known
             below = reciprocals_from[first] - reciprocals_from[at_limit]
             result.append((below + (num_known - at_limit) / limit) / (num_known - first))
         return result

@@ -14,7 +14,7 @@ no prefill is in flight.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
@@ -60,21 +60,26 @@ class Sparing:
         self._explain = explain
         self._weight_behind = sum(window.weights) - window.weight(choice.places)
 
+    def spareable(self, taken: Collection[InstanceId]) -> list[InstanceId]:
+        """Instances that could be left idle if batches took these otherwise; none where that is out of question."""
+        if not self._newcomers.have_to_wait(taken):
+            return []
+        paused = {instance for site in self._choice.sites for instance in site.instances}
+        return [instance for instance in self._choice.instances if instance not in paused]
+
     def decide(
-        self, batches: list[OrderedBatch], split_on: Callable[[list[InstanceId]], list[OrderedBatch]]
+        self,
+        batches: list[OrderedBatch],
+        vacant: Sequence[InstanceId],
+        split_on: Callable[[list[InstanceId]], list[OrderedBatch]],
     ) -> list[OrderedBatch] | None:
         """These batches, those that leave an instance idle, or None: nothing is to start now.
 
         Args:
             batches: of the choice, on all its instances.
+            vacant: those that could be left idle, at least one.
             split_on: the batches of its requests on fewer instances.
         """
-        if not self._newcomers.have_to_wait([instance for batch in batches for instance in batch.group]):
-            return batches
-        paused = {instance for site in self._choice.sites for instance in site.instances}
-        vacant = [instance for instance in self._choice.instances if instance not in paused]
-        if not vacant:
-            return batches
         loss = self._newcomers.cost(self._taken(batches))
         if not loss:
             return batches

@@ -40,18 +40,17 @@ class Times:
         self._tp = tp
         self._corrector = corrector
         self._predictions = Predictions(model) if predictions is None else predictions
-        self._factors: dict[tuple[Kind, int], float] = {}
-        self._strategies: dict[int, Strategy] = {}
+        self._strategies: dict[tuple[Kind, int], tuple[Strategy, float]] = {}
 
     def prefill_s(self, dop: int, totals: PrefillTotals[np.ndarray]) -> np.ndarray:
         """Of many batches on so many instances each: float64, of the totals' shape."""
-        strategy = self._strategy(dop)
-        return self._factor("prefill", strategy) * self._model.prefill_s(strategy, totals)
+        strategy, factor = self._known("prefill", dop)
+        return factor * self._model.prefill_s(strategy, totals)
 
     def prefills_s(self, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops _"]) -> None:
         """Writes the times of the same batches on 1, 2, ... instances."""
         self._model.prefills_s(self._tp, totals, out)
-        out *= [[self._factor("prefill", self._strategy(dop))] for dop in range(1, len(out) + 1)]
+        out *= [[self._known("prefill", dop)[1]] for dop in range(1, len(out) + 1)]
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""
@@ -64,9 +63,8 @@ class Times:
 
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
-        strategy = self._strategy(dop)
-        base_s = self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
-        return self._factor("decode", strategy) * base_s
+        strategy, factor = self._known("decode", dop)
+        return factor * self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
         """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
@@ -84,8 +82,8 @@ class Times:
             busiest_rows=np.ceil(num_rows / masters),
             busiest_keys=np.full(len(masters), float(busiest_keys)),
         )
-        strategy = self._strategy(dop)
-        return self._factor("decode", strategy) * self._model.decode_s(strategy, totals)
+        strategy, factor = self._known("decode", dop)
+        return factor * self._model.decode_s(strategy, totals)
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
@@ -112,8 +110,8 @@ class Times:
         """Of one prefill, by the sums over its requests; 0 of nothing."""
         if not num_tokens:
             return 0.0
-        strategy = self._strategy(dop)
-        return self._factor("prefill", strategy) * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
+        strategy, factor = self._known("prefill", dop)
+        return factor * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
         durations = [math.inf] * len(flights)
@@ -124,32 +122,27 @@ class Times:
                 durations[index] = self.migration_s(flight.plan.num_tokens)
             elif work is not None:
                 kind, dop = kind_of(work), flight.group.dop
-                base_s = self._predictions.known_s(self._strategy(dop), work)
+                strategy, factor = self._known(kind, dop)
+                base_s = self._predictions.known_s(strategy, work)
                 if base_s is None:
                     unknown.setdefault((kind, dop), []).append(index)
                 else:
-                    durations[index] = self._factor(kind, self._strategy(dop)) * base_s
+                    durations[index] = factor * base_s
         for (kind, dop), indices in unknown.items():
-            strategy = self._strategy(dop)
-            factor = self._factor(kind, strategy)
+            strategy, factor = self._known(kind, dop)
             works = [work for index in indices if (work := flights[index].work) is not None]
             for index, base_s in zip(indices, self._predictions.of_works(strategy, works), strict=True):
                 durations[index] = factor * base_s
         return durations
 
-    def _strategy(self, dop: int) -> Strategy:
-        strategy = self._strategies.get(dop)
-        if strategy is None:
-            strategy = self._strategies[dop] = Strategy(dop, self._tp)
-        return strategy
-
-    def _factor(self, kind: Kind, strategy: Strategy) -> float:
-        if self._corrector is None:
-            return 1.0
-        factor = self._factors.get((kind, strategy.sp))
-        if factor is None:
-            factor = self._factors[kind, strategy.sp] = self._corrector.factor(kind, strategy)
-        return factor
+    def _known(self, kind: Kind, dop: int) -> tuple[Strategy, float]:
+        """The strategy of so many instances, and what to multiply its times by."""
+        known = self._strategies.get((kind, dop))
+        if known is None:
+            strategy = Strategy(dop, self._tp)
+            factor = 1.0 if self._corrector is None else self._corrector.factor(kind, strategy)
+            known = self._strategies[kind, dop] = strategy, factor
+        return known
 
 
 def kind_of(work: PrefillWork | DecodeWork) -> Kind:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.costmodel.work import PrefillTotals
@@ -28,10 +28,10 @@ class OrderedBatch:
     """A batch of equation 5, and what of it one prefill takes."""
 
     places: list[int]
-    """Of its requests in the window, in the order in which they would best follow each other."""
+    """Of its requests in the window; if it starts, in the order in which they would best follow each other."""
     group: list[InstanceId]
     num_starting: int
-    """The first of them, up to the tipping point."""
+    """The first of them, up to the tipping point; 0: the batch is not to start."""
 
     @property
     def starting(self) -> list[int]:
@@ -51,13 +51,21 @@ class Line:
 
 
 def put_in_order(
-    batches: Sequence[tuple[Sequence[int], list[InstanceId]]], choice: Choice, window: Window, times: Times
+    batches: Sequence[tuple[Sequence[int], list[InstanceId]]],
+    choice: Choice,
+    window: Window,
+    times: Times,
+    starting: Collection[InstanceId],
 ) -> list[OrderedBatch]:
-    """The batches of a choice, given as (places, group)."""
-    orders = [sorted(places, key=window.rank.__getitem__) for places, _ in batches]
+    """The batches of a choice, given as (places, group). Nothing starts of those whose group is not all `starting`, and
+    their requests stay in whatever order they are.
+    """
+    orders = [list(places) for places, _ in batches]
     alike: dict[int, list[int]] = {}
     for index, (_, group) in enumerate(batches):
-        alike.setdefault(len(group), []).append(index)
+        if all(instance in starting for instance in group):
+            orders[index].sort(key=window.rank.__getitem__)
+            alike.setdefault(len(group), []).append(index)
     num_starting = [0] * len(batches)
     for dop, indices in alike.items():
         lines = [

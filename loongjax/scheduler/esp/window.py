@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -54,8 +56,16 @@ class Window:
         """Of each place in that order."""
         for rank, place in enumerate(self.order):
             self.rank[place] = rank
+        self._tokens_upto = _sums_upto([self.lens[place] for place in self.order])
+        self._pages_upto = _sums_upto([self.pages[place] for place in self.order])
+        self._most_upto = _sums_upto([self.most[place] for place in self.order])
+        suspects = [rank for rank, place in enumerate(self.order) if requests[place].is_suspect]
+        self._num_before_suspects = suspects[0] if suspects else len(requests)
         self._len_array = np.array(self.lens, np.int64)
         self._weight_array = np.array(self.weights, np.float64)
+        self._page_array = np.array(self.pages, np.int64)
+        self._by_length = sorted(range(len(requests)), key=self.lens.__getitem__, reverse=True)
+        self._growing = self._sums_growing(self.order)
 
     def still_holds(self, requests: Sequence[WaitingView], now_s: float, *, is_patient: bool) -> bool:
         """Whether it would be the same if it were made of this list now. Without wishes nobody's weight changes."""
@@ -67,6 +77,15 @@ class Window:
 
     def __getitem__(self, place: int) -> WaitingView:
         return self.requests[place]
+
+    def num_first_within(self, num_tokens: int, num_pages: int, num_slots: int) -> int:
+        """How many of the first in order, none of them suspect, together take no more tokens, pages and slots."""
+        return min(
+            bisect.bisect_right(self._tokens_upto, num_tokens) - 1,
+            bisect.bisect_right(self._pages_upto, num_pages) - 1,
+            bisect.bisect_right(self._most_upto, num_slots) - 1,
+            self._num_before_suspects,
+        )
 
     def views(self, places: Sequence[int]) -> list[WaitingView]:
         return [self.requests[place] for place in places]
@@ -80,6 +99,28 @@ class Window:
         lens = [self.lens[place] for place in places]
         return sum(lens), sum([length * length for length in lens])
 
-    def arrays(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Lengths, int64, and weights, float64, of these requests."""
-        return self._len_array[places], self._weight_array[places]
+    def longest_first(self, places: Sequence[int]) -> list[int]:
+        """The same, those of equal lengths in the order of the queue."""
+        chosen = set(places)
+        return [place for place in self._by_length if place in chosen]
+
+    def arrays(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Lengths, int64, weights, float64, and pages, int64, of these requests."""
+        index = np.array(places, np.intp)
+        return self._len_array.take(index), self._weight_array.take(index), self._page_array.take(index)
+
+    def growing(self, places: Sequence[int]) -> np.ndarray:
+        """Sums of lengths, squared lengths and weights of the first of these requests, of the first two, and so on:
+        float64 [3, places]."""
+        if places == self.order[: len(places)]:
+            return self._growing[:, : len(places)]
+        return self._sums_growing(places)
+
+    def _sums_growing(self, places: Sequence[int]) -> np.ndarray:
+        lens, weights, _ = self.arrays(places)
+        return np.array((lens, lens * lens, weights), np.float64).cumsum(axis=1)
+
+
+def _sums_upto(numbers: Sequence[int]) -> list[int]:
+    """Of the first 0, 1, ... of them."""
+    return [*itertools.accumulate(numbers, initial=0)]

@@ -65,8 +65,12 @@ def test_the_batches_of_a_choice_are_put_in_order_and_each_counts_the_decodes_of
     times = Times(HandModel(constant_s=1.0), 1)
     for is_patient, second in ((True, [2, 3]), (False, [2, 3])):
         window = Window(requests, shape, 0.0, float("inf"), is_patient=is_patient)
-        batches = put_in_order([([0, 1], [0]), ([3, 2], [2])], choice, window, times)
+        split = [([0, 1], [0]), ([3, 2], [2])]
+        batches = put_in_order(split, choice, window, times, starting=[0, 1, 2])
         first = [1, 0] if is_patient else [0, 1]
         assert [batch.places for batch in batches] == [first, second]
         assert [batch.starting for batch in batches] == [first, second[:1]]
         assert [batch.group for batch in batches] == [[0], [2]]
+        later = put_in_order(split, choice, window, times, starting={0})
+        assert [batch.starting for batch in later] == [first, []]
+        assert later[1].places == [3, 2]
