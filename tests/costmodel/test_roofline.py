@@ -211,3 +211,18 @@ def test_a_model_without_size_is_refused(name):
     }
     with pytest.raises(ConfigError, match=name):
         ModelShape(**(sizes | {name: 0}))
+
+
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("link_bytes_per_s", [1e8, 1e10, 150e9])
+def test_all_degrees_of_parallelism_together_and_single_numbers_take_what_each_batch_takes(tp, link_bytes_per_s):
+    """Exactly, also where the ring is the longest: plans do not depend on which way a time was asked for."""
+    model = dataclasses.replace(H200, rates=dataclasses.replace(H200.rates, link_bytes_per_s=link_bytes_per_s))
+    lens = [1, 70, 999, 20_000, 400_000]
+    totals = PrefillTotals.of_sums(lens, [length * length for length in lens])
+    together = np.empty((12, len(lens)))
+    model.prefills_s(tp, totals, together)
+    for sp, row in enumerate(together, start=1):
+        assert row.tolist() == model.prefill_s(Strategy(sp, tp), totals).tolist()
+        single = [model.prefill_s(Strategy(sp, tp), PrefillTotals.of_batch(n, n * n)) for n in lens]
+        assert row.tolist() == single

@@ -229,3 +229,16 @@ def test_buckets_out_of_order_are_refused(buckets):
             sp=1,
             row_buckets=buckets,
         )
+
+
+@given(num_tokens=lengths, num_rows=st.integers(1, 40))
+def test_a_number_takes_exactly_what_an_array_of_it_takes(num_tokens: int, num_rows: int):
+    """Also where sizes are padded, and beyond the last bucket."""
+    squared = num_tokens * num_tokens
+    for form in (PAPER, REFINED):
+        single = form.seconds(PrefillTotals.of_batch(num_tokens, squared))
+        assert [single] == form.seconds(PrefillTotals.of_sums(num_tokens, squared)).tolist()
+    step = DecodeWork(rows=(num_rows,), keys=(num_tokens + num_rows,))
+    for form in (DECODE, KINKED):
+        single = form.seconds(DecodeTotals.of_one_master(num_rows, num_tokens + num_rows))
+        assert [single] == form.seconds(DecodeTotals.of([step])).tolist()

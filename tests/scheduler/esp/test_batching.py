@@ -8,14 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.costmodel.work import PrefillTotals
-from loongjax.scheduler.esp.batching import Batch, split
+from loongjax.scheduler.esp import batching
+from loongjax.scheduler.esp.batching import Batch, Workspace, split
 from tests.scheduler.esp.partitions import Problem, set_partitions
 
 LINEAR = ((0.0, 1.0, 0.0), (0.0, 0.5, 0.0), (0.0, 1 / 3, 0.0), (0.0, 0.25, 0.0))
 """A second a token, perfectly parallel."""
 
 
-def solve(problem: Problem) -> tuple[Batch, ...] | None:
+def solve(problem: Problem, workspace: Workspace | None = None) -> tuple[Batch, ...] | None:
     return split(
         np.array(problem.lengths, np.int64),
         np.array(problem.weights, np.float64),
@@ -24,6 +25,7 @@ def solve(problem: Problem) -> tuple[Batch, ...] | None:
         max_tokens_per_instance=problem.max_tokens_per_instance,
         max_requests=problem.max_requests,
         kept_tokens=None if problem.kept_tokens is None else np.array(problem.kept_tokens, np.int64),
+        workspace=workspace,
     )
 
 
@@ -199,3 +201,17 @@ def test_equal_questions_get_equal_answers():
 
 def test_set_partitions_are_counted_by_the_bell_numbers():
     assert [sum(1 for _ in set_partitions(range(n))) for n in range(7)] == [1, 1, 2, 5, 15, 52, 203]
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), most=st.integers(1, 8))
+def test_blocks_of_any_size_and_memory_of_other_searches_change_nothing(problem: Problem, most: int):
+    expected = solve(problem)
+    workspace = Workspace()
+    workspace.array("costs", 9, 99).fill(-1.0)
+    workspace.array("before", 9, 99).fill(-1.0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batching, "MAX_RUNS_OF_BLOCK", most)
+        batching._runs.cache_clear()
+        assert solve(problem, workspace) == expected
+    batching._runs.cache_clear()
