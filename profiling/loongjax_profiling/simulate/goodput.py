@@ -54,6 +54,20 @@ def highest_rate(is_sustained: Callable[[float], bool], *, start: float, precisi
     return low
 
 
+def keeps_up(records: Sequence[RequestRecord], tail: float) -> bool:
+    """Whether what came was served while more came, not put off until nothing came any more.
+
+    Args:
+        records: of a benchmark, in any order.
+        tail: a part of the time in which requests came; as long after the last one, all have to have ended.
+    """
+    issue_s = [record.issue_s for record in records]
+    if not issue_s:
+        return True
+    begin_s, end_s = min(issue_s), max(issue_s)
+    return max(record.complete_s for record in records) <= end_s + tail * (end_s - begin_s)
+
+
 def least_attainment(records: Sequence[RequestRecord], num_length_classes: int = 1) -> float:
     """The part of the requests that met their wishes, 0 to 1, in the class of prompt lengths where it is least.
 

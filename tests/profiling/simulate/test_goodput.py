@@ -1,5 +1,6 @@
 """The search for the highest rate, and the comparison with the paper."""
 
+import dataclasses
 import json
 import pathlib
 
@@ -11,7 +12,7 @@ from loongjax.errors import ConfigError
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate import paper
 from loongjax_profiling.simulate.command import main
-from loongjax_profiling.simulate.goodput import highest_rate, least_attainment
+from loongjax_profiling.simulate.goodput import highest_rate, keeps_up, least_attainment
 from loongjax_profiling.simulate.paper import DATASETS, ZIPF_GOODPUT, PaperConfig, paper_system, zipf_wish
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
@@ -48,6 +49,16 @@ def served(prompt_len: int, ttft_s: float) -> RequestRecord:
 def test_long_prompts_that_wait_without_end_show_in_their_own_class():
     records = [served(prompt_len, ttft_s=0.5 if prompt_len <= 90 else 999.0) for prompt_len in range(100, 0, -1)]
     assert [least_attainment(records, count) for count in (1, 2, 5, 10)] == [0.9, 0.8, 0.5, 0.0]
+
+
+@pytest.mark.parametrize(("last_end_s", "expected"), [(109.0, True), (110.0, True), (111.0, False)])
+def test_a_system_keeps_up_if_all_have_ended_soon_after_the_last_came(last_end_s: float, expected: bool):
+    def came(issue_s: float, complete_s: float) -> RequestRecord:
+        return dataclasses.replace(served(10, 0.0), issue_s=issue_s, complete_s=complete_s)
+
+    records = [came(0.0, last_end_s), came(100.0, 101.0), came(50.0, 60.0)]
+    assert keeps_up(records, 0.1) is expected
+    assert keeps_up([], 0.1)
 
 
 def test_with_fewer_requests_than_classes_each_is_its_own():
