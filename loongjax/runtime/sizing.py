@@ -13,8 +13,9 @@ from jax.sharding import PartitionSpec
 from loongjax.config import CPU_NUM_SLOTS, EngineConfig
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import brings_into_order
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
-from loongjax.runtime.buckets import Buckets
+from loongjax.runtime.buckets import Buckets, fit, token_sizes
 from loongjax.runtime.kv_pool import KV_POOL_SPEC
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.packing import empty_prefill
@@ -78,8 +79,8 @@ def _slots_in_free_memory(config: EngineConfig, spec: ModelSpec, grid: DeviceGri
     num_logits = config.max_num_seqs * spec.config.padded_vocab_size(spec.tp)
     left = free - workspace - SAMPLER_BYTES_PER_LOGIT * num_logits
     num_bytes_per_token = spec.num_kv_bytes_per_token // spec.tp
-    if config.max_extend_tokens is not None:
-        # An extend may bring all keys and values of one layer into the order of its table.
+    if _copies_keys(config, spec):
+        # All keys and values of one layer, in the order of an extend's table.
         num_bytes_per_token += num_bytes_per_token // spec.config.num_layers
     logger.info(
         "memory of a device: %.2f GiB free, %.2f GiB workspace, %.2f GiB KV pool",
@@ -88,6 +89,16 @@ def _slots_in_free_memory(config: EngineConfig, spec: ModelSpec, grid: DeviceGri
         left / 2**30,
     )
     return max(0, left) // num_bytes_per_token
+
+
+def _copies_keys(config: EngineConfig, spec: ModelSpec) -> bool:
+    """Whether an extend may copy what the pool holds of a layer."""
+    if config.max_extend_tokens is None:
+        return False
+    sizes = token_sizes(config.max_num_batched_tokens)
+    largest = fit(min(config.max_extend_tokens, sizes[-1]), sizes)
+    num_rows = largest * spec.config.num_q_heads // spec.config.num_kv_heads
+    return brings_into_order(config.page_size, num_rows)
 
 
 def _free_bytes(device: jax.Device) -> int:

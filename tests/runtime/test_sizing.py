@@ -1,5 +1,6 @@
 """What is decided before anything is computed: the number format, the pool's size, and how long a request may be."""
 
+import importlib
 import logging
 from typing import Any
 
@@ -80,19 +81,30 @@ def test_the_pool_is_as_large_as_asked_for():
     assert (shape.num_instances, shape.num_pages, shape.page_size) == (2, 3, 32)
 
 
-@pytest.mark.parametrize(("policy", "layers_held"), [("esp", 1), ("chunked", 2)])
-def test_on_a_gpu_the_pool_takes_what_is_free_beside_one_layer_of_it_where_prompts_are_extended(
-    policy, layers_held, monkeypatch
+@pytest.mark.parametrize(
+    ("settings", "layers_held"),
+    [
+        pytest.param({"policy": "esp"}, 1, id="no extends"),
+        pytest.param({"policy": "chunked", "chunk_tokens": 512}, 1, id="chunks too small to bring pages into order"),
+        pytest.param({"policy": "chunked", "chunk_tokens": 4000}, 2, id="large chunks"),
+        pytest.param({"policy": "chunked", "chunk_tokens": 4000, "page_size": 32}, 1, id="large chunks, large pages"),
+        pytest.param({"policy": "chunked", "chunk_tokens": 512, "page_size": 1}, 2, id="pages that are always copied"),
+    ],
+)
+def test_on_a_gpu_the_pool_takes_what_is_free_beside_one_layer_of_it_where_extends_copy_it(
+    settings, layers_held, monkeypatch
 ):
+    kernel = importlib.import_module("loongjax.pallas_kernels.extend_attention.mosaic_gpu")
+    monkeypatch.setattr(kernel, "is_triton_usable", lambda: True)
     free, workspace = 1_000_000, 200_000
     monkeypatch.setattr(DeviceGrid, "platform", "gpu")
     monkeypatch.setattr(sizing, "_free_bytes", lambda device: free)
     monkeypatch.setattr(sizing, "_workspace_bytes", lambda *_: workspace)
     logits = sizing.SAMPLER_BYTES_PER_LOGIT * 64 * SPEC.config.padded_vocab_size(1)
-    shape = size_pool(policy=policy, max_num_seqs=64)
+    shape = size_pool(max_num_seqs=64, **settings)
     # The model has one layer.
     largest = (free - workspace - logits) // (layers_held * SPEC.num_kv_bytes_per_token)
-    assert shape.num_slots == largest // 16 * 16
+    assert shape.num_slots == largest // shape.page_size * shape.page_size
 
 
 def test_a_page_larger_than_the_pool_is_refused():
