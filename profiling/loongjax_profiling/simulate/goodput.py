@@ -59,10 +59,11 @@ def keeps_up(records: Sequence[RequestRecord], tail: float) -> bool:
 
     Args:
         records: of a benchmark, in any order.
-        tail: a part of the time in which requests came; as long after the last one, all have to have ended.
+        tail: a part of the time in which requests came; as long after the last one, all have to have ended. Infinite:
+            it does not matter when.
     """
     issue_s = [record.issue_s for record in records]
-    if not issue_s:
+    if not issue_s or tail == math.inf:
         return True
     begin_s, end_s = min(issue_s), max(issue_s)
     return max(record.complete_s for record in records) <= end_s + tail * (end_s - begin_s)

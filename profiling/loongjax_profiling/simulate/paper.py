@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
@@ -133,7 +134,8 @@ class PaperConfig:
     """Of lengths and arrivals."""
     tail: float = 0.1
     """A rate is sustained only if all requests have ended this part of the duration after the last one came. Else a
-    system would seem to sustain what it puts off until nothing comes any more."""
+    system would seem to sustain what it puts off until nothing comes any more. The paper looks at latencies alone,
+    which is `inf`."""
     num_length_classes: int = 1
     """Classes of prompt lengths, of equally many requests, each of which has to meet the target (paper-zipf); 1: all
     requests together, as in the paper."""
@@ -254,7 +256,11 @@ def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConf
     if config.out is not None:
         prepare_file(config.out)
     about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seed": config.seed}
-    about |= {"tail": config.tail, "num_length_classes": config.num_length_classes, "commit": checked_out_commit()}
+    about |= {
+        "tail": config.tail if math.isfinite(config.tail) else None,
+        "num_length_classes": config.num_length_classes,
+        "commit": checked_out_commit(),
+    }
     rows: list[dict[str, Any]] = []
     esp: dict[str, Any] | None = None
     print(f"{'workload':<12}{'system':<20}{'requests/s':>12}{'paper':>10}{'esp ahead':>12}{'paper':>10}")

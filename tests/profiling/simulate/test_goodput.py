@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import pathlib
 
 import pytest
@@ -58,6 +59,7 @@ def test_a_system_keeps_up_if_all_have_ended_soon_after_the_last_came(last_end_s
 
     records = [came(0.0, last_end_s), came(100.0, 101.0), came(50.0, 60.0)]
     assert keeps_up(records, 0.1) is expected
+    assert keeps_up(records, math.inf)
     assert keeps_up([], 0.1)
 
 
