@@ -26,6 +26,9 @@ class EspConfig:
     implied_ttft_s: float = 4.0
     """Time to the first token that a prompt of up to 640 tokens is taken to wish for if it brings no wish, and a longer
     one in proportion; inf: such prompts weigh 1 / input length, as in the paper."""
+    implied_tpot_s: float = 0.32
+    """Time per output token that a request is taken to wish for if it brings no wish: the shorter, the rarer decodes
+    are paused for prompts. 0.32 is what the paper's evaluation allows."""
     max_picked: int = 64
     """Requests that one answer may prefill together."""
     max_lookahead: int = 8
@@ -41,8 +44,9 @@ class EspConfig:
     """Tokens that a request generates before its keys may be moved again."""
 
     def __post_init__(self) -> None:
-        if not self.implied_ttft_s > 0.0:
-            raise ConfigError(f"implied_ttft_s must be above 0, got {self.implied_ttft_s}")
+        for name in ("implied_ttft_s", "implied_tpot_s"):
+            if not getattr(self, name) > 0.0:
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}")
         for name, least in (
             ("max_picked", 1),
             ("max_lookahead", 0),

@@ -8,7 +8,7 @@ import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.esp.objective import decode_weights
+from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView
 
@@ -19,8 +19,15 @@ MAX_REMEMBERED = 1 << 12
 class GroupFacts:
     """A decode group: its instances, its requests, and what both mean."""
 
-    def __init__(self, instances: tuple[InstanceId, ...], requests: tuple[RunningView, ...], lengths: OutputLengths):
+    def __init__(
+        self,
+        instances: tuple[InstanceId, ...],
+        requests: tuple[RunningView, ...],
+        lengths: OutputLengths,
+        implied_tpot_s: float = TOKEN_S,
+    ) -> None:
         """Facts of these requests, oldest first, on these instances, ascending, by what is known of outputs now."""
+        self._implied_tpot_s = implied_tpot_s
         self.instances = instances
         self.requests = requests
         self._lengths = lengths.copy()
@@ -55,7 +62,7 @@ class GroupFacts:
         return self._sum_of_weights(0.0, 0.0)
 
     def _sum_of_weights(self, now_s: float, step_s: float) -> float:
-        return sum(decode_weights(self.requests, now_s, self._lengths, step_s))
+        return sum(decode_weights(self.requests, now_s, self._lengths, step_s, self._implied_tpot_s))
 
     @functools.cached_property
     def num_keys(self) -> dict[InstanceId, int]:
@@ -94,7 +101,9 @@ class GroupMemory:
     While one group decodes, the others stay as they are: most questions find most groups here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, implied_tpot_s: float = TOKEN_S) -> None:
+        """`implied_tpot_s`: see `objective.decode_weights`."""
+        self._implied_tpot_s = implied_tpot_s
         self._facts: dict[tuple[InstanceId, ...], GroupFacts] = {}
 
     def facts_of(self, component: Component, lengths: OutputLengths) -> GroupFacts:
@@ -104,5 +113,5 @@ class GroupMemory:
         if facts is None or not facts.still_hold(component.requests, lengths):
             if len(self._facts) >= MAX_REMEMBERED:
                 self._facts.clear()
-            facts = self._facts[instances] = GroupFacts(instances, component.requests, lengths)
+            facts = self._facts[instances] = GroupFacts(instances, component.requests, lengths, self._implied_tpot_s)
         return facts

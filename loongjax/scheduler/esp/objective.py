@@ -6,9 +6,10 @@ weighs the mean of 1 / output length, as far as that can be known. A request tha
 instead: by its share of what is allowed, the time to first token or `tpot` times the output length.
 
     prefill weight = 2^-priority x TOKEN_S x pressure / ttft
-    decode weight  = 2^-priority x E[1 / output length], times TOKEN_S x pressure / tpot
+    decode weight  = 2^-priority x E[1 / output length] x TOKEN_S x pressure / tpot
 
-Who wishes for no tpot has no factor behind the output length. Who wishes for no ttft weighs 2^-priority / input length,
+Who wishes for no tpot has an implied one, without pressure: if it were as short as decodes are fast, they would be
+paused so rarely that they stay few, while prompts queue up. Who wishes for no ttft weighs 2^-priority / input length,
 as in the paper, or as for an implied ttft without pressure, whichever is more. By the former alone a prompt of 2,000
 tokens that waits weighs a tenth of one decode of 200: under load most of such prompts would wait for seconds, since
 decodes would not be paused for the tenth of a second that they need.
@@ -57,7 +58,11 @@ def prefill_weight(request: WaitingView, now_s: float, implied_ttft_s: float = m
 
 
 def decode_weights(
-    requests: Sequence[RunningView], now_s: float, lengths: OutputLengths, step_s: float = 0.0
+    requests: Sequence[RunningView],
+    now_s: float,
+    lengths: OutputLengths,
+    step_s: float = 0.0,
+    implied_tpot_s: float = TOKEN_S,
 ) -> list[float]:
     """What a second until its next token costs each running request.
 
@@ -66,25 +71,31 @@ def decode_weights(
         now_s: the engine's clock.
         lengths: of outputs that have ended.
         step_s: what each further token takes at least.
+        implied_tpot_s: what a request without a wish is taken to wish for.
     """
     generated = [request.num_output_tokens for request in requests]
     limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
     weights = lengths.expected_reciprocals(generated, limits)
+    implied_urgency = TOKEN_S / implied_tpot_s
     for index, request in enumerate(requests):
-        if request.slo.tpot_s is not None or request.priority:
+        if request.slo.tpot_s is not None:
             weights[index] *= _urgency(request, now_s, weights[index], step_s)
+        else:
+            weights[index] *= implied_urgency
+        if request.priority:
+            weights[index] *= priority_factor(request.priority)
     return weights
 
 
 def _urgency(request: RunningView, now_s: float, reciprocal: float, step_s: float) -> float:
-    """What priority and pace make of the weight of a request with so long an output."""
-    urgency = priority_factor(request.priority)
+    """What pace makes of the weight of a request with a wish for it, and with so long an output."""
     tpot_s = request.slo.tpot_s
-    if tpot_s is not None and request.first_token_s is not None:
-        left_s = max(0.0, 1.0 / reciprocal - request.num_output_tokens) * min(step_s, tpot_s)
-        used = (now_s - request.first_token_s + left_s) * reciprocal / tpot_s
-        urgency *= TOKEN_S / tpot_s * (_pressure(used) if used < 1.0 else 1.0)
-    return urgency
+    assert tpot_s is not None
+    if request.first_token_s is None:
+        return 1.0
+    left_s = max(0.0, 1.0 / reciprocal - request.num_output_tokens) * min(step_s, tpot_s)
+    used = (now_s - request.first_token_s + left_s) * reciprocal / tpot_s
+    return TOKEN_S / tpot_s * (_pressure(used) if used < 1.0 else 1.0)
 
 
 def priority_factor(priority: int) -> float:

@@ -63,7 +63,7 @@ class EspPolicy:
         self._arrivals = Arrivals()
         self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
         self._residents = Residents((), 0)
-        self._groups = GroupMemory()
+        self._groups = GroupMemory(config.implied_tpot_s)
         self._workspace = Workspace()
         self._fairness = Fairness(
             max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes

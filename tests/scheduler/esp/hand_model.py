@@ -12,6 +12,7 @@ from loongjax.costmodel.model import CostModel, Source
 from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, larger, per_batch
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision
+from loongjax.scheduler.esp.objective import TOKEN_S
 from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.validate import check_plan
 from loongjax.scheduler.view import ClusterView
@@ -57,7 +58,7 @@ class HandModel(CostModel):
 
 def policy_of(model: HandModel, decisions: list[Decision] | None = None, **settings: object) -> EspPolicy:
     """Prompts weigh as in the paper, which makes for easy sums."""
-    config = EspConfig(**({"growth_tokens": 4, "implied_ttft_s": math.inf} | settings))  # pyright: ignore[reportArgumentType]
+    config = EspConfig(**({"growth_tokens": 4, "implied_ttft_s": math.inf, "implied_tpot_s": TOKEN_S} | settings))  # pyright: ignore[reportArgumentType]
     return EspPolicy(config, model, explain=None if decisions is None else decisions.append)
 
 

@@ -120,3 +120,11 @@ def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int,
                 assert known.num_keys == fresh.num_keys
                 assert known.weight_of_steps == fresh.weight_of_steps
                 assert known.pause_weight(0.0, 0.0) == fresh.pause_weight(0.0, 0.0)
+
+
+def test_what_a_pause_costs_is_weighed_by_the_time_a_token_that_is_implied() -> None:
+    lengths, requests = learned(10), tuple(pair())
+    usual, patient = (
+        GroupMemory(implied_tpot_s).facts_of(Component({0, 2}, requests), lengths) for implied_tpot_s in (0.05, 0.2)
+    )
+    assert patient.pause_weight(1.0, 0.1) == pytest.approx(usual.pause_weight(1.0, 0.1) / 4)

@@ -41,6 +41,18 @@ def test_a_running_request_weighs_one_over_its_output_that_is_taken_to_be_half_w
     assert decode_weight(request, 3.0) == pytest.approx(1 / (2 * num_output_tokens))
 
 
+def test_a_decode_without_a_wish_is_taken_to_wish_for_a_time_a_token() -> None:
+    wishing = ServiceLevel(tpot_s=0.2)
+    requests = [
+        running("a", 0, (0, 50), num_output_tokens=8),
+        running("b", 1, (0, 50), num_output_tokens=8, priority=1),
+        running("c", 2, (0, 50), num_output_tokens=8, first_token_s=3.0, slo=wishing),
+    ]
+    weights = decode_weights(requests, 3.0, OutputLengths(), implied_tpot_s=0.2)
+    # Who says so weighs the same, as long as there is time.
+    assert weights == pytest.approx([0.25 / 16, 0.25 / 32, 0.25 / 16])
+
+
 def test_of_outputs_that_have_ended_the_longer_ones_say_how_long_it_will_be() -> None:
     """8 are out: 10, 40 and 160 are possible, which a limit of 50 makes 10, 40 and 50."""
     lengths = lengths_of(2, 8, 10, 40, 160)

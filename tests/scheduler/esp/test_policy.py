@@ -167,7 +167,7 @@ def test_without_migration_times_no_keys_are_moved() -> None:
 def test_every_decision_can_be_read_as_a_json_line(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "decisions.jsonl"
     sink = JsonLines(path)
-    policy = EspPolicy(EspConfig(implied_ttft_s=math.inf), HandModel(), explain=sink)
+    policy = EspPolicy(EspConfig(implied_ttft_s=math.inf, implied_tpot_s=0.05), HandModel(), explain=sink)
     runs = [running("a", 0, (0, 50), num_output_tokens=4), running("b", 1, (0, 50), num_output_tokens=5)]
     policy.plan(cluster(1, num_pages=1000, runs=runs, waits=[waiting("w", 2, 100)], now_s=7.0))
     sink.close()
@@ -189,6 +189,7 @@ def test_every_decision_can_be_read_as_a_json_line(tmp_path: pathlib.Path) -> No
         {"max_overtakes": -1},
         {"implied_ttft_s": 0.0},
         {"implied_ttft_s": math.nan},
+        {"implied_tpot_s": 0.0},
         {"max_prefills_before_decode": 0},
     ],
 )
