@@ -92,6 +92,20 @@ _KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _RatesOfDops:
+    """What prefills on 1, 2, ... instances depend on but for their sizes: float64 [dops, 1]."""
+
+    sp: np.ndarray
+    flops_per_s: np.ndarray
+    slow_rings: list[tuple[int, float]]
+    """Rows and seconds a token of rings that are not faster than the products of any token: the others never are the
+    longest."""
+    key_s: np.ndarray
+    """Reading a key of a decode."""
+    overheads_s: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RooflineModel(CostModel):
     """A `CostModel` by arithmetic: work takes the longer of computing and moving bytes, evenly over the devices."""
 
@@ -118,17 +132,14 @@ class RooflineModel(CostModel):
 
     def prefills_s(self, tp: int, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops batches"]) -> None:
         """As `prefill_s`, on all numbers of instances at a time."""
-        sp = np.arange(1.0, len(out) + 1.0)[:, None]
-        flops_per_s = sp * tp * self.rates.flops_per_s
-        np.divide(self.model.prefill_flops(totals), flops_per_s, out=out)
+        rates = self._rates_of_dops(len(out), tp)
+        np.divide(self.model.prefill_flops(totals), rates.flops_per_s, out=out)
         np.maximum(out, self._weights_s(tp), out=out)
-        # A ring that is faster than the products of any token is never the longest.
-        ring_token_s = self._ring_token_s(sp, tp)
-        for row in np.flatnonzero(ring_token_s > 0.99 * 2.0 * self.model.num_layer_params / flops_per_s).tolist():
-            np.maximum(out[row], ring_token_s[row] * totals.num_tokens, out=out[row])
+        for row, ring_token_s in rates.slow_rings:
+            np.maximum(out[row], ring_token_s * totals.num_tokens, out=out[row])
         if tp > 1:
-            out += self._all_reduces_s(tp, np.ceil(totals.num_tokens / sp))
-        out += totals.decode_keys * (self._key_s(tp) / sp) + self._overheads_s(tp, sp - 1.0)
+            out += self._all_reduces_s(tp, np.ceil(totals.num_tokens / rates.sp))
+        out += totals.decode_keys * rates.key_s + rates.overheads_s
 
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         """The weights read once or the rows computed, whichever is longer; the fullest instance's keys read; the
@@ -160,6 +171,27 @@ class RooflineModel(CostModel):
         """Where a master's matrices compute as long as they are read."""
         row_s = self.model.decode_row_flops / (strategy.tp * self.rates.flops_per_s)
         return self._weights_s(strategy.tp) / row_s
+
+    def _rates_of_dops(self, num_dops: int, tp: int) -> _RatesOfDops:
+        known = self._rates.get((num_dops, tp))
+        if known is None:
+            sp = np.arange(1.0, num_dops + 1.0)[:, None]
+            flops_per_s = sp * tp * self.rates.flops_per_s
+            ring_token_s = self._ring_token_s(sp, tp)
+            is_slow = ring_token_s > 0.99 * 2.0 * self.model.num_layer_params / flops_per_s
+            known = self._rates[num_dops, tp] = _RatesOfDops(
+                sp=sp,
+                flops_per_s=flops_per_s,
+                slow_rings=[(row, float(ring_token_s[row, 0])) for row in np.flatnonzero(is_slow).tolist()],
+                key_s=self._key_s(tp) / sp,
+                overheads_s=self._overheads_s(tp, sp - 1.0),
+            )
+        return known
+
+    @functools.cached_property
+    def _rates(self) -> dict[tuple[int, int], _RatesOfDops]:
+        """Those asked for before, by how many and tp."""
+        return {}
 
     @functools.cached_property
     def _migration(self) -> MigrationTime:

@@ -171,11 +171,11 @@ class _Search:
         """Finds the costs of all runs that end with these requests; infinite where instances cannot compute as much."""
         part = self.runs.ending_with(requests)
         costs = self._costs[:, part]
-        sums = self._workspace.array("sums", 4, costs.shape[1])
-        before = self._workspace.array("before", 4, costs.shape[1])
-        self._upto.take(self.runs.last[part], axis=1, out=sums, mode="clip")
-        sums -= self._before.take(self.runs.first[part], axis=1, out=before, mode="clip")
-        num_tokens, squared_lens, weights, _ = sums
+        sums = self._workspace.array("sums", 3, costs.shape[1])
+        before = self._workspace.array("before", 3, costs.shape[1])
+        self._upto[:3].take(self.runs.last[part], axis=1, out=sums, mode="clip")
+        sums -= self._before[:3].take(self.runs.first[part], axis=1, out=before, mode="clip")
+        num_tokens, squared_lens, weights = sums
         seconds(PrefillTotals.of_sums(num_tokens, squared_lens), costs)
         costs *= weights
         if self._upto[0, -1] > max_tokens_per_instance:
