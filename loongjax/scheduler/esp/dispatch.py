@@ -52,15 +52,12 @@ class Choice:
     """Keys to be moved before any of it can start."""
     is_held: bool = False
     """Whether the first request, which nobody may overtake any more, waits for prefills in flight to end."""
+    ready_s: float = 0.0
+    """In how many seconds all its instances should be idle."""
 
     @property
     def dop(self) -> int:
         return len(self.instances)
-
-    @property
-    def ready_s(self) -> float:
-        """In how many seconds all its instances should be idle."""
-        return max([site.ready_s for site in self.sites], default=0.0)
 
     def paused_weight(self, group: Collection[InstanceId]) -> float:
         """What a second costs the decodes that are paused on any of these instances."""
@@ -69,6 +66,7 @@ class Choice:
 
     def take(self, site: Site) -> None:
         self.sites.append(site)
+        self.ready_s = max(self.ready_s, site.ready_s)
         self.instances.extend(site.instances)
 
 
@@ -142,6 +140,8 @@ class Dispatcher:
             # Mostly all that fit are the first ones.
             num_first = window.num_first_within(num_tokens, num_pages, memory.num_free)
             company = window.order[: max(0, min(num_first, num_seats))]
+        if len(company) >= min(num_seats, len(window)):
+            return company[len(taken) :]
         num_tokens -= sum([window.lens[place] for place in company])
         num_pages -= sum([window.pages[place] for place in company])
         num_slots = memory.num_free - sum([memory.most[place] for place in company])
@@ -281,7 +281,7 @@ class Dispatcher:
             num_free = sum([self._draft.room(instance) for instance in choice.instances])
             num_free -= sum([self._window.pages[place] for place in choice.places])
             if num_free >= num_pages and num_tokens <= choice.dop * self._draft.view.max_num_batched_tokens:
-                duration_s = self._times.batch_s(choice.dop, self._window.views(choice.places))
+                duration_s = self._times.batch_of_s(choice.dop, *self._window.sums(choice.places))
                 waits.append(choice.ready_s + duration_s)
         for emptied in self._outlook.emptied:
             num_free = sum([self._draft.room(instance) for instance in emptied.instances])

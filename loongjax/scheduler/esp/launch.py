@@ -73,12 +73,12 @@ def launch(
     sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
     vacant = sparing.spareable([instance for _, group in batches for instance in group]) if batches else []
     # What one prefill would take of a batch matters where it starts, and to those who compare.
-    ordered = put_in_order(batches, choice, window, times, starting=choice.instances if vacant else draft.idle)
+    ordered = put_in_order(batches, choice, window, times, starting=set(choice.instances) if vacant else draft.idle)
     if vacant:
 
         def split_on(fewer: list[InstanceId]) -> list[OrderedBatch]:
             others = _batches(draft, by_length, fewer, window, times, workspace)
-            return put_in_order(others, choice, window, times, starting=fewer)
+            return put_in_order(others, choice, window, times, starting=set(fewer))
 
         decided = sparing.decide(ordered, vacant, split_on)
         if decided is None:
@@ -138,7 +138,7 @@ def _hold(draft: Draft, outlook: Outlook, choice: Choice, group: Sequence[Instan
     """
     wait_s = max([outlook.until_free_s[instance] for instance in group if instance in draft.prefilling], default=0.0)
     going_on: set[InstanceId] = set()
-    for site in choice.sites:
+    for site in choice.sites if wait_s else ():
         if site.requests and draft.idle.issuperset(site.instances) and MIN_STEPS * step_s(site, times) <= wait_s:
             going_on.update(site.instances)
     draft.reserve([instance for instance in group if instance not in going_on])

@@ -169,13 +169,15 @@ class PrefillPlanner:
         if not started:
             return
         left = set(range(len(window))) - set(started)
-        requests = window.views(started)
         if left:
-            first_left = window[min(left)]
-            later = [request for request in requests if request.order > first_left.order]
+            first_left = min(left)
+            later = [place for place in started if window[place].order > window[first_left].order]
             if later:
-                share = self._times.batch_s(1, later) / self._times.batch_s(1, [first_left])
-                self._fairness.note_overtaken(first_left, min(1.0, max(share, LEAST_OVERTAKE)))
-        self._fairness.note_prefilled(requests)
+                share = self._alone_s(window, later) / self._alone_s(window, [first_left])
+                self._fairness.note_overtaken(window[first_left], min(1.0, max(share, LEAST_OVERTAKE)))
+        self._fairness.note_prefilled(window.views(started))
         passed = [request for request in self._draft.residents_of(taken) if not request.is_in_flight]
         self._fairness.note_passed(passed)
+
+    def _alone_s(self, window: Window, places: list[int]) -> float:
+        return self._times.batch_of_s(1, *window.sums(places))

@@ -13,6 +13,7 @@ no prefill is in flight.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Sequence
 
@@ -58,7 +59,11 @@ class Sparing:
         self._times = times
         self._newcomers = newcomers
         self._explain = explain
-        self._weight_behind = sum(window.weights) - window.weight(choice.places)
+
+    @functools.cached_property
+    def _weight_behind(self) -> float:
+        """Of those who wait for the batches' first to end."""
+        return sum(self._window.weights) - self._window.weight(self._choice.places)
 
     def spareable(self, taken: Collection[InstanceId]) -> list[InstanceId]:
         """Instances that could be left idle if batches took these otherwise; none where that is out of question."""

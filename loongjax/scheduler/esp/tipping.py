@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from loongjax.core.cluster import InstanceId
 from loongjax.costmodel.work import PrefillTotals
@@ -23,8 +24,7 @@ from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
 
-@dataclasses.dataclass(frozen=True)
-class OrderedBatch:
+class OrderedBatch(NamedTuple):
     """A batch of equation 5, and what of it one prefill takes."""
 
     places: list[int]
@@ -55,7 +55,7 @@ def put_in_order(
     choice: Choice,
     window: Window,
     times: Times,
-    starting: Collection[InstanceId],
+    starting: set[InstanceId],
 ) -> list[OrderedBatch]:
     """The batches of a choice, given as (places, group). Nothing starts of those whose group is not all `starting`, and
     their requests stay in whatever order they are.
@@ -63,7 +63,7 @@ def put_in_order(
     orders = [list(places) for places, _ in batches]
     alike: dict[int, list[int]] = {}
     for index, (_, group) in enumerate(batches):
-        if all(instance in starting for instance in group):
+        if starting.issuperset(group):
             orders[index].sort(key=window.rank.__getitem__)
             alike.setdefault(len(group), []).append(index)
     num_starting = [0] * len(batches)

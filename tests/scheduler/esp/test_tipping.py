@@ -66,7 +66,7 @@ def test_the_batches_of_a_choice_are_put_in_order_and_each_counts_the_decodes_of
     for is_patient, second in ((True, [2, 3]), (False, [2, 3])):
         window = Window(requests, shape, 0.0, float("inf"), is_patient=is_patient)
         split = [([0, 1], [0]), ([3, 2], [2])]
-        batches = put_in_order(split, choice, window, times, starting=[0, 1, 2])
+        batches = put_in_order(split, choice, window, times, starting={0, 1, 2})
         first = [1, 0] if is_patient else [0, 1]
         assert [batch.places for batch in batches] == [first, second]
         assert [batch.starting for batch in batches] == [first, second[:1]]
