@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from loongjax.costmodel.model import CostModel, Source
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
 from loongjax.errors import ConfigError
 
 Kind = Literal["prefill", "decode"]
@@ -165,7 +165,7 @@ class CorrectedModel(CostModel):
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.corrector.factor("decode", strategy) * self.base.decode_s(strategy, totals)
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
         return self.base.migration_s(num_tokens, tp)
 
     def tipping_tokens(self, strategy: Strategy) -> float:

@@ -213,7 +213,7 @@ def _fit_migration(
 ) -> tuple[MigrationTime | None, FitErrors | None]:
     if not points:
         return None, None
-    sizes = np.asarray([MigrationTime.device_bytes(p.num_tokens, model, p.tp).item() for p in points])
+    sizes = np.asarray([MigrationTime.device_bytes(p.num_tokens, model, p.tp) for p in points])
     measured_s = np.asarray([point.measured_s for point in points])
     kept_out = held_out([(point.num_tokens, point.tp) for point in points], sizes)
     features = np.column_stack([np.ones(len(points)), sizes])

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
-
 from loongjax.costmodel.coefficients import check_coefficients
 from loongjax.costmodel.model_shape import ModelShape
-from loongjax.costmodel.work import Numbers, per_batch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,10 +25,10 @@ class MigrationTime:
         check_coefficients(self)
 
     @staticmethod
-    def device_bytes(num_tokens: Numbers, model: ModelShape, tp: int) -> np.ndarray:
-        """Bytes that one device sends: float64, of the tokens' shape, [1] of a number."""
-        return per_batch(num_tokens) * model.device_kv_bytes_per_token(tp)
+    def device_bytes(num_tokens: int | float, model: ModelShape, tp: int) -> float:
+        """Bytes that one device sends."""
+        return float(num_tokens) * model.device_kv_bytes_per_token(tp)
 
-    def seconds(self, num_tokens: Numbers, model: ModelShape, tp: int) -> np.ndarray:
-        """float64, of the tokens' shape, [1] of a number."""
+    def seconds(self, num_tokens: int | float, model: ModelShape, tp: int) -> float:
+        """Of moving so many tokens' keys and values."""
         return self.latency_s + self.per_byte_s * self.device_bytes(num_tokens, model, tp)

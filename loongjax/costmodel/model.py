@@ -15,7 +15,7 @@ from loongjax.costmodel.measurement import Provenance
 from loongjax.costmodel.migration_time import MigrationTime
 from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
 from loongjax.costmodel.relative_error import FitErrors
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
 from loongjax.errors import ConfigError
 
 Source = Literal["fitted", "roofline"]
@@ -43,10 +43,8 @@ class CostModel(Protocol):
         """Times of decode steps: float64, of the totals' broadcast shape; a number of numbers."""
         ...
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
-        """Times of moving so many tokens' keys between instances of `tp` devices: float64, of the tokens' shape, [1] of
-        a number.
-        """
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
+        """Time of moving so many tokens' keys between instances of `tp` devices."""
         ...
 
     def tipping_tokens(self, strategy: Strategy) -> float:
@@ -120,7 +118,7 @@ class FittedModel(CostModel):
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.times(strategy).decode.seconds(totals)
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
         if self.migration is None:
             raise ConfigError("the cost model has no migration time: measure migrations, and fit again")
         return self.migration.seconds(num_tokens, self.provenance.model, tp)

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from loongjax.costmodel.migration_time import MigrationTime
 from loongjax.costmodel.model import CostModel, Source
 from loongjax.costmodel.model_shape import ModelShape
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, ceil, larger
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy, ceil, larger
 from loongjax.errors import ConfigError
 
 PARTIAL_RESULT_BYTES = 4
@@ -158,7 +158,7 @@ class RooflineModel(CostModel):
         exchange = totals.num_rows * self.model.num_layers * row_bytes / self.rates.link_bytes_per_s
         return own + exchange + overheads
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
         """Its bytes at the link's rate, after one collective's latency."""
         return self._migration.seconds(num_tokens, self.model, tp)
 

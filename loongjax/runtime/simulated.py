@@ -265,7 +265,7 @@ class SimulatedRuntime:
             case DecodeWork():
                 return self._cost_model.decode_s(strategy, DecodeTotals.of([work])).item()
         if isinstance(iteration, MigrateIteration):
-            return self._cost_model.migration_s(len(iteration.source_slots), self._shape.tp).item()
+            return self._cost_model.migration_s(len(iteration.source_slots), self._shape.tp)
         return 0.0
 
 

@@ -54,20 +54,22 @@ def measurements(strategies: tuple[Strategy, ...], noise: float = 0.0, seed: int
     """What an engine would measure that takes these times, each off by a normal error of this relative size."""
     random = np.random.default_rng(seed)
 
-    def measured(seconds: np.ndarray) -> float:
-        return seconds.item() * float(np.exp(noise * random.normal()))
+    def measured(seconds: float) -> float:
+        return seconds * float(np.exp(noise * random.normal()))
 
     prefills = [PrefillWork(new_lens=(n,) * b) for b in (1, 4, 16) for n in (10, 100, 700, 3000, 20_000, 90_000)]
     prefills += [PrefillWork(new_lens=(n,), past_lens=(p,)) for n in (512, 4096) for p in (8192, 65_536, 200_000)]
     return Measurements(
         provenance=PROVENANCE,
         prefills=tuple(
-            PrefillPoint(strategy=s, work=work, measured_s=measured(refined(s.sp).seconds(work.totals)))
+            PrefillPoint(strategy=s, work=work, measured_s=measured(refined(s.sp).seconds(work.totals).item()))
             for s in strategies
             for work in prefills
         ),
         decodes=tuple(
-            DecodePoint(strategy=s, work=work, measured_s=measured(decode(s.sp).seconds(DecodeTotals.of([work]))))
+            DecodePoint(
+                strategy=s, work=work, measured_s=measured(decode(s.sp).seconds(DecodeTotals.of([work])).item())
+            )
             for s in strategies
             for work in decode_works(s.sp)
         ),

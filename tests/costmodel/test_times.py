@@ -181,7 +181,7 @@ def test_a_migration_takes_its_latency_and_each_devices_heads_over_the_bandwidth
     )
     # The reference hard-codes 400 GiB/s: 100k tokens of 512 KiB with 2 devices an instance took it 61 ms.
     time = MigrationTime(latency_s=0.001, per_byte_s=1 / (400 * 2**30))
-    np.testing.assert_allclose(time.seconds([100_000], model, 2), [0.001 + 0.0610], atol=1e-4)
+    assert time.seconds(100_000, model, 2) == pytest.approx(0.001 + 0.0610, abs=1e-4)
 
 
 @given(st.lists(lengths, min_size=1, max_size=5), lengths, st.integers(0, 100_000))

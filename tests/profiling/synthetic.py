@@ -34,7 +34,7 @@ def timed(case: Case) -> Timing:
         seconds = refined(sp).seconds(case.prefill_totals).item() * (1.01 if case.scales_down else 1.0)
         return Timing(seconds=seconds, stddev_s=0.0, num_rounds=3)
     if case.kind == "migration":
-        seconds = MIGRATION.seconds(case.input_len, LLAMA2_7B, case.strategy.tp).item()
+        seconds = MIGRATION.seconds(case.input_len, LLAMA2_7B, case.strategy.tp)
         return Timing(seconds=seconds, stddev_s=0.0, num_rounds=3)
     assert len(masters_of(case)) == case.batch_size
     keys = (case.batch_size * (case.input_len + 10) // sp + 1,) * sp

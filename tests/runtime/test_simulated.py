@@ -22,7 +22,7 @@ from loongjax.core.iteration import (
 from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.costmodel.model import CostModel, Source
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, per_batch
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
 from loongjax.runtime.protocol import JumpingRuntime, Runtime, RuntimeLimits
 from loongjax.runtime.simulated import SimulatedRuntime, Span
 
@@ -47,8 +47,8 @@ class TransparentModel(CostModel):
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return 1.0 + totals.busiest_keys / 1000.0 + 0.0 * totals.num_rows
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
-        return per_batch(num_tokens) * tp
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
+        return float(num_tokens * tp)
 
     def tipping_tokens(self, strategy: Strategy) -> float:
         return 1.0

@@ -79,7 +79,7 @@ class Predictions:
         if seconds is None:
             if len(self._migrations) >= MAX_REMEMBERED:
                 self._migrations.clear()
-            seconds = self._migrations[key] = self._model.migration_s(num_tokens, tp).item()
+            seconds = self._migrations[key] = self._model.migration_s(num_tokens, tp)
         return seconds
 
 

@@ -69,7 +69,7 @@ def residuals(model: FittedModel, measurements: Measurements) -> Iterator[Residu
             yield Residual(what, point.measured_s, predicted_s)
     if model.migration is not None:
         for point in measurements.migrations:
-            predicted_s = model.migration_s(point.num_tokens, point.tp).item()
+            predicted_s = model.migration_s(point.num_tokens, point.tp)
             yield Residual(f"migration of {point.num_tokens} tokens, tp{point.tp}", point.measured_s, predicted_s)
 
 

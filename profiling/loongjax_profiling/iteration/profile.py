@@ -188,7 +188,7 @@ class _Profile:
             case "decode":
                 return self._command.num_steps * self._estimate.decode_s(case.strategy, case.decode_totals).item()
             case "migration":
-                return self._estimate.migration_s(case.input_len, case.strategy.tp).item()
+                return self._estimate.migration_s(case.input_len, case.strategy.tp)
 
     def _build(self, config: EngineConfig) -> CompilingRuntime:
         if self._platform == "cpu":

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from loongjax.costmodel.model import CostModel, Source
-from loongjax.costmodel.work import DecodeTotals, DecodeWork, Numbers, PrefillTotals, PrefillWork, Strategy
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax_profiling.replay.traced_runtime import TracedIteration
 
 
@@ -56,7 +56,7 @@ class ScaledModel(CostModel):
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.decode_factors.get(strategy, self.decode_factor) * self.base.decode_s(strategy, totals)
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
         return self.base.migration_s(num_tokens, tp)
 
     def tipping_tokens(self, strategy: Strategy) -> float:

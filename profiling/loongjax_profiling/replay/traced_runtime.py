@@ -48,7 +48,7 @@ class TracedIteration:
             case DecodeWork():
                 return cost_model.decode_s(strategy, DecodeTotals.of([self.work])).item()
             case int():
-                return cost_model.migration_s(self.work, tp).item()
+                return cost_model.migration_s(self.work, tp)
         return None
 
 

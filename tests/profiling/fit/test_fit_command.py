@@ -35,7 +35,8 @@ def test_the_times_that_points_came_from_are_recovered(tmp_path):
         np.testing.assert_allclose(model.prefill_s(strategy, prompts), refined(strategy.sp).seconds(prompts), rtol=1e-6)
         steps = DecodeTotals.even(strategy, [1, 40, 64], [500, 90_000, 10**6], [1, 1, strategy.sp])
         np.testing.assert_allclose(model.decode_s(strategy, steps), decode(strategy.sp).seconds(steps), rtol=1e-6)
-    np.testing.assert_allclose(model.migration_s([77, 10**6], 1), MIGRATION.seconds([77, 10**6], LLAMA2_7B, 1))
+    for size in (77, 10**6):
+        assert model.migration_s(size, 1) == pytest.approx(MIGRATION.seconds(size, LLAMA2_7B, 1))
 
 
 def test_the_file_says_where_it_comes_from(tmp_path):

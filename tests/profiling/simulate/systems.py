@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from loongjax.config import SchedulingConfig
 from loongjax.costmodel.model import CostModel, Source
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, per_batch
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.simulation import SimulatedSystem
@@ -30,8 +30,8 @@ class RoundModel(CostModel):
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return 0.01 + 0.0 * (totals.num_rows + totals.busiest_keys)
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
-        return 0.0 * per_batch(num_tokens)
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
+        return 0.0
 
     def tipping_tokens(self, strategy: Strategy) -> float:
         return 100.0

@@ -9,7 +9,7 @@ import numpy as np
 
 from loongjax.core.plan import Plan
 from loongjax.costmodel.model import CostModel, Source
-from loongjax.costmodel.work import DecodeTotals, Numbers, PrefillTotals, Strategy, larger, per_batch
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy, larger
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.objective import TOKEN_S
@@ -46,8 +46,8 @@ class HandModel(CostModel):
         own = self.step_s + self.row_s * totals.busiest_rows + self.key_s * totals.busiest_keys
         return own + self.exchange_s * (strategy.sp - 1)
 
-    def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
-        return self.moved_s * per_batch(num_tokens)
+    def migration_s(self, num_tokens: int | float, tp: int) -> float:
+        return self.moved_s * num_tokens
 
     def tipping_tokens(self, strategy: Strategy) -> float:
         return float("inf")

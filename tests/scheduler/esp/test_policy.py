@@ -6,12 +6,11 @@ import json
 import math
 import pathlib
 
-import numpy as np
 import pytest
 
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.core.plan import Decode, Prefill, PrefillRequest, SubBatch
-from loongjax.costmodel.work import DecodeWork, Numbers, PrefillWork, Strategy
+from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import JsonLines
@@ -153,7 +152,7 @@ def test_decodes_go_on_while_a_prompt_waits_for_a_long_prefill_to_end() -> None:
 
 def test_without_migration_times_no_keys_are_moved() -> None:
     class NoMigration(HandModel):
-        def migration_s(self, num_tokens: Numbers, tp: int) -> np.ndarray:
+        def migration_s(self, num_tokens: int | float, tp: int) -> float:
             raise ConfigError("not measured")
 
     shape = ClusterShape(num_instances=3, num_pages=8, page_size=4)
