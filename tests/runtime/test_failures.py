@@ -14,6 +14,7 @@ from loongjax.core.request import FinishReason, Request, RequestEvent
 from loongjax.engine import failures
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
+from loongjax.parallel.mesh import DeviceGrid
 from loongjax.runtime.local import LocalRuntime
 from loongjax.scheduler.simple import SimplePolicy
 from tests.checkpoints import make_checkpoint
@@ -228,22 +229,23 @@ def test_an_engine_whose_devices_answer_nothing_can_be_closed(tmp_path, cache_di
 def test_renewing_never_holds_two_pools(shared_runtime, monkeypatch):
     pool = shared_runtime._kv_pool
     group = local.Group((0, 1))
-    pool.view(group)
-    shape = pool._shape
-    alive = []
+    old, alive = [weakref.ref(pool.view(group))], []
+
+    def shards_of(*arguments):
+        shards = original_shards_of(*arguments)
+        old.extend(map(weakref.ref, shards))
+        return shards
 
     def new_shards(instance):
-        alive.append(sum(array.shape == shape for array in jax.live_arrays()))
-        return original(instance)
+        alive.append(sum(reference() is not None for reference in old))
+        return original_new_shards(instance)
 
-    original = pool._new_shards
+    original_shards_of, original_new_shards = pool._grid.shards_of, pool._new_shards
+    monkeypatch.setattr(DeviceGrid, "shards_of", staticmethod(shards_of))
     monkeypatch.setattr(pool, "_new_shards", new_shards)
-    gc.collect()
-    # The group's own shards are in its view, of another shape.
-    elsewhere = sum(array.shape == shape for array in jax.live_arrays())
     pool.renew(group)
-    assert alive[0] <= elsewhere
-    assert len(alive) == 2
+    assert len(old) > 2
+    assert alive == [0, 0]
 
 
 @pytest.fixture
