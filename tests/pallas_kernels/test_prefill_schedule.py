@@ -80,6 +80,7 @@ def test_long_prompts_are_computed_a_few_heads_at_a_time_and_short_ones_all_at_o
 @pytest.mark.parametrize("heads", [(32, 32), (32, 8), (8, 1), (28, 4)])
 @pytest.mark.parametrize("num_q_blocks", [256, 512, 1024])
 def test_under_a_causal_mask_no_thread_block_works_much_longer_than_another(heads, num_q_blocks):
+    """Nor begins items at another time: it would be at other keys, of which the second cache holds 400 blocks."""
     num_q_heads, num_kv_heads = heads
     abreast = choose_heads_abreast(num_q_heads, num_kv_heads, num_q_blocks, NUM_PROCESSORS)
     schedule = Schedule(num_q_heads, num_q_blocks, NUM_PROCESSORS, abreast)
@@ -87,16 +88,6 @@ def test_under_a_causal_mask_no_thread_block_works_much_longer_than_another(head
     busy = rounds.sum(axis=0)
     assert busy.max() <= 1.02 * busy.mean()
     assert causal_imbalance(schedule) == pytest.approx(busy.max() / busy.mean())
-
-
-@pytest.mark.parametrize("heads", [(32, 32), (32, 8), (8, 1), (28, 4)])
-@pytest.mark.parametrize("num_q_blocks", [256, 512, 1024])
-def test_under_a_causal_mask_all_thread_blocks_begin_their_items_at_about_the_same_time(heads, num_q_blocks):
-    """Or they would be at different keys, of which the GPU's second cache holds 400 blocks."""
-    num_q_heads, num_kv_heads = heads
-    abreast = choose_heads_abreast(num_q_heads, num_kv_heads, num_q_blocks, NUM_PROCESSORS)
-    schedule = Schedule(num_q_heads, num_q_blocks, NUM_PROCESSORS, abreast)
-    rounds = visits_by_round(schedule, list(range(num_q_blocks, 0, -1)))
     begins = rounds.cumsum(axis=0) - rounds
     assert (begins.max(axis=1) - begins.min(axis=1)).max() <= 256
 

@@ -172,9 +172,11 @@ def simulate(
 
 
 def _times_to_look(workload: Sequence[WorkloadRequest]) -> Iterator[float]:
-    """While requests come `NUM_LOOKS` times, behind that as often."""
+    """While requests come `NUM_LOOKS` times, behind that as often; at most once a second, or requests that all come at
+    once would be looked at without end.
+    """
     times = [request.arrival_s for request in workload] or [0.0]
-    interval_s = (times[-1] - times[0]) / NUM_LOOKS or 1.0
+    interval_s = max(1.0, (times[-1] - times[0]) / NUM_LOOKS)
     return (times[0] + number * interval_s for number in itertools.count(1))
 
 

@@ -107,6 +107,15 @@ def test_a_hopeless_simulation_stops_and_says_what_it_would_have_come_to_at_best
     assert records[-1].latency_s == 0.0
 
 
+@pytest.mark.parametrize("gap_s", [0.0, 1e-9])
+def test_requests_that_come_all_at_once_are_looked_at_about_once_a_second(gap_s: float):
+    alone = system(cluster(1, max_num_batched_tokens=600), "prefill-first", cost_model=RoundModel())
+    workload = arriving(*[(gap_s * index, 500, 1) for index in range(20)])
+    seen: list[Sequence[RequestRecord]] = []
+    simulate(alone, workload, is_hopeless=lambda records: bool(seen.append(records)))
+    assert 9 <= len(seen) <= 11  # they take ten seconds
+
+
 def test_who_waits_for_pods_to_merge_is_seen_to_wait():
     parts = system(
         cluster(4, num_slots=512, max_num_batched_tokens=1024), "simple", cost_model=RoundModel(), pod_size=2
