@@ -27,18 +27,8 @@ class Batch:
     instances: range
 
 
-def split(
-    lengths: Int[np.ndarray, " requests"],
-    weights: Float[np.ndarray, " requests"],
-    free_tokens: Int[np.ndarray, " instances"],
-    seconds: PrefillSeconds,
-    *,
-    max_tokens_per_instance: int,
-    max_requests: int,
-    kept_tokens: Int[np.ndarray, " requests"] | None = None,
-    workspace: Workspace | None = None,
-) -> tuple[Batch, ...] | None:
-    """Splits requests and instances into batches of least weighted latency.
+class Splits:
+    """The cheapest splits of requests, and of the first 1, 2, ... of a list of instances, into batches.
 
     Each batch takes neighbours of both lists. f[i][k], the least cost of the first i requests on exactly the first k
     instances, is the least over j < i and l < k of f[j][l] + T(R[j, i], E[l, k]) where D[j, i] <= V[l, k]; the answer
@@ -60,30 +50,63 @@ def split(
         max_tokens_per_instance: a batch on d instances computes at most d times as many.
         max_requests: of one batch.
         kept_tokens: slots that each request's keys take; None: as many as its length.
-        workspace: memory of earlier searches, which none may use at the same time; None: new memory.
-
-    Returns:
-        Batches in the order of the lists, which cover all requests; None if memory or limits allow no split.
+        workspace: memory of earlier searches, whose answers must have been asked for before; None: new memory.
     """
-    num_requests, num_instances = len(lengths), len(free_tokens)
-    if num_requests == 0:
-        return ()
-    if num_instances == 0:
-        return None
-    if num_instances == 1:
-        num_kept = (lengths if kept_tokens is None else kept_tokens).sum()
-        fits = num_kept <= free_tokens[0] and lengths.sum() <= max_tokens_per_instance and num_requests <= max_requests
-        return (Batch(range(num_requests), range(1)),) if fits else None
-    numbers = np.array(
-        (lengths, lengths * lengths, weights, lengths if kept_tokens is None else kept_tokens), np.float64
-    )
-    search = _Search(
-        _runs(num_requests, max_requests), numbers, free_tokens, Workspace() if workspace is None else workspace
-    )
-    for block in search.runs.blocks:
-        search.price(block, seconds, max_tokens_per_instance)
-        search.fill(block)
-    return search.trace_back()
+
+    def __init__(
+        self,
+        lengths: Int[np.ndarray, " requests"],
+        weights: Float[np.ndarray, " requests"],
+        free_tokens: Int[np.ndarray, " instances"],
+        seconds: PrefillSeconds,
+        *,
+        max_tokens_per_instance: int,
+        max_requests: int,
+        kept_tokens: Int[np.ndarray, " requests"] | None = None,
+        workspace: Workspace | None = None,
+    ) -> None:
+        self._lengths = lengths
+        self._weights = weights
+        self._kept_tokens = lengths if kept_tokens is None else kept_tokens
+        self._free_tokens = free_tokens
+        self._seconds = seconds
+        self._max_tokens_per_instance = max_tokens_per_instance
+        self._max_requests = max_requests
+        self._workspace = Workspace() if workspace is None else workspace
+
+    @functools.cached_property
+    def is_memory_short(self) -> bool:
+        """Whether there may be a batch that some instance could not hold. If not, any instances are as good."""
+        return bool(self._kept_tokens.sum() > self._free_tokens.min())
+
+    def on_first(self, num_instances: int) -> tuple[Batch, ...] | None:
+        """Batches in the order of the lists, which cover all requests and no more than so many instances; None if
+        memory or limits allow no split.
+        """
+        num_requests = len(self._lengths)
+        if num_requests == 0:
+            return ()
+        if num_instances == 0:
+            return None
+        if num_instances == 1:
+            fits = (
+                self._kept_tokens.sum() <= self._free_tokens[0]
+                and self._lengths.sum() <= self._max_tokens_per_instance
+                and num_requests <= self._max_requests
+            )
+            return (Batch(range(num_requests), range(1)),) if fits else None
+        return self._table.trace_back(num_instances)
+
+    @functools.cached_property
+    def _table(self) -> _Table:
+        lengths = self._lengths
+        numbers = np.array((lengths, lengths * lengths, self._weights, self._kept_tokens), np.float64)
+        runs = _runs(len(lengths), self._max_requests)
+        table = _Table(runs, numbers, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
+        for block in runs.blocks:
+            table.price(block, self._seconds, self._max_tokens_per_instance)
+            table.fill(block)
+        return table
 
 
 class Workspace:
@@ -134,7 +157,7 @@ def _runs(num_requests: int, max_requests: int) -> _Runs:
     return _Runs(first.copy(), last.copy(), offsets, min(num_requests, max_requests), tuple(blocks))
 
 
-class _Search:
+class _Table:
     """The table of f, filled from its first requests on.
 
     Args:
@@ -142,6 +165,7 @@ class _Search:
         numbers: length, squared length, weight and slots of each request.
         free_tokens: slots of each instance.
         workspace: for what is known of every run.
+        is_memory_short: see `Splits`.
     """
 
     def __init__(
@@ -150,6 +174,8 @@ class _Search:
         numbers: Float[np.ndarray, "4 requests"],
         free_tokens: Int[np.ndarray, " instances"],
         workspace: Workspace,
+        *,
+        is_memory_short: bool,
     ) -> None:
         self.runs = runs
         self._workspace = workspace
@@ -160,8 +186,7 @@ class _Search:
         """T of each run as a batch on 1, 2, ... instances."""
         self._free = np.concatenate(([0], free_tokens.cumsum()))
         """Slots on the first 0, 1, ... instances."""
-        self._is_memory_short = bool(self._upto[3, -1] > free_tokens.min())
-        """Whether there may be a batch that some instance could not hold."""
+        self._is_memory_short = is_memory_short
         self._alone = np.full((len(free_tokens), numbers.shape[1] + 1), np.inf)
         """[k - 1, i]: the cost of the first i requests as one batch on the first k instances."""
         self._least = self._alone.copy()
@@ -206,10 +231,13 @@ class _Search:
                 np.minimum(row[entries], least, out=row[entries])
             row.take(first, out=before[-k], mode="clip")
 
-    def trace_back(self) -> tuple[Batch, ...] | None:
-        """The batches behind the least f[n][k], found again from the last to the first; None if it is infinite."""
-        num_instances, i = len(self._costs), len(self.runs.offsets) - 1
-        least = [*self._least[:-1, i].tolist(), min(self._alone[-1, i], self._candidates(i, num_instances).min())]
+    def trace_back(self, num_instances: int) -> tuple[Batch, ...] | None:
+        """The batches behind the least f[n][k] of no more than so many instances, at least 2, found again from the last
+        to the first; None if it is infinite."""
+        i = len(self.runs.offsets) - 1
+        least = self._least[:num_instances, i].tolist()
+        if num_instances == len(self._costs):
+            least[-1] = min(self._alone[-1, i], self._candidates(i, num_instances).min())
         k = least.index(min(least)) + 1
         if least[k - 1] == np.inf:
             return None

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import numpy as np
-
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.batching import Workspace, split
+from loongjax.scheduler.esp.batching import Workspace
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook, step_s
 from loongjax.scheduler.esp.sparing import Sparing
+from loongjax.scheduler.esp.splitter import Splitter
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.esp.tipping import OrderedBatch, put_in_order
+from loongjax.scheduler.esp.tipping import put_in_order
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.placement import Shelf, place_keys
 from loongjax.scheduler.view import WaitingView
@@ -66,21 +65,16 @@ def launch(
         explain: is given each batch that starts.
     """
     instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
-    by_length = window.longest_first(choice.places)
+    splitter = Splitter(draft, window, times, workspace)
+    batches = splitter.split(choice.places, instances)
     started: list[int] = []
     coming: set[int] = set()
-    batches = _batches(draft, by_length, instances, window, times, workspace)
     sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
     vacant = sparing.spareable([instance for _, group in batches for instance in group]) if batches else []
     # What one prefill would take of a batch matters where it starts, and to those who compare.
     ordered = put_in_order(batches, choice, window, times, starting=set(choice.instances) if vacant else draft.idle)
     if vacant:
-
-        def split_on(fewer: list[InstanceId]) -> list[OrderedBatch]:
-            others = _batches(draft, by_length, fewer, window, times, workspace)
-            return put_in_order(others, choice, window, times, starting=set(fewer))
-
-        decided = sparing.decide(ordered, vacant, split_on)
+        decided = sparing.decide(ordered, vacant, splitter.split_on_fewer)
         if decided is None:
             draft.reserve(choice.instances)
             return Launch([], set(choice.places))
@@ -96,17 +90,16 @@ def launch(
         coming.update(batch.places[batch.num_starting :])
         if explain is not None:
             requests = window.views(kept)
-            duration_s = times.batch_s(len(group), requests)
             explain(
                 Decision(
                     now_s=draft.view.now_s,
                     step="batch",
                     is_taken=True,
                     gain=0.0,
-                    cost=duration_s * window.weight(kept),
+                    cost=batch.starting_s * window.weight(kept),
                     instances=tuple(sorted(group)),
                     request_ids=tuple([request.request_id for request in requests]),
-                    terms=(("prefill_s", duration_s), ("num_put_off", float(len(batch.places) - len(kept)))),
+                    terms=(("prefill_s", batch.starting_s), ("num_put_off", float(len(batch.places) - len(kept)))),
                 )
             )
     return Launch(started, coming)
@@ -142,40 +135,3 @@ def _hold(draft: Draft, outlook: Outlook, choice: Choice, group: Sequence[Instan
         if site.requests and draft.idle.issuperset(site.instances) and MIN_STEPS * step_s(site, times) <= wait_s:
             going_on.update(site.instances)
     draft.reserve([instance for instance in group if instance not in going_on])
-
-
-def _batches(
-    draft: Draft,
-    by_length: list[int],
-    instances: list[InstanceId],
-    window: Window,
-    times: Times,
-    workspace: Workspace,
-) -> list[tuple[list[int], list[InstanceId]]]:
-    """The batches of equation 5, as (places, group). If memory is too scattered for all requests, the last in queue
-    order are left out, half of them at a time."""
-    page_size = draft.shape.page_size
-    free_tokens = np.array([draft.room(instance) * page_size for instance in instances], np.int64)
-    while by_length:
-        lens, weights, pages = window.arrays(by_length)
-        batches = split(
-            lens,
-            weights,
-            free_tokens,
-            times.prefills_s,
-            max_tokens_per_instance=draft.view.max_num_batched_tokens,
-            max_requests=draft.view.max_num_seqs,
-            kept_tokens=pages * page_size,
-            workspace=workspace,
-        )
-        if batches is not None:
-            return [
-                (
-                    by_length[batch.requests.start : batch.requests.stop],
-                    instances[batch.instances.start : batch.instances.stop],
-                )
-                for batch in batches
-            ]
-        left_out = set(sorted(by_length)[-(-len(by_length) // 2) :] if len(by_length) > 1 else by_length)
-        by_length = [place for place in by_length if place not in left_out]
-    return []

@@ -23,8 +23,9 @@ from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.esp.splitter import PlacedBatch
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.esp.tipping import OrderedBatch
+from loongjax.scheduler.esp.tipping import OrderedBatch, put_in_order
 from loongjax.scheduler.esp.window import Window
 
 
@@ -76,14 +77,14 @@ class Sparing:
         self,
         batches: list[OrderedBatch],
         vacant: Sequence[InstanceId],
-        split_on: Callable[[list[InstanceId]], list[OrderedBatch]],
+        split_on: Callable[[list[InstanceId]], list[PlacedBatch]],
     ) -> list[OrderedBatch] | None:
         """These batches, those that leave an instance idle, or None: nothing is to start now.
 
         Args:
             batches: of the choice, on all its instances.
             vacant: those that could be left idle, at least one.
-            split_on: the batches of its requests on fewer instances.
+            split_on: the batches of the same requests on fewer instances; none if there is no room.
         """
         loss = self._newcomers.cost(self._taken(batches))
         if not loss:
@@ -92,11 +93,15 @@ class Sparing:
             return None if self._is_held(vacant, loss) else batches
         # Who comes is short and needs little room.
         spared = min(vacant, key=lambda instance: (self._draft.room(instance), instance))
-        fewer = split_on([instance for batch in batches for instance in batch.group if instance != spared])
-        if sum([len(batch.places) for batch in fewer]) < sum([len(batch.places) for batch in batches]):
+        others = split_on([instance for batch in batches for instance in batch.group if instance != spared])
+        if not others:
             return batches
-        gain = loss - self._newcomers.cost(self._taken(fewer))
-        cost = self._cost(fewer) - self._cost(batches)
+        cost = self._cost(others, [self._batch_s(batch) for batch in others])
+        cost -= self._cost([batch[:2] for batch in batches], [batch.whole_s for batch in batches])
+        gain, fewer = loss, batches
+        if cost < loss:  # more than all of that is not to be gained
+            fewer = put_in_order(others, self._choice, self._window, self._times, starting=set(self._choice.instances))
+            gain -= self._newcomers.cost(self._taken(fewer))
         return fewer if self._judge(gain, max(0.0, cost), (spared,)) else batches
 
     def _is_held(self, vacant: Sequence[InstanceId], loss: float) -> bool:
@@ -108,19 +113,20 @@ class Sparing:
 
     def _taken(self, batches: list[OrderedBatch]) -> dict[InstanceId, float]:
         """For how many seconds from now each instance will be, by what starts first."""
+        until_free_s = self._outlook.until_free_s
         taken: dict[InstanceId, float] = {}
         for batch in batches:
-            ready_s = max([self._outlook.until_free_s[instance] for instance in batch.group])
-            end_s = ready_s + self._batch_s(batch, batch.starting)
-            taken.update(dict.fromkeys(batch.group, end_s))
+            ready_s = max([until_free_s[instance] for instance in batch.group])
+            taken.update(dict.fromkeys(batch.group, ready_s + batch.starting_s))
         return taken
 
-    def _batch_s(self, batch: OrderedBatch, places: Sequence[int]) -> float:
-        return self._times.batch_of_s(len(batch.group), *self._window.sums(places))
+    def _batch_s(self, batch: PlacedBatch) -> float:
+        places, group = batch
+        return self._times.batch_of_s(len(group), *self._window.sums(places))
 
-    def _cost(self, batches: list[OrderedBatch]) -> float:
-        seconds = [self._batch_s(batch, batch.places) for batch in batches]
-        weights = [self._window.weight(batch.places) for batch in batches]
+    def _cost(self, batches: Sequence[PlacedBatch], seconds: Sequence[float]) -> float:
+        """Of these batches, which take so many seconds: what their requests wait, and those behind them."""
+        weights = [self._window.weight(places) for places, _ in batches]
         own = sum([weight * duration_s for weight, duration_s in zip(weights, seconds, strict=True)])
         return own + self._weight_behind * min(seconds)
 

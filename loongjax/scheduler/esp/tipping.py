@@ -20,6 +20,7 @@ from typing import NamedTuple
 from loongjax.core.cluster import InstanceId
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.scheduler.esp.dispatch import Choice
+from loongjax.scheduler.esp.splitter import PlacedBatch
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
@@ -30,12 +31,26 @@ class OrderedBatch(NamedTuple):
     places: list[int]
     """Of its requests in the window; if it starts, in the order in which they would best follow each other."""
     group: list[InstanceId]
-    num_starting: int
+    num_starting: int = 0
     """The first of them, up to the tipping point; 0: the batch is not to start."""
+    starting_s: float = 0.0
+    """What they take."""
+    whole_s: float = 0.0
+    """What all of them would take, if the batch starts."""
 
     @property
     def starting(self) -> list[int]:
         return self.places[: self.num_starting]
+
+
+class TippingPoint(NamedTuple):
+    """How many requests of a line, from its beginning, one prefill should take."""
+
+    number: int
+    seconds: float
+    """What that takes."""
+    whole_s: float
+    """What the whole line would take."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,48 +66,41 @@ class Line:
 
 
 def put_in_order(
-    batches: Sequence[tuple[Sequence[int], list[InstanceId]]],
-    choice: Choice,
-    window: Window,
-    times: Times,
-    starting: set[InstanceId],
+    batches: Sequence[PlacedBatch], choice: Choice, window: Window, times: Times, starting: set[InstanceId]
 ) -> list[OrderedBatch]:
-    """The batches of a choice, given as (places, group). Nothing starts of those whose group is not all `starting`, and
-    their requests stay in whatever order they are.
+    """The batches of a choice. Nothing starts of those whose group is not all `starting`, and their requests stay in
+    whatever order they are.
     """
-    orders = [list(places) for places, _ in batches]
+    ordered = [OrderedBatch(places, group) for places, group in batches]
     alike: dict[int, list[int]] = {}
     for index, (_, group) in enumerate(batches):
         if starting.issuperset(group):
-            orders[index].sort(key=window.rank.__getitem__)
             alike.setdefault(len(group), []).append(index)
-    num_starting = [0] * len(batches)
     for dop, indices in alike.items():
+        orders = [sorted(batches[index][0], key=window.rank.__getitem__) for index in indices]
         lines = [
             Line(
-                lens=[window.lens[place] for place in orders[index]],
-                weights=[window.weights[place] for place in orders[index]],
+                lens=[window.lens[place] for place in order],
+                weights=[window.weights[place] for place in order],
                 paused_weight=choice.paused_weight(batches[index][1]),
             )
-            for index in indices
+            for index, order in zip(indices, orders, strict=True)
         ]
-        for index, number in zip(indices, tipping_points(times, dop, lines), strict=True):
-            num_starting[index] = number
-    return [
-        OrderedBatch(order, group, number)
-        for order, (_, group), number in zip(orders, batches, num_starting, strict=True)
-    ]
+        for index, order, point in zip(indices, orders, tipping_points(times, dop, lines), strict=True):
+            ordered[index] = OrderedBatch(order, batches[index][1], *point)
+    return ordered
 
 
-def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[int]:
-    """How many requests of each line, from its beginning, one prefill on `dop` instances should take."""
+def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[TippingPoint]:
+    """Of each line, on `dop` instances."""
     tokens = [total for line in lines for total in itertools.accumulate(line.lens)]
     squares = [total for line in lines for total in itertools.accumulate([length * length for length in line.lens])]
     if len(tokens) == len(lines):
-        return [1] * len(lines)
-    seconds = times.prefill_s(dop, PrefillTotals.of_sums(tokens, squares)).tolist()
+        seconds = [times.batch_of_s(dop, *sums) for sums in zip(tokens, squares, strict=True)]
+    else:
+        seconds = times.prefill_s(dop, PrefillTotals.of_sums(tokens, squares)).tolist()
     fixed_s = times.least_prefill_s(dop)
-    points: list[int] = []
+    points: list[TippingPoint] = []
     begin = 0
     for line in lines:
         end = begin + len(line.lens)
@@ -101,11 +109,11 @@ def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[int]:
     return points
 
 
-def _tipping_point(seconds: Sequence[float], line: Line, fixed_s: float) -> int:
+def _tipping_point(seconds: Sequence[float], line: Line, fixed_s: float) -> TippingPoint:
     """Of one line, by the times of its first request, of its first two, and so on."""
     before, rest = 0.0, sum(line.weights) + line.paused_weight
     for number in range(1, len(seconds)):
         before += line.weights[number - 1]
         if (seconds[number] - seconds[number - 1]) * before > fixed_s * (rest - before):
-            return number
-    return len(seconds)
+            return TippingPoint(number, seconds[number - 1], seconds[-1])
+    return TippingPoint(len(seconds), seconds[-1], seconds[-1])

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.scheduler.esp import batching
-from loongjax.scheduler.esp.batching import Batch, Workspace, split
+from loongjax.scheduler.esp.batching import Batch, Splits, Workspace
 from tests.scheduler.esp.partitions import Problem, set_partitions
 
 LINEAR = ((0.0, 1.0, 0.0), (0.0, 0.5, 0.0), (0.0, 1 / 3, 0.0), (0.0, 0.25, 0.0))
 """A second a token, perfectly parallel."""
 
 
-def solve(problem: Problem, workspace: Workspace | None = None) -> tuple[Batch, ...] | None:
-    return split(
+def splits_of(problem: Problem, workspace: Workspace | None = None) -> Splits:
+    return Splits(
         np.array(problem.lengths, np.int64),
         np.array(problem.weights, np.float64),
         np.array(problem.free_tokens, np.int64),
@@ -27,6 +27,10 @@ def solve(problem: Problem, workspace: Workspace | None = None) -> tuple[Batch, 
         kept_tokens=None if problem.kept_tokens is None else np.array(problem.kept_tokens, np.int64),
         workspace=workspace,
     )
+
+
+def solve(problem: Problem, workspace: Workspace | None = None) -> tuple[Batch, ...] | None:
+    return splits_of(problem, workspace).on_first(len(problem.free_tokens))
 
 
 def cost(problem: Problem, batches: tuple[Batch, ...] | None) -> float:
@@ -75,6 +79,27 @@ def test_batches_take_all_requests_in_order_and_the_first_instances(problem: Pro
     instances = [instance for batch in batches for instance in batch.instances]
     assert instances == list(range(len(instances)))
     assert all(batch.requests and batch.instances for batch in batches)
+
+
+@settings(max_examples=200, deadline=None)
+@given(problem=problems())
+def test_a_split_on_the_first_instances_is_as_if_there_were_no_others(problem: Problem):
+    splits = splits_of(problem)
+    for count in range(len(problem.free_tokens), 0, -1):
+        alone = dataclasses.replace(problem, free_tokens=problem.free_tokens[:count])
+        assert splits.on_first(count) == solve(alone)
+    assert splits.on_first(0) is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(problem=problems(), data=st.data())
+def test_where_memory_is_ample_any_instances_are_as_good_as_the_first(problem: Problem, data: st.DataObject):
+    splits = splits_of(problem)
+    if not splits.is_memory_short:
+        chosen = data.draw(
+            st.lists(st.sampled_from(problem.free_tokens), min_size=1, max_size=len(problem.free_tokens))
+        )
+        assert splits.on_first(len(chosen)) == solve(dataclasses.replace(problem, free_tokens=tuple(chosen)))
 
 
 def test_a_hand_worked_split():
@@ -173,7 +198,9 @@ def test_the_cost_model_is_asked_once_about_few_requests():
         seconds_of_tokens(totals, out)
 
     lengths = np.arange(20, 0, -1)
-    split(lengths, 1.0 / lengths, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
+    splits = Splits(lengths, 1.0 / lengths, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
+    assert splits.on_first(4)
+    assert splits.on_first(3)
     assert asked == [(4, 210)]
 
 
@@ -191,7 +218,8 @@ def test_the_cost_model_is_asked_about_true_batches_only():
         assert not totals.new_times_past.any()
         seconds_of_tokens(totals, out)
 
-    assert split(lengths, 1.0 / lengths, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
+    splits = Splits(lengths, 1.0 / lengths, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
+    assert splits.on_first(2)
 
 
 def test_equal_questions_get_equal_answers():

@@ -22,7 +22,7 @@ def line_of(lens: list[int], paused_weight: float = 0.0) -> Line:
 
 def tipping_point(model: HandModel, lens: list[int], paused_weight: float = 0.0) -> int:
     (point,) = tipping_points(Times(model, 1), 1, [line_of(lens, paused_weight)])
-    return point
+    return point.number
 
 
 @pytest.mark.parametrize(("num_requests", "expected"), [(1, 1), (2, 2), (3, 2), (10, 6), (100, 51)])
@@ -51,8 +51,13 @@ def test_decodes_that_stand_still_for_each_prefill_make_batches_larger() -> None
 @given(lines=st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=6), min_size=1, max_size=5))
 def test_lines_that_are_asked_about_together_do_not_know_of_each_other(lines: list[list[int]]) -> None:
     model = HandModel(constant_s=1.0, squared_token_s=1e-5)
-    together = tipping_points(Times(model, 1), 1, [line_of(lens, 0.01) for lens in lines])
-    assert together == [tipping_point(model, lens, 0.01) for lens in lines]
+    times = Times(model, 1)
+    together = tipping_points(times, 1, [line_of(lens, 0.01) for lens in lines])
+    assert [point.number for point in together] == [tipping_point(model, lens, 0.01) for lens in lines]
+    for point, lens in zip(together, lines, strict=True):
+        requests = [waiting(f"w{order}", order, length) for order, length in enumerate(lens)]
+        assert point.seconds == times.batch_s(1, requests[: point.number])
+        assert point.whole_s == times.batch_s(1, requests)
 
 
 def test_the_batches_of_a_choice_are_put_in_order_and_each_counts_the_decodes_of_its_own_group() -> None:
