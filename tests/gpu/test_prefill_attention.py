@@ -114,6 +114,15 @@ def test_masks(implementation, num_keys, ranges):
     check(implementation, random_inputs((num_rows, max(num_keys, num_rows), 4, 2, 128)), ranges)
 
 
+@pytest.mark.parametrize("heads", [(8, 8), (8, 2)], ids=["MHA", "GQA"])
+def test_thread_blocks_that_wait_for_each_other(implementation, heads):
+    """Keys so long that they do; some rows see few of them, so that shares are uneven and some end early."""
+    num_rows, num_keys = 4096, 36_000
+    k_start, k_end = causal(num_rows, num_keys)
+    k_start = np.where(np.arange(num_rows) % 1024 < 200, k_end - 300, k_start).astype(np.int32)
+    check(implementation, random_inputs((num_rows, num_keys, *heads, 128)), (k_start, k_end))
+
+
 @pytest.mark.parametrize(
     ("num_rows", "num_keys"),
     [(1, 1), (1, 1001), (63, 7), (64, 64), (65, 63), (65, 65), (127, 129), (127, 1001), (129, 1), (129, 127)],

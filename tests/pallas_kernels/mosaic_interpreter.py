@@ -1,15 +1,16 @@
 """Runs Mosaic GPU kernels that feed wgmma from registers on the CPU, thread blocks, barriers and copies included.
 
 jax's own interpreter (`InterpretGPUParams`) takes wgmma operands in shared memory only, knows no stores to
-accumulators, and wants every barrier waited for to its last phase. The public API has no way to add the first two or to
-leave out the third, hence the private imports. What speaks of single threads stands here in plain jax.
+accumulators or words that thread blocks share, and wants every barrier waited for to its last phase. The public API has
+no way to add the first ones or to leave out the last, hence the private imports. What speaks of single threads stands
+here in plain jax.
 """
 
 import functools
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar, Self
 from unittest import mock
 
 import jax
@@ -21,7 +22,7 @@ from jax._src.state.types import AbstractRef
 from jax.experimental import io_callback
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from loongjax.pallas_kernels.prefill_attention import mosaic_gpu_kernel
+from loongjax.pallas_kernels.prefill_attention import mosaic_gpu_kernel, mosaic_gpu_pace
 
 (INTERPRETER,) = (x for x in vars(jaxpr_interpret).values() if hasattr(x, "_interpret_wgmma_ref_p"))
 interpret_wgmma_of_references = INTERPRETER._interpret_wgmma_ref_p
@@ -36,12 +37,38 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         mock.patch.multiple(
             mosaic_gpu_kernel, scale_rows=_scale_rows, sum_parts=_sum_parts, hide_outside=_hide_outside
         ),
+        mock.patch.multiple(mosaic_gpu_pace, shared_count=SharedCount, count=SharedCount.add, read=SharedCount.read),
         mock.patch.object(jaxpr_interpret, "gpu_primitives", known),
         mock.patch.object(INTERPRETER, "_interpret_wgmma_ref_p", _interpret),
         mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate),
         plgpu.force_gpu_interpret_mode(plgpu.InterpretGPUParams(detect_races=detect_races)),
     ):
         yield
+
+
+class SharedCount:
+    """As `mosaic_gpu_pace.shared_count`, on the host; made when a kernel is traced, for its next run."""
+
+    made: ClassVar[list[Self]] = []
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.num_reads = 0
+        self.made.append(self)
+
+    def add(self, amount: int) -> None:
+        io_callback(self._add, (), amount)
+
+    def _add(self, amount: np.ndarray) -> tuple[()]:
+        self.value += int(amount)
+        return ()
+
+    def read(self) -> jax.Array:
+        return io_callback(self._read, jax.ShapeDtypeStruct((), jnp.int32))
+
+    def _read(self) -> np.ndarray:
+        self.num_reads += 1
+        return np.int32(self.value)
 
 
 def _scale_rows(tile: jax.Array, factor: jax.Array) -> jax.Array:

@@ -25,9 +25,10 @@ from loongjax.pallas_kernels.varying import vary_as, vary_together
 DEFAULT_TUNING = PrefillTuning()
 SMALL_PAGE = 16
 """Tokens of the largest pages that may be brought into order."""
-MANY_ROWS = 4096
+MANY_ROWS = 2048
 """Rows of queries that share a KV head, of all requests, from which that is faster. It costs as much as there are keys,
-and gains as much as rows meet each of them: on an H200 with pages of 16 both were the same at 2,048 rows.
+and gains as much as rows meet each of them: on an H200, 2,048 rows over 32K keys of 8 heads in pages of 16 take 487 us
+page by page, and else 69 for the copy and 371.
 """
 
 

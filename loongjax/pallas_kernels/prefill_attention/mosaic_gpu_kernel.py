@@ -30,6 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import DenseKeys, PagedKeys
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import Pace
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_registers import hide_outside, scale_rows, sum_parts
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, Work, find_work
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import Scratch
@@ -152,12 +153,15 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
         plgpu.set_max_registers(copy_registers, action="decrease")
         group_size = memory.q.shape[1] // keys.num_kv_heads
 
-        def copy_item(number: jax.Array, work: Work) -> Work:
-            next_work = work_behind(number, work)
-            copy_key_blocks(keys, setting, work, work.q_head // group_size)
-            return next_work
+        pace = Pace.of(schedule)
 
-        lax.fori_loop(0, schedule.num_rounds, copy_item, first_work())
+        def copy_item(number: jax.Array, carry: tuple[Work, jax.Array]) -> tuple[Work, jax.Array]:
+            work, patience = carry
+            next_work = work_behind(number, work)
+            return next_work, copy_key_blocks(keys, setting, work, work.q_head // group_size, pace, patience)
+
+        lax.fori_loop(0, schedule.num_rounds, copy_item, (first_work(), pace.patience))
+        pace.end()
 
 
 class RowTile(NamedTuple):
@@ -187,12 +191,15 @@ class RowTile(NamedTuple):
         plgpu.copy_smem_to_gmem(self.scratch.lse.at[self.warpgroup], self.memory.lse.at[self.q_head, self.rows])
 
 
-def copy_key_blocks(keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array) -> None:
-    """Brings the visited key and value blocks to shared memory, each as soon as its stage is free."""
+def copy_key_blocks(
+    keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array, pace: Pace, patience: jax.Array
+) -> jax.Array:
+    """Brings the visited key and value blocks to shared memory, each as soon as its stage is free and the pace allows.
+    Returns what is left of the patience.
+    """
     scratch, tuning = setting.scratch, setting.tuning
 
-    @pl.loop(0, work.num_blocks)
-    def _(step):
+    def copy_block(step: jax.Array, patience: jax.Array) -> jax.Array:
         place_in_line = work.num_before + step
         stage = lax.rem(place_in_line, jnp.int32(tuning.num_stages))
         place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
@@ -206,6 +213,9 @@ def copy_key_blocks(keys: DenseKeys | PagedKeys, setting: Setting, work: Work, k
                 plgpu.barrier_wait(free.at[stage])
 
             keys.copy(place, kv_head, tiles.at[stage], ready.at[stage], values=tiles is scratch.v)
+        return pace.keep(place_in_line, patience)
+
+    return lax.fori_loop(0, work.num_blocks, copy_block, patience)
 
 
 def attend_rows(setting: Setting, work: Work, copy_next_rows: Callable[[], None]) -> tuple[jax.Array, jax.Array]:

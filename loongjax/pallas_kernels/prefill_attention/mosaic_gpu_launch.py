@@ -27,6 +27,8 @@ MOST_IMBALANCE = 1.02
 """Work of the busiest thread block under a causal mask, by the mean."""
 SORTED_ROUNDS = 64
 """Items a thread block from which on it pays to sort them."""
+PACED_BYTES = 16 << 20
+"""Of one head's keys and values: what surely stays in the L2, which keeps two copies of what all read."""
 
 
 def is_supported(dtype: DTypeLike, head_dim: int) -> bool:
@@ -127,6 +129,17 @@ def causal_imbalance(schedule: Schedule) -> float:
     return float(busy.max() / busy.mean())
 
 
+def keeps_pace(head_bytes: int, num_items: int, num_programs: int) -> bool:
+    """Whether thread blocks that do not wait for each other would come so far apart that each reads for itself.
+
+    Args:
+        head_bytes: of the keys and values of one head.
+        num_items: query blocks of all heads.
+        num_programs: thread blocks.
+    """
+    return head_bytes >= PACED_BYTES and num_items > num_programs
+
+
 def pad_rows(x: Float[Array, "rows heads H"], *, at_least: int) -> Float[Array, "padded_rows heads H"]:
     """As many rows as a copy to shared memory wants."""
     rows = x.shape[0]
@@ -152,7 +165,8 @@ def _call(
     abreast = min(abreast, N)
     if N % abreast:
         raise ConfigError(f"num_heads_abreast must divide the {N} query heads, got {abreast}")
-    schedule = Schedule(N, num_q_blocks, num_programs, abreast)
+    is_paced = keeps_pace(2 * launch.num_keys * H * q.dtype.itemsize, N * num_q_blocks, num_programs)
+    schedule = Schedule(N, num_q_blocks, num_programs, abreast, is_paced)
     line = line_up(visits, by_length=N * num_q_blocks >= SORTED_ROUNDS * num_programs)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(

@@ -25,6 +25,8 @@ class Schedule(NamedTuple):
     num_programs: int
     num_heads_abreast: int
     """In a set; divides `num_q_heads`."""
+    is_paced: bool = False
+    """Whether thread blocks wait for each other: see `Pace`."""
 
     @property
     def num_rounds(self) -> jax.Array:

@@ -1,0 +1,93 @@
+"""Thread blocks of Hopper's kernel keep in step, and no one waits for long."""
+
+import functools
+import random
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loongjax.pallas_kernels.prefill_attention import mosaic_gpu_launch, mosaic_gpu_pace
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import keeps_pace
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import ENDED, MOST_LAPS_AHEAD, MOST_LOOKS, is_ahead
+from tests.pallas_kernels.mosaic_interpreter import SharedCount
+from tests.pallas_kernels.test_prefill_interpreted import causal, random_inputs, run, truth
+from tests.pallas_kernels.tolerance import assert_matches
+
+NUM_PROGRAMS = 20
+
+
+@functools.partial(jax.jit, static_argnames="num_programs")
+def must_wait(own: jax.Array, everybody: jax.Array, num_programs: int = NUM_PROGRAMS) -> jax.Array:
+    return is_ahead(own, everybody, num_programs)
+
+
+def wrapped(count: int) -> jax.Array:
+    """What a word of 32 bits holds of a count."""
+    return jnp.asarray(np.uint32(count % 2**32).astype(np.int32))
+
+
+@given(st.integers(0, 2**30), st.integers(-5, 5), st.sampled_from([1, 78, 132]))
+def test_who_is_more_than_so_many_laps_ahead_of_the_mean_waits_however_often_counts_wrapped(mean, ahead, num_programs):
+    waits = must_wait(wrapped(mean + ahead), wrapped(mean * num_programs), num_programs)
+    assert waits == (ahead > MOST_LAPS_AHEAD)
+
+
+def spread(speeds: list[float], num_laps: int, *, is_paced: bool) -> int:
+    """The most laps between the first thread block and the last, if each takes 1 / speed a lap and waits if it must."""
+    laps, times, most = [0] * len(speeds), [0.0] * len(speeds), 0
+    while min(laps) < num_laps:
+        now, mine = min((times[i], i) for i in range(len(speeds)) if laps[i] < num_laps)
+        if is_paced and must_wait(wrapped(laps[mine]), wrapped(sum(laps))):
+            times[mine] = now + 0.01
+            continue
+        laps[mine] += 1
+        times[mine] = now + 1 / speeds[mine]
+        most = max(most, max(laps) - min(laps))
+    return most
+
+
+def test_thread_blocks_of_different_speeds_stay_together():
+    rng = random.Random(0)
+    speeds = [rng.uniform(0.95, 1.0) for _ in range(NUM_PROGRAMS)]
+    assert spread(speeds, 400, is_paced=False) >= 15
+    # Those behind the mean are as many laps behind as those ahead of it allow.
+    assert spread(speeds, 400, is_paced=True) <= 5 * MOST_LAPS_AHEAD
+    assert spread([1.0] * (NUM_PROGRAMS - 1) + [0.9], 400, is_paced=True) <= (MOST_LAPS_AHEAD + 1) * NUM_PROGRAMS
+
+
+@pytest.fixture
+def always_paced(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_launch, "PACED_BYTES", 0)
+    monkeypatch.setattr(mosaic_gpu_pace, "LAP", 2)
+    SharedCount.made.clear()
+
+
+def test_all_count_what_they_fetched_and_compute_the_same(always_paced):
+    arrays, ranges = random_inputs(520, 600, (2, 1)), causal(520, 600)
+    assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
+    (laps,) = SharedCount.made
+    # Query blocks end at key 208, 336, 464, 592 and 600, so visit 4, 6, 8, 10 and 10 key blocks, for each head; both
+    # thread blocks have 38 of them, and see in each lap that they are not ahead.
+    assert laps.value == 76 // 2 + 2 * ENDED
+    assert laps.num_reads >= 76 // 2
+
+
+def test_a_thread_block_waits_once_for_others_that_never_come(always_paced, monkeypatch):
+    monkeypatch.setattr(SharedCount, "_add", lambda self, amount: ())
+    arrays, ranges = random_inputs(520, 600, (2, 1)), causal(520, 600)
+    assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
+    (laps,) = SharedCount.made
+    # Each looks once in the laps in which it may be ahead of them, and then as often as one wait allows.
+    assert laps.num_reads == 2 * (MOST_LAPS_AHEAD + MOST_LOOKS)
+
+
+def test_only_long_keys_are_worth_it():
+    def is_paced(num_keys: int, num_q_blocks: int = 1024) -> bool:
+        return keeps_pace(2 * num_keys * 128 * 2, 32 * num_q_blocks, num_programs=132)
+
+    assert [is_paced(num_keys) for num_keys in (4096, 16_384, 32_768, 131_072)] == [False, False, True, True]
+    assert not is_paced(131_072, num_q_blocks=4), "each thread block takes one item"
