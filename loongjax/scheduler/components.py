@@ -33,7 +33,7 @@ def _each_alone(draft: Draft) -> list[Component]:
     prefilling = draft.prefilling
     return [
         Component({instance}, residents)
-        for instance, residents in enumerate(draft.oldest_first)
+        for instance, residents in enumerate(draft.residents)
         if residents and instance not in prefilling
     ]
 

@@ -189,7 +189,7 @@ class DecodePlanner:
             return False
         draft = self._draft
         for source in sorted(component.instances):
-            straddling = [request for request in draft.residents[source] if len(request.kv) > 1]
+            straddling = [request for request in draft.straddling if source in dict(request.kv)]
             num_tokens = sum(dict(request.kv)[source] for request in straddling)
             is_stalled = any(not component.instances.issuperset(dict(request.kv)) for request in straddling)
             if not straddling or is_stalled:

@@ -33,9 +33,7 @@ class Draft:
         residents = Residents(view.running, len(view.instances)) if residents is None else residents
         assert residents.running is view.running, "of another view"
         self.residents = residents.by_instance.copy()
-        """Requests with keys on an instance."""
-        self.oldest_first = residents.oldest_first.copy()
-        """The same by age."""
+        """Requests with keys on an instance, oldest first."""
         self.straddling = residents.straddling
         """Requests with keys on more than one instance."""
         self.num_newest = residents.num_newest.copy()
@@ -81,7 +79,6 @@ class Draft:
         for instance, num_tokens in request.kv:
             self.free[instance] += self.shape.num_pages_for(num_tokens)
             self.residents[instance] = _without(self.residents[instance], request)
-            self.oldest_first[instance] = _without(self.oldest_first[instance], request)
 
     def prefill(self, group: Group, requests: Sequence[PrefillRequest]) -> None:
         page_size = self.shape.page_size

@@ -7,7 +7,6 @@ import itertools
 import operator
 
 from loongjax.core.cluster import InstanceId
-from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.view import RunningView
 
 
@@ -23,15 +22,17 @@ class Residents:
         self.running = running
         self.straddling: tuple[RunningView, ...] = tuple([request for request in running if len(request.kv) > 1])
         """Requests with keys on more than one instance."""
-        lists: list[list[RunningView]] = [[] for _ in range(num_instances)]
-        for request in running:
-            for instance, _ in request.kv:
-                lists[instance].append(request)
-        self.by_instance = [tuple(requests) for requests in lists]
-        """Those with keys on each instance, in the view's order."""
-        self.oldest_first = [oldest_first(requests) for requests in lists]
-        """The same, by age."""
-        self.num_newest = [len(requests) for requests in lists]
+        self._orders = [request.order for request in running]
+        self._homes = [request.kv[0][0] if len(request.kv) == 1 else None for request in running]
+        """The only instance with keys of each."""
+        self._places: list[list[int]] = [[] for _ in range(num_instances)]
+        """In `running`, of those with keys on each instance."""
+        for place in sorted(range(len(running)), key=self._orders.__getitem__):
+            for instance, _ in running[place].kv:
+                self._places[instance].append(place)
+        self.by_instance = [tuple([running[place] for place in places]) for places in self._places]
+        """Those with keys on each instance, oldest first."""
+        self.num_newest = [len(places) for places in self._places]
         """Those whose newest token lies on each instance."""
         for request in self.straddling:
             for instance, _ in request.kv[:-1]:
@@ -46,26 +47,19 @@ class Residents:
         Views are made anew only if something changed, and mostly that is a token more of those that have just decoded:
         the others are not even looked at.
         """
-        if running is self.running:
+        before, orders, homes = self.running, self._orders, self._homes
+        if running is before:
             return self
-        before = self.running
-        places = list(itertools.compress(range(len(running)), map(operator.is_not, before, running)))
-        if len(running) != len(before) or 2 * len(places) > len(running):
+        if len(running) != len(before):
             return Residents(running, len(self.by_instance))
-        newer: dict[int, RunningView] = {}
         instances: set[InstanceId] = set()
-        max_total_tokens = self.max_total_tokens
-        for place in places:
-            old, new = before[place], running[place]
-            if len(old.kv) != 1 or len(new.kv) != 1 or old.kv[0][0] != new.kv[0][0] or old.order != new.order:
+        for place in itertools.compress(range(len(running)), map(operator.is_not, before, running)):
+            request = running[place]
+            if len(request.kv) != 1 or request.kv[0][0] != homes[place] or request.order != orders[place]:
                 return Residents(running, len(self.by_instance))
-            newer[id(old)] = new
-            instances.add(new.kv[0][0])
-            max_total_tokens += new.max_total_tokens - old.max_total_tokens
+            instances.add(request.kv[0][0])
         following = copy.copy(self)
-        following.running, following.max_total_tokens = running, max_total_tokens
-        following.by_instance, following.oldest_first = self.by_instance.copy(), self.oldest_first.copy()
+        following.running, following.by_instance = running, self.by_instance.copy()
         for instance in instances:
-            for lists in (following.by_instance, following.oldest_first):
-                lists[instance] = tuple([newer.get(id(request), request) for request in lists[instance]])
+            following.by_instance[instance] = tuple([running[place] for place in self._places[instance]])
         return following

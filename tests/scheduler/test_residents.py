@@ -21,8 +21,7 @@ def described(residents: Residents) -> dict[str, object]:
 def test_residents_by_hand() -> None:
     young, old = running("young", 2, (0, 7), max_new_tokens=3), running("old", 1, (0, 4), (2, 5), max_new_tokens=10)
     residents = Residents((young, old), NUM_INSTANCES)
-    assert residents.by_instance == [(young, old), (), (old,)]
-    assert residents.oldest_first == [(old, young), (), (old,)]
+    assert residents.by_instance == [(old, young), (), (old,)]
     assert residents.straddling == (old,)
     assert residents.num_newest == [1, 0, 1]
     assert (residents.num_requests, residents.max_total_tokens) == (2, 10 + 19)
@@ -40,9 +39,9 @@ def test_what_has_not_changed_is_shared() -> None:
     assert residents.after(views) is residents
     grown = dataclasses.replace(views[1], kv=((1, 6),), num_tokens=6)
     following = residents.after((views[0], grown, *views[2:]))
-    assert following.oldest_first[0] is residents.oldest_first[0]
-    assert following.oldest_first[1] == (grown, views[3])
-    assert residents.oldest_first[1] == (views[1], views[3])
+    assert following.by_instance[0] is residents.by_instance[0]
+    assert following.by_instance[1] == (grown, views[3])
+    assert residents.by_instance[1] == (views[1], views[3])
 
 
 @st.composite
@@ -59,7 +58,7 @@ def changes(draw: st.DrawFn) -> list[tuple[RunningView, ...]]:
                 case "grow", [first, *rest] if first.kv:
                     *others, (instance, count) = first.kv
                     kv = (*others, (instance, count + 1))
-                    some = [dataclasses.replace(first, kv=kv, max_total_tokens=first.max_total_tokens + 2), *rest]
+                    some = [dataclasses.replace(first, kv=kv, num_tokens=first.num_tokens + 1), *rest]
                 case "put", [*rest, last]:
                     some = [*rest, dataclasses.replace(last, kv=draw(keys))]
                 case "age", [first, *rest]:

@@ -16,7 +16,6 @@ from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.fairness import Fairness
-from loongjax.scheduler.queue import order_of
 from loongjax.scheduler.view import RunningView
 
 
@@ -71,7 +70,7 @@ class Mover:
         seconds = self._times.migration_s(num_keys[source])
         if seconds > within_s:
             return None
-        requests = tuple(sorted(self._draft.residents[source], key=order_of))
+        requests = self._draft.residents[source]
         if not requests or not self._may_move(requests, is_forced):
             return None
         target = self._target(site, source, requests, excluded)
