@@ -68,7 +68,7 @@ class SharedCount:
 
     def _read(self) -> np.ndarray:
         self.num_reads += 1
-        return np.int32(self.value)
+        return np.array(self.value, np.int32)
 
 
 def _scale_rows(tile: jax.Array, factor: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ Results do not depend on any of this.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -68,14 +69,14 @@ class Pace(NamedTuple):
             count(self.laps, 1)
 
         def must_look(state: tuple[jax.Array, jax.Array]) -> jax.Array:
-            is_ahead, num_looks = state
-            return is_ahead & (num_looks < patience)
+            waits, num_looks = state
+            return waits & (num_looks < patience)
 
         def look(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             return is_ahead(own_laps, read(self.laps), self.num_programs), state[1] + 1
 
-        still_ahead, _ = lax.while_loop(must_look, look, (is_lap, jnp.int32(0)))
-        return jnp.where(still_ahead, 0, patience)
+        waits_still = lax.while_loop(must_look, look, (is_lap, jnp.int32(0)))[0]
+        return jnp.where(waits_still, 0, patience)
 
     def end(self) -> None:
         """Nobody waits for this thread block any more."""
@@ -96,26 +97,24 @@ def shared_count() -> Any:
 def count(laps: Any, amount: int) -> None:
     """Adds to the count of all, once for the warpgroup."""
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-    def add(_, laps: Any) -> None:
-        word = mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(laps))
-        word.signal(amount, relaxed=True, memory_scope="gpu")
+    def add(address: ir.Value) -> None:
+        mgpu_utils.SemaphoreRef(address).signal(amount, relaxed=True, memory_scope="gpu")
 
-    add(laps)
+    _at_word(laps, add)
 
 
 def read(laps: Any) -> jax.Array:
     """The count of all."""
-    scalar = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
 
-    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=scalar)
-    def load(_, laps: Any) -> Any:
-        word = mgpu_utils.inline_ptx(
-            "ld.relaxed.gpu.global.u32 $0, [$1];",
-            mgpu_utils.memref_ptr(laps),
-            result_types=ir.IntegerType.get_signless(32),
-            has_side_effects=True,
-        )
+    def load(address: ir.Value) -> Any:
+        int32 = ir.IntegerType.get_signless(32)
+        ptx = "ld.relaxed.gpu.global.u32 $0, [$1];"
+        word: Any = mgpu_utils.inline_ptx(ptx, address, result_types=int32, has_side_effects=True)
         return mgpu.FragmentedArray.splat(word, (), is_signed=True)
 
-    return load(laps)
+    return _at_word(laps, load, plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+
+
+def _at_word(word: Any, act: Callable[[ir.Value], Any], returns: plgpu.ShapeDtypeStruct | None = None) -> Any:
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returns)
+    return inline(lambda _, word: act(mgpu_utils.memref_ptr(word)))(word)
