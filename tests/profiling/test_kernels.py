@@ -20,7 +20,7 @@ from loongjax_profiling.kernels.dense import causal, prefill_cases, ring_step, z
 from loongjax_profiling.kernels.paged import decode_cases, extend_cases, update_cases
 from loongjax_profiling.kernels.profile import select
 from loongjax_profiling.kernels.table import format_table, format_target, measure, to_json
-from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
+from loongjax_profiling.kernels.timing import LEAST_SAMPLES, SlopeTimer, sample_in_turn
 
 LOONGJAX = Path(sys.executable).with_name("loongjax")
 
@@ -266,6 +266,9 @@ def test_timers_in_turn_give_as_many_slopes_each_in_another_order_every_round():
     assert len(rounds) == 6
     assert {"".join(sorted(order)) for order in rounds} == {"abc"}
     assert len(set(rounds)) > 1
+    calls.clear()
+    sample_in_turn(timers, 6, enough_s=0.0)
+    assert len(calls) == LEAST_SAMPLES * 3 * 4
 
 
 def make_case(**settings) -> Case:

@@ -25,6 +25,8 @@ TARGET_S = 0.01
 MAX_REPETITIONS = 64
 MIN_TRACED_REPETITIONS = 8
 SAMPLES = 5
+SAMPLING_S = 4.0
+"""After which a group of variants gets no more samples than the fewest."""
 
 
 def measure(cases: Sequence[Case]) -> Iterator[Row]:
@@ -101,7 +103,7 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
                 timers[i] = SlopeTimer(program.repeat, program.repetitions)
         except Exception as error:
             rows[i] = _failure(program.case, error)
-    sample_in_turn(list(timers.values()), SAMPLES)
+    sample_in_turn(list(timers.values()), SAMPLES, enough_s=SAMPLING_S)
     for i, timer in timers.items():
         if timer.seconds <= 0.0:
             rows[i] = Row(case=programs[i].case, error="too short to be timed")

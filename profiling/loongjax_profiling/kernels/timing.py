@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
 import time
@@ -39,12 +40,23 @@ class SlopeTimer:
         return statistics.median(self._slopes)
 
 
-def sample_in_turn(timers: Sequence[SlopeTimer], samples: int) -> None:
+LEAST_SAMPLES = 3
+
+
+def sample_in_turn(timers: Sequence[SlopeTimer], samples: int, *, enough_s: float = math.inf) -> None:
     """So many slopes of each, in another order every round: a GPU's clock falls under load, and rises behind what takes
     less power, so what always comes first or behind the same rival is not timed fairly.
+
+    Args:
+        timers: of the same work.
+        samples: rounds.
+        enough_s: seconds after which no round is begun any more but the first `LEAST_SAMPLES`.
     """
     rng = random.Random(0)
-    for _ in range(samples):
+    started = time.perf_counter()
+    for number in range(samples):
+        if number >= LEAST_SAMPLES and time.perf_counter() - started > enough_s:
+            break
         for timer in rng.sample(timers, len(timers)):
             timer.sample()
 
