@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 
-import numpy as np
-
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights
+from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView
 
@@ -88,11 +86,16 @@ class GroupFacts:
         """Steps until the last of them is expected to end."""
         return max(self._expected_left)
 
+    def weight_of_steps(self, now_s: float, step_s: float) -> float:
+        """What it costs that all steps still to come take a second longer each, if one takes at least `step_s`."""
+        return self._sum_of_step_weights(now_s, step_s) if self.has_paces else self._timeless_weight_of_steps
+
     @functools.cached_property
-    def weight_of_steps(self) -> float:
-        """The shares of their outputs that they are still expected to generate, summed up."""
-        outputs = zip(self.requests, self._expected_left, strict=True)
-        return float(np.sum([left / max(request.num_output_tokens + left, 1.0) for request, left in outputs]))
+    def _timeless_weight_of_steps(self) -> float:
+        return self._sum_of_step_weights(0.0, 0.0)
+
+    def _sum_of_step_weights(self, now_s: float, step_s: float) -> float:
+        return sum(step_weights(self.requests, now_s, self._lengths, step_s, self._implied_tpot_s))
 
 
 class GroupMemory:

@@ -1,8 +1,8 @@
 """Taking an instance out of decoding by moving the keys that it holds: the consolidation behind equation 4.
 
 What moves decodes more slowly from then on, with more company, and so does that company. The paper's cost is the
-transfer alone; here the longer steps count too, for every request by the share of its output that is still to come,
-for that is what they add to its latency / length.
+transfer alone; here the longer steps count too, for every request by its weight times the tokens that are still to
+come (`objective.step_weights`).
 """
 
 from __future__ import annotations
@@ -92,14 +92,20 @@ class Mover:
         source, target = move.source, move.target
         if target in site.instances:
             together = Site(instances=tuple([i for i in site.instances if i != source]), requests=site.requests)
-            return _weight_of_steps(site) * max(0.0, self._step_s(together) - self._step_s(site))
+            return self._cost_of_steps(site, self._step_s(together))
         other = next(other for other in self._outlook.decodes if target in other.instances)
         together = Site(
             instances=tuple(sorted({*site.instances, *other.instances} - {source})),
             requests=(*site.requests, *other.requests),
         )
         together_s = self._step_s(together)
-        return sum([_weight_of_steps(group) * max(0.0, together_s - self._step_s(group)) for group in (site, other)])
+        return self._cost_of_steps(site, together_s) + self._cost_of_steps(other, together_s)
+
+    def _cost_of_steps(self, site: Site, then_s: float) -> float:
+        """Of steps that take so long from now on."""
+        assert site.facts is not None, site
+        now_s = self._step_s(site)
+        return site.facts.weight_of_steps(self._draft.view.now_s, now_s) * max(0.0, then_s - now_s)
 
     def _step_s(self, site: Site) -> float:
         return step_s(site, self._times)
@@ -135,8 +141,3 @@ class Mover:
             if fitting:
                 return min(fitting, key=lambda instance: (draft.room(instance), instance))
         return None
-
-
-def _weight_of_steps(site: Site) -> float:
-    assert site.facts is not None, site
-    return site.facts.weight_of_steps

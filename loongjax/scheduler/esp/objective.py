@@ -73,22 +73,52 @@ def decode_weights(
         step_s: what each further token takes at least.
         implied_tpot_s: what a request without a wish is taken to wish for.
     """
+    reciprocals = _reciprocals(requests, lengths)
+    urgencies = _urgencies(requests, now_s, reciprocals, step_s, implied_tpot_s)
+    return [reciprocal * urgency for reciprocal, urgency in zip(reciprocals, urgencies, strict=True)]
+
+
+def step_weights(
+    requests: Sequence[RunningView],
+    now_s: float,
+    lengths: OutputLengths,
+    step_s: float = 0.0,
+    implied_tpot_s: float = TOKEN_S,
+) -> list[float]:
+    """What it costs each running request if all its further tokens take a second longer each.
+
+    That is weight x tokens left, of which the mean over the lengths that its output may have is
+    E[1 / output length x (output length - tokens so far)]. The arguments are those of `decode_weights`.
+    """
+    reciprocals = _reciprocals(requests, lengths)
+    urgencies = _urgencies(requests, now_s, reciprocals, step_s, implied_tpot_s)
+    return [
+        urgency * (1.0 - request.num_output_tokens * reciprocal)
+        for request, reciprocal, urgency in zip(requests, reciprocals, urgencies, strict=True)
+    ]
+
+
+def _reciprocals(requests: Sequence[RunningView], lengths: OutputLengths) -> list[float]:
+    """E[1 / output length] of each."""
     generated = [request.num_output_tokens for request in requests]
     limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
-    weights = lengths.expected_reciprocals(generated, limits)
-    implied_urgency = TOKEN_S / implied_tpot_s
-    for index, request in enumerate(requests):
-        if request.slo.tpot_s is not None:
-            weights[index] *= _urgency(request, now_s, weights[index], step_s)
-        else:
-            weights[index] *= implied_urgency
-        if request.priority:
-            weights[index] *= priority_factor(request.priority)
-    return weights
+    return lengths.expected_reciprocals(generated, limits)
 
 
-def _urgency(request: RunningView, now_s: float, reciprocal: float, step_s: float) -> float:
-    """What pace makes of the weight of a request with a wish for it, and with so long an output."""
+def _urgencies(
+    requests: Sequence[RunningView], now_s: float, reciprocals: Sequence[float], step_s: float, implied_tpot_s: float
+) -> list[float]:
+    """Decode weight over 1 / output length of each."""
+    implied = TOKEN_S / implied_tpot_s
+    urgencies: list[float] = []
+    for request, reciprocal in zip(requests, reciprocals, strict=True):
+        urgency = implied if request.slo.tpot_s is None else _urgency_of_wish(request, now_s, reciprocal, step_s)
+        urgencies.append(urgency * priority_factor(request.priority) if request.priority else urgency)
+    return urgencies
+
+
+def _urgency_of_wish(request: RunningView, now_s: float, reciprocal: float, step_s: float) -> float:
+    """Of a request with a wish for its pace, and with so long an output."""
     tpot_s = request.slo.tpot_s
     assert tpot_s is not None
     if request.first_token_s is None:

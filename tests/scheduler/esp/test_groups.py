@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loongjax.core.request import ServiceLevel
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.esp.groups import GroupFacts, GroupMemory
-from loongjax.scheduler.esp.objective import decode_weights
+from loongjax.scheduler.esp.objective import decode_weights, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView
 from tests.scheduler.views import running
@@ -43,7 +43,7 @@ def test_a_group_by_hand() -> None:
     assert group.size_of_step == (2, 2, 25)
     # a is expected to get 15 tokens, 11 more than it has; b has no more than 3 left.
     assert group.num_steps_left == 11.0
-    assert group.weight_of_steps == pytest.approx(11 / 15 + 3 / 5)
+    assert group.weight_of_steps(5.0, 0.1) == pytest.approx((6 / 10 + 16 / 20) / 2 + 3 / 5)
     assert group.pause_weight(5.0, 0.1) == pytest.approx((1 / 10 + 1 / 20) / 2 + 1 / 5)
 
 
@@ -83,9 +83,12 @@ def test_a_weight_with_a_pace_in_it_follows_the_clock_and_others_do_not() -> Non
     group = facts(hurried, learned(5))
     for now_s in (0.0, 1.0, 2.0):
         assert group.pause_weight(now_s, 0.1) == sum(decode_weights(hurried, now_s, learned(5), 0.1))
+        assert group.weight_of_steps(now_s, 0.1) == sum(step_weights(hurried, now_s, learned(5), 0.1))
     assert group.pause_weight(0.0, 0.1) != group.pause_weight(1.0, 0.1)
+    assert group.weight_of_steps(0.0, 0.1) != group.weight_of_steps(1.0, 0.1)
     calm = facts(pair(), learned(5))
     assert calm.pause_weight(0.0, 0.1) == calm.pause_weight(9.0, 0.3)
+    assert calm.weight_of_steps(0.0, 0.1) == calm.weight_of_steps(9.0, 0.3)
 
 
 CHANGES = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["grow", "end", "come", "learn"])), max_size=20)
@@ -118,13 +121,14 @@ def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int,
                 fresh = GroupFacts((place,), tuple(company), lengths)
                 assert known.requests == fresh.requests
                 assert known.num_keys == fresh.num_keys
-                assert known.weight_of_steps == fresh.weight_of_steps
+                assert known.weight_of_steps(0.0, 0.0) == fresh.weight_of_steps(0.0, 0.0)
                 assert known.pause_weight(0.0, 0.0) == fresh.pause_weight(0.0, 0.0)
 
 
-def test_what_a_pause_costs_is_weighed_by_the_time_a_token_that_is_implied() -> None:
+def test_what_a_pause_or_a_longer_step_costs_is_weighed_by_the_time_a_token_that_is_implied() -> None:
     lengths, requests = learned(10), tuple(pair())
     usual, patient = (
         GroupMemory(implied_tpot_s).facts_of(Component({0, 2}, requests), lengths) for implied_tpot_s in (0.05, 0.2)
     )
     assert patient.pause_weight(1.0, 0.1) == pytest.approx(usual.pause_weight(1.0, 0.1) / 4)
+    assert patient.weight_of_steps(1.0, 0.1) == pytest.approx(usual.weight_of_steps(1.0, 0.1) / 4)

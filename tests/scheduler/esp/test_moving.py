@@ -6,6 +6,7 @@ import pytest
 
 from loongjax.core.plan import Decode, Migrate
 from loongjax.core.request import FinishReason
+from loongjax.scheduler.esp.objective import TOKEN_S
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView
 from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
@@ -47,12 +48,20 @@ def test_longer_steps_of_those_who_decode_together_count_against_moving() -> Non
 
 def test_who_is_nearly_done_minds_longer_steps_less() -> None:
     policy = policy_of(HandModel(row_s=0.1), decisions := [])
-    # Of outputs longer than 10 the mean is 11: a token of 11 is left.
+    # All outputs had 11 tokens, of which one is left.
     end = RequestEnded(num_prompt_tokens=9, num_output_tokens=11, finish_reason=FinishReason.STOP)
     policy.observe([end] * 20)
     policy.plan(two_groups())
     decision = next(decision for decision in decisions if decision.step == "migrate")
     assert dict(decision.terms)["slowdown_weight_s"] == pytest.approx(2 * 0.1 / 11)
+
+
+def test_longer_steps_cost_those_little_who_are_allowed_much() -> None:
+    """The less a pause of decodes weighs, the less do longer steps."""
+    _, decisions = ask(two_groups(), HandModel(row_s=0.1), implied_tpot_s=10 * TOKEN_S)
+    decision = next(decision for decision in decisions if decision.step == "migrate")
+    assert dict(decision.terms)["slowdown_weight_s"] == pytest.approx((0.1 * 0.5 + 0.1 * 0.5) / 10)
+    assert decision.is_taken
 
 
 def test_an_instance_of_a_larger_group_is_freed_into_the_group() -> None:

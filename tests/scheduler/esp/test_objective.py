@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from loongjax.core.request import ServiceLevel
-from loongjax.scheduler.esp.objective import MAX_PRESSURE, TOKEN_S, decode_weights, prefill_weight
+from loongjax.scheduler.esp.objective import MAX_PRESSURE, TOKEN_S, decode_weights, prefill_weight, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView
 from tests.scheduler.views import running, waiting
@@ -115,3 +115,16 @@ def test_requests_weigh_what_each_weighs_alone() -> None:
     assert decode_weights(requests, 1.0, lengths) == pytest.approx(
         [decode_weight(request, 1.0, lengths) for request in requests]
     )
+
+
+def test_longer_steps_cost_a_request_its_weight_for_each_token_that_is_left() -> None:
+    """8 are out: 10, 40 and 160 are possible, so the shares that are left are 2 / 10, 32 / 40 and 152 / 160."""
+    left = (2 / 10 + 32 / 40 + 152 / 160) / 3
+    requests = [
+        running("a", 0, (0, 50), num_output_tokens=8),
+        running("b", 1, (0, 50), num_output_tokens=8, priority=1),
+        running("c", 2, (0, 50), num_output_tokens=8, first_token_s=3.0, slo=ServiceLevel(tpot_s=0.1)),
+        running("d", 3, (0, 50)),
+    ]
+    weights = step_weights(requests, 3.0, lengths_of(2, 8, 10, 40, 160), step_s=0.0, implied_tpot_s=0.2)
+    assert weights == pytest.approx([left / 4, left / 8, left / 2, 1 / 4])
