@@ -10,7 +10,13 @@ without keys cost nothing. A decode group B with instances G is paused for furth
 where w is what a second costs (`objective`) and T the prefill's predicted time on G. The paper asks this of all R' at
 once, so that one long prompt among them keeps all from starting; here R' is the beginning of the order that gains most.
 The paper's wait is until B ends; here it is the least of that, of the end of what was taken before, and of the end of
-prefills in flight that leave instances without keys. Where pausing does not pay and nothing else can start, one
+prefills in flight that leave instances without keys. A pause that pays is put off while others may come to share it:
+
+    until sum over R' of w_r x (wait so far) >= sum over B of w_b x A
+
+where A is what each prefill takes, however small it is. If weight comes at a steady rate, what the first ones wait then
+costs as much as the pauses do, which together is least; however it comes, it is at most twice the least (the rule for
+acknowledging packets of Dooly, Goldman and Scott, 2001). Where pausing does not pay and nothing else can start, one
 instance of G may be freed instead by moving the keys it holds, for (weight of R' + weight of B) x the migration's time,
 and for the longer steps that follow (`moving`). Who may be overtaken no more gets the cheapest of pausing, moving, and
 waiting for a prefill to end.
@@ -112,10 +118,11 @@ class Dispatcher:
             if more and not choice.places and not self._window.is_patient:
                 self._make_way(choice, site)
                 break
-            if more and (num_worth := self._num_worth_pausing(choice, site, more)):
+            num_worth = self._num_worth_pausing(choice, site, more) if more else 0
+            if num_worth and not self._is_put_off(site, more[:num_worth]):
                 choice.take(site)
                 choice.places += more[:num_worth]
-            elif not choice.places and self._moves_away(choice, site, more):
+            elif not num_worth and not choice.places and self._moves_away(choice, site, more):
                 break
             else:
                 num_refusals += 1
@@ -213,6 +220,13 @@ class Dispatcher:
         terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", float(durations_s[best])))
         is_taken = self._judge("dispatch", site, more[: best + 1], float(gains[best]), float(costs[best]), terms)
         return best + 1 if is_taken else 0
+
+    def _is_put_off(self, site: Site, more: Sequence[int]) -> bool:
+        """Whether the group decodes on, so that a pause for these requests, which pays, is for more of them later."""
+        window, now_s = self._window, self._draft.view.now_s
+        waited = sum([window.weights[place] * (now_s - window[place].arrival_s) for place in more])
+        fixed_s = self._times.fixed_prefill_s(len(site.instances))
+        return self._judge("put-off", site, more, site.pause_weight * fixed_s, waited, (("fixed_s", fixed_s),))
 
     def _moves_away(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
         """Chooses those of the requests that fit on one instance of the group, and the move that frees it, if that

@@ -61,6 +61,10 @@ class Times:
         """Of a prefill that has next to nothing to do."""
         return self.batch_of_s(dop, 1, 1)
 
+    def fixed_prefill_s(self, dop: int) -> float:
+        """What two prefills with next to nothing to do take more than one."""
+        return 2.0 * self.least_prefill_s(dop) - self.batch_of_s(dop, 2, 2)
+
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
         strategy, factor = self._known("decode", dop)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
 from loongjax.core.request import FinishReason, ServiceLevel
 from loongjax.costmodel.work import PrefillWork
+from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.objective import TOKEN_S
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView, FlightView
@@ -40,6 +43,44 @@ def test_decodes_are_paused_only_where_the_gain_exceeds_the_cost() -> None:
     assert [type(plan) for plan in plans] == [Decode]
     plans, _ = ask(one_busy_instance(), HandModel(step_s=4.6))
     assert prefilled(plans) == ["w"]
+
+
+@pytest.mark.parametrize(("arrivals_s", "due_s"), [((0.0,), 4.5), ((0.0, 2.0), 3.25), ((0.0, 1.0, 2.0), 2.5)])
+def test_a_pause_that_pays_is_put_off_until_its_prompts_have_waited_for_it(
+    arrivals_s: tuple[float, ...], due_s: float
+) -> None:
+    """0.2 s of each prefill could be shared, in which a and b would stand still for 0.225 x 0.2; a second of waiting
+    costs each prompt 1 / 100."""
+
+    def answer(now_s: float) -> tuple[tuple[Plan, ...], list[Decision]]:
+        waits = [
+            waiting(f"w{index}", 2 + index, 100, arrival_s=arrival_s) for index, arrival_s in enumerate(arrivals_s)
+        ]
+        view = dataclasses.replace(one_busy_instance(now_s=now_s), waiting=tuple(waits))
+        return ask(view, HandModel(step_s=100.0, constant_s=0.2))
+
+    plans, decisions = answer(due_s - 0.01)
+    assert only(decisions, "dispatch").is_taken
+    assert only(decisions, "put-off").gain == pytest.approx((1 / 8 + 1 / 10) * 0.2)
+    assert [type(plan) for plan in plans] == [Decode]
+    plans, decisions = answer(due_s + 0.01)
+    assert not only(decisions, "put-off").is_taken
+    assert sorted(prefilled(plans)) == sorted(f"w{index}" for index in range(len(arrivals_s)))
+
+
+def test_no_keys_are_moved_for_whom_a_pause_is_put_off() -> None:
+    runs = [running("a", 0, (0, 50), num_output_tokens=5), running("b", 1, (1, 50), num_output_tokens=5)]
+    view = cluster(2, num_pages=1000, runs=runs, waits=[waiting("w", 2, 10)])
+    plans, decisions = ask(view, HandModel(constant_s=0.2))
+    assert {(decision.step, decision.is_taken) for decision in decisions} == {("dispatch", True), ("put-off", True)}
+    assert [type(plan) for plan in plans] == [Decode, Decode]
+
+
+def test_an_overdue_prompt_is_not_put_off() -> None:
+    runs = [running("a", 0, (0, 50), num_output_tokens=4)]
+    view = cluster(1, num_pages=1000, runs=runs, waits=[waiting("w", 1, 100)])
+    assert prefilled(ask(view, HandModel(step_s=100.0, constant_s=0.2))[0]) == []
+    assert prefilled(ask(view, HandModel(step_s=100.0, constant_s=0.2), max_overtakes=0)[0]) == ["w"]
 
 
 def test_a_deadline_that_comes_near_weighs_in() -> None:

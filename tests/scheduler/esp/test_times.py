@@ -52,3 +52,11 @@ def test_nobody_waits_for_a_prefill_that_is_ten_times_as_long_as_predicted() -> 
     assert early == ()
     late, _ = ask(prefilling_since(0.0, 12.0, 50, waits=waits), HandModel(moved_s=1e9))
     assert [plan.group for plan in late if isinstance(plan, Prefill)] == [Group.of([0])]
+
+
+@pytest.mark.parametrize(
+    ("model", "fixed_s"),
+    [(HandModel(token_s=0.01), 0.0), (HandModel(token_s=0.01, constant_s=0.3), 0.3), (HandModel(floor_s=0.5), 0.5)],
+)
+def test_what_prefills_could_share_is_what_each_takes_whatever_it_has_to_do(model: HandModel, fixed_s: float) -> None:
+    assert Times(model, tp=1).fixed_prefill_s(2) == pytest.approx(fixed_s)
