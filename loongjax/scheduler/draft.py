@@ -60,8 +60,8 @@ class Draft:
 
     def residents_of(self, instances: Iterable[InstanceId]) -> list[RunningView]:
         """Requests with keys on any of these instances, each once."""
-        found = {request.request_id: request for instance in instances for request in self.residents[instance]}
-        return list(found.values())
+        residents = [request for instance in instances for request in self.residents[instance]]
+        return list({request.request_id: request for request in residents}.values()) if self.straddling else residents
 
     def room(self, instance: InstanceId) -> int:
         """Free pages beyond those promised to the requests that grow there."""

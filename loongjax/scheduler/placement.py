@@ -52,8 +52,10 @@ def _whole_on(instance: InstanceId, request: WaitingView) -> PrefillRequest:
 
 
 def _fewest(shelves: Sequence[Shelf], num_needed: int, num_spare: int, num_requests: int) -> list[Shelf]:
+    assert sum([shelf.num_pages for shelf in shelves]) >= num_needed, (shelves, num_needed)
+    if len(shelves) == 1:
+        return list(shelves)
     emptiest = sorted(shelves, key=lambda shelf: (-shelf.num_pages, -shelf.num_seats, shelf.instance))
-    assert sum(shelf.num_pages for shelf in emptiest) >= num_needed, (shelves, num_needed)
     num_pages = num_seats = 0
     for count, shelf in enumerate(emptiest, start=1):
         num_pages += shelf.num_pages

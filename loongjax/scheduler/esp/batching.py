@@ -42,32 +42,27 @@ class Splits:
     Where memory is shorter still, there may be a partition into sets and none into neighbours.
 
     Args:
-        lengths: tokens to compute of each request, descending.
-        weights: what a second of each request's prefill costs, above 0.
+        loads: of each request the tokens to compute, descending, their square, what a second of its prefill costs,
+            above 0, and the slots that its keys take.
         free_tokens: free slots of each instance. If they descend, no instance between two batches is worth leaving
             out; the last ones may be.
         seconds: asked about every batch of neighbours, a block of them at a time.
         max_tokens_per_instance: a batch on d instances computes at most d times as many.
         max_requests: of one batch.
-        kept_tokens: slots that each request's keys take; None: as many as its length.
         workspace: memory of earlier searches, whose answers must have been asked for before; None: new memory.
     """
 
     def __init__(
         self,
-        lengths: Int[np.ndarray, " requests"],
-        weights: Float[np.ndarray, " requests"],
+        loads: Float[np.ndarray, "4 requests"],
         free_tokens: Int[np.ndarray, " instances"],
         seconds: PrefillSeconds,
         *,
         max_tokens_per_instance: int,
         max_requests: int,
-        kept_tokens: Int[np.ndarray, " requests"] | None = None,
         workspace: Workspace | None = None,
     ) -> None:
-        self._lengths = lengths
-        self._weights = weights
-        self._kept_tokens = lengths if kept_tokens is None else kept_tokens
+        self._loads = loads
         self._free_tokens = free_tokens
         self._seconds = seconds
         self._max_tokens_per_instance = max_tokens_per_instance
@@ -77,21 +72,22 @@ class Splits:
     @functools.cached_property
     def is_memory_short(self) -> bool:
         """Whether there may be a batch that some instance could not hold. If not, any instances are as good."""
-        return bool(self._kept_tokens.sum() > self._free_tokens.min())
+        return bool(self._loads[3].sum() > self._free_tokens.min())
 
     def on_first(self, num_instances: int) -> tuple[Batch, ...] | None:
         """Batches in the order of the lists, which cover all requests and no more than so many instances; None if
         memory or limits allow no split.
         """
-        num_requests = len(self._lengths)
+        num_requests = self._loads.shape[1]
         if num_requests == 0:
             return ()
         if num_instances == 0:
             return None
         if num_instances == 1:
+            num_tokens, _, _, num_slots = self._loads.sum(axis=1)
             fits = (
-                self._kept_tokens.sum() <= self._free_tokens[0]
-                and self._lengths.sum() <= self._max_tokens_per_instance
+                num_slots <= self._free_tokens[0]
+                and num_tokens <= self._max_tokens_per_instance
                 and num_requests <= self._max_requests
             )
             return (Batch(range(num_requests), range(1)),) if fits else None
@@ -99,10 +95,8 @@ class Splits:
 
     @functools.cached_property
     def _table(self) -> _Table:
-        lengths = self._lengths
-        numbers = np.array((lengths, lengths * lengths, self._weights, self._kept_tokens), np.float64)
-        runs = _runs(len(lengths), self._max_requests)
-        table = _Table(runs, numbers, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
+        runs = _runs(self._loads.shape[1], self._max_requests)
+        table = _Table(runs, self._loads, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
         for block in runs.blocks:
             table.price(block, self._seconds, self._max_tokens_per_instance)
             table.fill(block)
@@ -162,7 +156,7 @@ class _Table:
 
     Args:
         runs: what may be a batch.
-        numbers: length, squared length, weight and slots of each request.
+        loads: see `Splits`.
         free_tokens: slots of each instance.
         workspace: for what is known of every run.
         is_memory_short: see `Splits`.
@@ -171,7 +165,7 @@ class _Table:
     def __init__(
         self,
         runs: _Runs,
-        numbers: Float[np.ndarray, "4 requests"],
+        loads: Float[np.ndarray, "4 requests"],
         free_tokens: Int[np.ndarray, " instances"],
         workspace: Workspace,
         *,
@@ -179,15 +173,15 @@ class _Table:
     ) -> None:
         self.runs = runs
         self._workspace = workspace
-        self._upto = numbers.cumsum(axis=1)
-        """Sums of the numbers up to each request, and before it."""
-        self._before = self._upto - numbers
+        self._upto = loads.cumsum(axis=1)
+        """Sums of the loads up to each request, and before it."""
+        self._before = self._upto - loads
         self._costs = workspace.array("costs", len(free_tokens), len(runs.first))
         """T of each run as a batch on 1, 2, ... instances."""
-        self._free = np.concatenate(([0], free_tokens.cumsum()))
-        """Slots on the first 0, 1, ... instances."""
+        self._free = free_tokens.cumsum()
+        """Slots on the first 1, 2, ... instances."""
         self._is_memory_short = is_memory_short
-        self._alone = np.full((len(free_tokens), numbers.shape[1] + 1), np.inf)
+        self._alone = np.full((len(free_tokens), loads.shape[1] + 1), np.inf)
         """[k - 1, i]: the cost of the first i requests as one batch on the first k instances."""
         self._least = self._alone.copy()
         """[k - 1, i]: f[i][k]."""
@@ -209,7 +203,7 @@ class _Table:
         ends = slice(requests.start, min(requests.stop, self.runs.num_prefixes))
         alone = self._costs[:, self.runs.offsets[ends]]
         if self._is_memory_short:
-            alone[self._upto[3, ends] > self._free[1:, None]] = np.inf
+            alone[self._upto[3, ends] > self._free[:, None]] = np.inf
         self._alone[:, 1:][:, ends] = alone
 
     def fill(self, requests: range) -> None:
@@ -266,4 +260,4 @@ class _Table:
         """Makes infinite what the last 1, 2, ... of k instances cannot hold of these runs."""
         if self._is_memory_short:
             num_slots = self._upto[3].take(self.runs.last[part]) - self._before[3].take(self.runs.first[part])
-            candidates[num_slots > (self._free[k] - self._free[k - 1 : 0 : -1])[:, None]] = np.inf
+            candidates[num_slots > (self._free[k - 1] - self._free[: k - 1][::-1])[:, None]] = np.inf

@@ -48,15 +48,12 @@ class Splitter:
 
     def _splits_of(self, by_length: list[int], instances: list[InstanceId]) -> Splits:
         draft, page_size = self._draft, self._draft.shape.page_size
-        lens, weights, pages = self._window.arrays(by_length)
         return Splits(
-            lens,
-            weights,
+            self._window.loads(by_length),
             np.array([draft.room(instance) * page_size for instance in instances], np.int64),
             self._times.prefills_s,
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,
-            kept_tokens=pages * page_size,
             workspace=self._workspace,
         )
 

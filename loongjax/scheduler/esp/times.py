@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from loongjax.core.cluster import Group
+from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Migrate
 from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
@@ -100,14 +100,16 @@ class Times:
         little about the end, and whoever waited for one that is always imminent might wait all the time.
         """
         durations = self._durations(view.flights)
-        ends: dict[Group, float] = {}
+        now_s = view.now_s
+        ends: dict[tuple[InstanceId, ...], float] = {}
         for flight, duration_s in zip(view.flights, durations, strict=True):
-            begin_s = max(flight.started_s, ends.get(flight.group, -math.inf))
-            ends[flight.group] = view.now_s + abs(begin_s + duration_s - view.now_s)
+            instances = flight.group.instances
+            begin_s = max(flight.started_s, ends.get(instances, -math.inf))
+            ends[instances] = now_s + abs(begin_s + duration_s - now_s)
         left = [0.0] * view.shape.num_instances
-        for group, end_s in ends.items():
-            for instance in group.instances:
-                left[instance] = end_s - view.now_s
+        for instances, end_s in ends.items():
+            for instance in instances:
+                left[instance] = end_s - now_s
         return left
 
     def batch_of_s(self, dop: int, num_tokens: int, squared_lens: int) -> float:

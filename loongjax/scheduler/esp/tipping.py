@@ -12,7 +12,6 @@ requests put off: a long queue is served in larger batches.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -53,8 +52,7 @@ class TippingPoint(NamedTuple):
     """What the whole line would take."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Line:
+class Line(NamedTuple):
     """Requests that would follow each other on one group."""
 
     lens: Sequence[int]

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from loongjax.core.cluster import ClusterShape
 from loongjax.scheduler.esp.objective import prefill_weight
@@ -61,9 +62,15 @@ class Window:
         self._most_upto = _sums_upto([self.most[place] for place in self.order])
         suspects = [rank for rank, place in enumerate(self.order) if requests[place].is_suspect]
         self._num_before_suspects = suspects[0] if suspects else len(requests)
-        self._len_array = np.array(self.lens, np.int64)
-        self._weight_array = np.array(self.weights, np.float64)
-        self._page_array = np.array(self.pages, np.int64)
+        self._loads = np.array(
+            (
+                self.lens,
+                [length * length for length in self.lens],
+                self.weights,
+                [pages * shape.page_size for pages in self.pages],
+            ),
+            np.float64,
+        )
         self._by_length = sorted(range(len(requests)), key=self.lens.__getitem__, reverse=True)
         self._growing = self._sums_growing(self.order)
 
@@ -104,21 +111,18 @@ class Window:
         chosen = set(places)
         return [place for place in self._by_length if place in chosen]
 
-    def arrays(self, places: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Lengths, int64, weights, float64, and pages, int64, of these requests."""
-        index = np.array(places, np.intp)
-        return self._len_array.take(index), self._weight_array.take(index), self._page_array.take(index)
+    def loads(self, places: Sequence[int]) -> Float[np.ndarray, "4 places"]:
+        """Length, squared length, weight, and slots that the prefill leaves filled, of each of these requests."""
+        return self._loads.take(np.array(places, np.intp), axis=1)
 
-    def growing(self, places: Sequence[int]) -> np.ndarray:
-        """Sums of lengths, squared lengths and weights of the first of these requests, of the first two, and so on:
-        float64 [3, places]."""
+    def growing(self, places: Sequence[int]) -> Float[np.ndarray, "3 places"]:
+        """Sums of lengths, squared lengths and weights of the first of these requests, of the first two, and so on."""
         if places == self.order[: len(places)]:
             return self._growing[:, : len(places)]
         return self._sums_growing(places)
 
-    def _sums_growing(self, places: Sequence[int]) -> np.ndarray:
-        lens, weights, _ = self.arrays(places)
-        return np.array((lens, lens * lens, weights), np.float64).cumsum(axis=1)
+    def _sums_growing(self, places: Sequence[int]) -> Float[np.ndarray, "3 places"]:
+        return self.loads(places)[:3].cumsum(axis=1)
 
 
 def _sums_upto(numbers: Sequence[int]) -> list[int]:

@@ -1,5 +1,6 @@
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,18 @@ LINEAR = ((0.0, 1.0, 0.0), (0.0, 0.5, 0.0), (0.0, 1 / 3, 0.0), (0.0, 0.25, 0.0))
 """A second a token, perfectly parallel."""
 
 
+def loads_of(lengths: Sequence[int], weights: Sequence[float], kept_tokens: Sequence[int] | None = None) -> np.ndarray:
+    kept = lengths if kept_tokens is None else kept_tokens
+    return np.array((lengths, [length**2 for length in lengths], weights, kept), np.float64)
+
+
 def splits_of(problem: Problem, workspace: Workspace | None = None) -> Splits:
     return Splits(
-        np.array(problem.lengths, np.int64),
-        np.array(problem.weights, np.float64),
+        loads_of(problem.lengths, problem.weights, problem.kept_tokens),
         np.array(problem.free_tokens, np.int64),
         problem.seconds,
         max_tokens_per_instance=problem.max_tokens_per_instance,
         max_requests=problem.max_requests,
-        kept_tokens=None if problem.kept_tokens is None else np.array(problem.kept_tokens, np.int64),
         workspace=workspace,
     )
 
@@ -197,20 +201,20 @@ def test_the_cost_model_is_asked_once_about_few_requests():
         asked.append(out.shape)
         seconds_of_tokens(totals, out)
 
-    lengths = np.arange(20, 0, -1)
-    splits = Splits(lengths, 1.0 / lengths, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
+    loads = loads_of(range(20, 0, -1), [1.0] * 20)
+    splits = Splits(loads, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
     assert splits.on_first(4)
     assert splits.on_first(3)
     assert asked == [(4, 210)]
 
 
 def test_the_cost_model_is_asked_about_true_batches_only():
-    lengths = np.array([9, 5, 5, 2])
+    lengths = [9, 5, 5, 2]
     true = {
         (sum(part), sum(x * x for x in part))
         for b in range(4)
         for e in range(b, 4)
-        if (part := lengths[b : e + 1].tolist())
+        if (part := lengths[b : e + 1])
     }
 
     def seconds(totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
@@ -218,7 +222,8 @@ def test_the_cost_model_is_asked_about_true_batches_only():
         assert not totals.new_times_past.any()
         seconds_of_tokens(totals, out)
 
-    splits = Splits(lengths, 1.0 / lengths, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
+    loads = loads_of(lengths, [1.0 / length for length in lengths])
+    splits = Splits(loads, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
     assert splits.on_first(2)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 
-import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -65,6 +64,8 @@ def test_longest_first_and_among_equals_the_first_of_the_queue(requests: list[tu
     places = window.order[::2]
     expected = sorted(places, key=lambda place: (-window.lens[place], place))
     assert window.longest_first(places) == expected
-    lens, _, pages = window.arrays(expected)
-    np.testing.assert_array_equal(lens, [window.lens[place] for place in expected])
-    np.testing.assert_array_equal(pages, [window.pages[place] for place in expected])
+    lens, squares, weights, slots = window.loads(expected).tolist()
+    assert lens == [window.lens[place] for place in expected]
+    assert squares == [window.lens[place] ** 2 for place in expected]
+    assert weights == [window.weights[place] for place in expected]
+    assert slots == [SHAPE.page_size * window.pages[place] for place in expected]
