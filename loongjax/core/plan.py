@@ -6,24 +6,24 @@ The engine binds a plan to pages and token ids (`loongjax.core.iteration`); only
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 from loongjax.core.cluster import Group, InstanceId
 
 
-@dataclasses.dataclass(frozen=True, order=True)
-class TokenInterval:
+class TokenInterval(NamedTuple):
     """Tokens [begin, end) of one request, kept by one instance."""
 
     instance: InstanceId
     begin: int
     end: int
 
-    def __len__(self) -> int:
+    @property
+    def num_tokens(self) -> int:
         return self.end - self.begin
 
 
-@dataclasses.dataclass(frozen=True)
-class PrefillRequest:
+class PrefillRequest(NamedTuple):
     """One request of a prefill, and where its keys will stay."""
 
     request_id: str

@@ -83,7 +83,7 @@ class KVCache:
         """Pages that `keep` would take from each instance."""
         num_tokens: dict[InstanceId, int] = {}
         for interval in intervals:
-            num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + len(interval)
+            num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + interval.num_tokens
         return {instance: self.shape.num_pages_for(count) for instance, count in num_tokens.items()}
 
     def can_keep(self, intervals: Sequence[TokenInterval]) -> bool:

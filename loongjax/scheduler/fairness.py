@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import copy
 from collections.abc import Iterable, Sequence
 
@@ -23,7 +24,7 @@ class Fairness:
     def __init__(self, *, max_prefills_before_decode: int, max_overtakes: int) -> None:
         self._max_prefills_before_decode = max_prefills_before_decode
         self._max_overtakes = max_overtakes
-        self._num_prefills_passed: dict[str, int] = {}
+        self._num_prefills_passed: collections.Counter[str] = collections.Counter()
         self._num_overtakes: dict[str, float] = {}
         self._starved: set[str] = set()
         self._migrated_at: dict[str, int] = {}
@@ -39,7 +40,7 @@ class Fairness:
 
     def is_overdue(self, request: RunningView) -> bool:
         """Whether a running request has let enough prefills pass."""
-        return self._num_prefills_passed.get(request.request_id, 0) >= self._max_prefills_before_decode
+        return self._num_prefills_passed[request.request_id] >= self._max_prefills_before_decode
 
     def barred_instances(self, running: Iterable[RunningView], num_instances: int) -> set[InstanceId]:
         """Instances on which no prefill may start, because an overdue request needs them for its next token.
@@ -73,9 +74,7 @@ class Fairness:
 
     def note_passed(self, requests: Iterable[RunningView]) -> None:
         """Notes that prefills started while these running requests stood back for them."""
-        counts = self._num_prefills_passed
-        for request in requests:
-            counts[request.request_id] = counts.get(request.request_id, 0) + 1
+        self._num_prefills_passed.update([request.request_id for request in requests])
 
     def note_starved(self, requests: Iterable[RunningView]) -> None:
         """Notes that these running requests lack a page for their next token."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import operator
+from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.view import RunningView
@@ -23,8 +24,7 @@ class Residents:
         self.straddling: tuple[RunningView, ...] = tuple([request for request in running if len(request.kv) > 1])
         """Requests with keys on more than one instance."""
         self._orders = [request.order for request in running]
-        self._homes = [request.kv[0][0] if len(request.kv) == 1 else None for request in running]
-        """The only instance with keys of each."""
+        self._homes = _homes(running)
         self._places: list[list[int]] = [[] for _ in range(num_instances)]
         """In `running`, of those with keys on each instance."""
         for place in sorted(range(len(running)), key=self._orders.__getitem__):
@@ -47,19 +47,28 @@ class Residents:
         Views are made anew only if something changed, and mostly that is a token more of those that have just decoded:
         the others are not even looked at.
         """
-        before, orders, homes = self.running, self._orders, self._homes
+        before = self.running
         if running is before:
             return self
         if len(running) != len(before):
             return Residents(running, len(self.by_instance))
-        instances: set[InstanceId] = set()
-        for place in itertools.compress(range(len(running)), map(operator.is_not, before, running)):
-            request = running[place]
-            if len(request.kv) != 1 or request.kv[0][0] != homes[place] or request.order != orders[place]:
-                return Residents(running, len(self.by_instance))
-            instances.add(request.kv[0][0])
+        places = list(itertools.compress(range(len(running)), map(operator.is_not, before, running)))
+        changed = [running[place] for place in places]
+        homes = _homes(changed)
+        is_as_before = (
+            None not in homes
+            and homes == [self._homes[place] for place in places]
+            and [request.order for request in changed] == [self._orders[place] for place in places]
+        )
+        if not is_as_before:
+            return Residents(running, len(self.by_instance))
         following = copy.copy(self)
         following.running, following.by_instance = running, self.by_instance.copy()
-        for instance in instances:
+        for instance in set(homes):
             following.by_instance[instance] = tuple([running[place] for place in self._places[instance]])
         return following
+
+
+def _homes(running: Sequence[RunningView]) -> list[InstanceId | None]:
+    """The only instance with keys of each; None if there are several or none."""
+    return [kv[0][0] if len(kv) == 1 else None for kv in [request.kv for request in running]]

@@ -115,7 +115,7 @@ class _Checker:
             assert interval.instance in group, f"{group} cannot keep {interval}"
             assert interval.begin == position < interval.end, f"{request} does not tile its tokens"
             assert position % self._shape.page_size == 0, f"{request} has a boundary within a page"
-            num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + len(interval)
+            num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + interval.num_tokens
             position = interval.end
         expected = waiting.num_tokens if waiting.keeps_kv else 0
         assert position == expected, f"{request} keeps {position} tokens of {expected}"

@@ -35,7 +35,7 @@ def pages_by_instance(placements, sp: int, page_size: int) -> np.ndarray:
     pages = np.zeros(sp, int)
     for intervals in placements:
         for interval in intervals:
-            pages[interval.instance] += -(-len(interval) // page_size)
+            pages[interval.instance] += -(-interval.num_tokens // page_size)
     return pages
 
 

@@ -31,7 +31,7 @@ def test_what_is_left_is_as_even_as_pages_allow(free: list[int], wanted: int, pa
     for interval in placed.kept:
         assert interval.begin == position
         assert interval.begin % page_size == 0
-        used[interval.instance] += -(-len(interval) // page_size)
+        used[interval.instance] += -(-interval.num_tokens // page_size)
         position = interval.end
     assert position == num_tokens
     assert {instance: free[instance] - count for instance, count in used.items()} == left
@@ -39,7 +39,7 @@ def test_what_is_left_is_as_even_as_pages_allow(free: list[int], wanted: int, pa
 
 def test_a_prompt_is_spread_over_an_empty_group_evenly():
     (placed,) = spread_keys([waiting("a", 0, 16)], {0: 10, 1: 10, 2: 10, 3: 10}, page_size=2)
-    assert sorted(len(interval) for interval in placed.kept) == [4, 4, 4, 4]
+    assert sorted(interval.num_tokens for interval in placed.kept) == [4, 4, 4, 4]
 
 
 def test_the_newest_token_lies_where_the_next_ones_will():

@@ -13,7 +13,7 @@ def test_static_prefills_and_decodes_on_all_instances():
 def test_static_spreads_the_keys_of_a_prompt_evenly():
     (plan,) = ask("static", cluster(waits=[waiting("a", 0, 160)]))
     assert isinstance(plan, Prefill)
-    assert sorted((kept.instance, len(kept)) for kept in plan.requests[0].kept) == [(i, 40) for i in range(4)]
+    assert sorted((kept.instance, kept.num_tokens) for kept in plan.requests[0].kept) == [(i, 40) for i in range(4)]
 
 
 def test_static_waits_for_the_whole_group():
