@@ -92,6 +92,20 @@ _KNOWN = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _PrefillRates:
+    """What prefills of a strategy depend on but for their sizes."""
+
+    flops_per_s: float
+    weights_s: float
+    """Reading the weights."""
+    ring_token_s: float
+    """Passing a token around the ring."""
+    key_s: float
+    """Reading a key of a decode."""
+    overheads_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class _RatesOfDops:
     """What prefills on 1, 2, ... instances depend on but for their sizes: float64 [dops, 1]."""
 
@@ -121,14 +135,14 @@ class RooflineModel(CostModel):
         of decodes beside chunks, over the instances; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
-        compute = self.model.prefill_flops(totals) / (sp * tp * self.rates.flops_per_s)
-        seconds = larger(compute, self._weights_s(tp))
+        rates = self._prefill_rates.get((sp, tp)) or self._find_prefill_rates(sp, tp)
+        seconds = larger(self.model.prefill_flops(totals) / rates.flops_per_s, rates.weights_s)
         # A scheduler asks about thousands of batches at a time, so what is 0 for all of them is left out.
         if sp > 1:
-            seconds = larger(seconds, self._ring_token_s(sp, tp) * totals.num_tokens)
+            seconds = larger(seconds, rates.ring_token_s * totals.num_tokens)
         if tp > 1:
             seconds = seconds + self._all_reduces_s(tp, ceil(totals.num_tokens / sp))
-        return seconds + (totals.decode_keys * (self._key_s(tp) / sp) + self._overheads_s(tp, sp - 1))
+        return seconds + (totals.decode_keys * rates.key_s + rates.overheads_s)
 
     def prefills_s(self, tp: int, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops batches"]) -> None:
         """As `prefill_s`, on all numbers of instances at a time."""
@@ -171,6 +185,21 @@ class RooflineModel(CostModel):
         """Where a master's matrices compute as long as they are read."""
         row_s = self.model.decode_row_flops / (strategy.tp * self.rates.flops_per_s)
         return self._weights_s(strategy.tp) / row_s
+
+    def _find_prefill_rates(self, sp: int, tp: int) -> _PrefillRates:
+        rates = self._prefill_rates[sp, tp] = _PrefillRates(
+            flops_per_s=sp * tp * self.rates.flops_per_s,
+            weights_s=self._weights_s(tp),
+            ring_token_s=self._ring_token_s(sp, tp),
+            key_s=self._key_s(tp) / sp,
+            overheads_s=self._overheads_s(tp, sp - 1),
+        )
+        return rates
+
+    @functools.cached_property
+    def _prefill_rates(self) -> dict[tuple[int, int], _PrefillRates]:
+        """Those asked for before, by sp and tp."""
+        return {}
 
     def _rates_of_dops(self, num_dops: int, tp: int) -> _RatesOfDops:
         known = self._rates.get((num_dops, tp))

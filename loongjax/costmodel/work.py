@@ -33,7 +33,7 @@ def ceil[Real: (float, np.ndarray)](numbers: Real) -> Real:
 
 def per_batch(numbers: Numbers) -> np.ndarray:
     """As float64 of the same shape; a single number as [1]."""
-    return np.atleast_1d(np.asarray(numbers, np.float64))
+    return np.array(numbers, np.float64, ndmin=1, copy=None)
 
 
 _ZERO = np.zeros(1)

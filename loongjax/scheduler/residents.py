@@ -8,6 +8,7 @@ import operator
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.queue import order_of
 from loongjax.scheduler.view import RunningView
 
 
@@ -23,14 +24,14 @@ class Residents:
         self.running = running
         self.straddling: tuple[RunningView, ...] = tuple([request for request in running if len(request.kv) > 1])
         """Requests with keys on more than one instance."""
-        self._orders = [request.order for request in running]
+        self._orders = list(map(order_of, running))
         self._homes = _homes(running)
         self._places: list[list[int]] = [[] for _ in range(num_instances)]
         """In `running`, of those with keys on each instance."""
         for place in sorted(range(len(running)), key=self._orders.__getitem__):
             for instance, _ in running[place].kv:
                 self._places[instance].append(place)
-        self.by_instance = [tuple([running[place] for place in places]) for places in self._places]
+        self.by_instance = [tuple(map(running.__getitem__, places)) for places in self._places]
         """Those with keys on each instance, oldest first."""
         self.num_newest = [len(places) for places in self._places]
         """Those whose newest token lies on each instance."""
@@ -52,20 +53,20 @@ class Residents:
             return self
         if len(running) != len(before):
             return Residents(running, len(self.by_instance))
-        places = list(itertools.compress(range(len(running)), map(operator.is_not, before, running)))
-        changed = [running[place] for place in places]
+        is_new = list(map(operator.is_not, before, running))
+        changed = list(itertools.compress(running, is_new))
         homes = _homes(changed)
         is_as_before = (
             None not in homes
-            and homes == [self._homes[place] for place in places]
-            and [request.order for request in changed] == [self._orders[place] for place in places]
+            and homes == list(itertools.compress(self._homes, is_new))
+            and list(map(order_of, changed)) == list(itertools.compress(self._orders, is_new))
         )
         if not is_as_before:
             return Residents(running, len(self.by_instance))
         following = copy.copy(self)
         following.running, following.by_instance = running, self.by_instance.copy()
         for instance in set(homes):
-            following.by_instance[instance] = tuple([running[place] for place in self._places[instance]])
+            following.by_instance[instance] = tuple(map(running.__getitem__, self._places[instance]))
         return following
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,8 +21,7 @@ MAX_RUNS_OF_BLOCK = 4096
 """What a search looks at a time, which on all instances should stay in the processor's cache."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """One prefill: places in the lists of requests and of instances that were split."""
 
     requests: range
@@ -121,34 +122,56 @@ class Workspace:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Runs:
-    """All runs of neighbours that may be a batch, by their last request, and those with the same by their first."""
+class _Block:
+    """Requests that follow each other, and all runs of neighbours that end with one of them and may be a batch: by
+    their last request, and those with the same by their first."""
 
+    requests: range
+    part: slice
+    """Where its runs are among all."""
     first: Int[np.ndarray, " runs"]
     last: Int[np.ndarray, " runs"]
-    offsets: Int[np.ndarray, " requests_and_1"]
-    """Where the runs that end with each request begin, and where all end."""
-    num_prefixes: int
-    """Runs that begin with the first request: the first of those that end with each of as many."""
-    blocks: tuple[range, ...]
-    """All requests, in pieces of which the runs that end with them fit into the processor's cache."""
+    offsets: Int[np.ndarray, " requests"]
+    """Where the runs that end with each request begin, in the block."""
+    prefixes: slice
+    """Those of the requests with which a run ends that begins with the first of all: it comes first, at the offset."""
 
-    def ending_with(self, requests: range) -> slice:
-        return slice(int(self.offsets[requests.start]), int(self.offsets[requests.stop]))
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Runs:
+    """All runs that may be a batch, in blocks that fit into the processor's cache."""
+
+    blocks: tuple[_Block, ...]
+    parts: tuple[slice, ...]
+    """Where the runs that end with each request are."""
+
+    @property
+    def num_runs(self) -> int:
+        return self.parts[-1].stop
 
 
 @functools.lru_cache(maxsize=64)
 def _runs(num_requests: int, max_requests: int) -> _Runs:
     """Shared: not to be written to."""
     last, first = np.nonzero(np.tril(~np.tri(num_requests, k=-max_requests, dtype=bool)))
-    offsets = np.searchsorted(last, np.arange(num_requests + 1))
-    blocks: list[range] = []
+    offsets = np.searchsorted(last, np.arange(num_requests + 1)).tolist()
+    blocks: list[_Block] = []
     begin = 0
     for end in range(1, num_requests + 1):
         if end == num_requests or offsets[end + 1] - offsets[begin] > MAX_RUNS_OF_BLOCK:
-            blocks.append(range(begin, end))
+            part = slice(offsets[begin], offsets[end])
+            blocks.append(
+                _Block(
+                    requests=range(begin, end),
+                    part=part,
+                    first=first[part].copy(),
+                    last=last[part].copy(),
+                    offsets=np.array(offsets[begin:end]) - part.start,
+                    prefixes=slice(0, min(end, max_requests) - begin),
+                )
+            )
             begin = end
-    return _Runs(first.copy(), last.copy(), offsets, min(num_requests, max_requests), tuple(blocks))
+    return _Runs(tuple(blocks), tuple(itertools.starmap(slice, itertools.pairwise(offsets))))
 
 
 class _Table:
@@ -171,12 +194,12 @@ class _Table:
         *,
         is_memory_short: bool,
     ) -> None:
-        self.runs = runs
+        self._runs = runs
         self._workspace = workspace
         self._upto = loads.cumsum(axis=1)
         """Sums of the loads up to each request, and before it."""
         self._before = self._upto - loads
-        self._costs = workspace.array("costs", len(free_tokens), len(runs.first))
+        self._costs = workspace.array("costs", len(free_tokens), runs.num_runs)
         """T of each run as a batch on 1, 2, ... instances."""
         self._free = free_tokens.cumsum()
         """Slots on the first 1, 2, ... instances."""
@@ -186,49 +209,51 @@ class _Table:
         self._least = self._alone.copy()
         """[k - 1, i]: f[i][k]."""
 
-    def price(self, requests: range, seconds: PrefillSeconds, max_tokens_per_instance: int) -> None:
-        """Finds the costs of all runs that end with these requests; infinite where instances cannot compute as much."""
-        part = self.runs.ending_with(requests)
-        costs = self._costs[:, part]
+    def price(self, block: _Block, seconds: PrefillSeconds, max_tokens_per_instance: int) -> None:
+        """Finds the costs of a block's runs; infinite where instances cannot compute as much."""
+        costs = self._costs[:, block.part]
         sums = self._workspace.array("sums", 3, costs.shape[1])
         before = self._workspace.array("before", 3, costs.shape[1])
-        self._upto[:3].take(self.runs.last[part], axis=1, out=sums, mode="clip")
-        sums -= self._before[:3].take(self.runs.first[part], axis=1, out=before, mode="clip")
+        self._upto[:3].take(block.last, axis=1, out=sums, mode="clip")
+        sums -= self._before[:3].take(block.first, axis=1, out=before, mode="clip")
         num_tokens, squared_lens, weights = sums
         seconds(PrefillTotals.of_sums(num_tokens, squared_lens), costs)
         costs *= weights
         if self._upto[0, -1] > max_tokens_per_instance:
             limits = np.arange(1, len(costs) + 1) * max_tokens_per_instance
             costs[num_tokens > limits[:, None]] = np.inf
-        ends = slice(requests.start, min(requests.stop, self.runs.num_prefixes))
-        alone = self._costs[:, self.runs.offsets[ends]]
+        alone = costs.take(block.offsets[block.prefixes], axis=1)
+        begin, end = block.requests.start, block.requests.start + alone.shape[1]
         if self._is_memory_short:
-            alone[self._upto[3, ends] > self._free[:, None]] = np.inf
-        self._alone[:, 1:][:, ends] = alone
+            alone[self._upto[3, begin:end] > self._free[:, None]] = np.inf
+        self._alone[:, begin + 1 : end + 1] = alone
 
-    def fill(self, requests: range) -> None:
-        """Finds the entries of these requests; those before are known. Of the last k, only one is asked for."""
-        part, entries = self.runs.ending_with(requests), slice(requests.start + 1, requests.stop + 1)
-        num_instances, first = len(self._costs), self.runs.first[part]
-        offsets = self.runs.offsets[requests.start : requests.stop] - part.start
-        before = self._workspace.array("before", num_instances - 1, len(first))
+    def fill(self, block: _Block) -> None:
+        """Finds the entries of a block's requests; those before are known. Of the last k, only one is asked for."""
+        entries = slice(block.requests.start + 1, block.requests.stop + 1)
+        num_instances, num_runs = len(self._costs), len(block.first)
+        costs = self._costs[:, block.part]
+        before = self._workspace.array("before", num_instances - 1, num_runs)
         """[-k, run]: f[j][k] of the requests before the run."""
-        sums = self._workspace.array("sums", num_instances - 1, len(first))
+        sums = self._workspace.array("sums", num_instances - 1, num_runs)
         self._least[:, entries] = self._alone[:, entries]
         for k in range(1, num_instances):
             # Every batch takes an instance, so a row of f follows from those before it, all of it at once.
             row = self._least[k - 1]
             if k > 1:
-                candidates = np.add(before[num_instances - k :], self._costs[: k - 1, part], out=sums[: k - 1])
-                self._forbid(candidates, part, k)
-                least = np.minimum.reduceat(np.minimum.reduce(candidates), offsets)
-                np.minimum(row[entries], least, out=row[entries])
-            row.take(first, out=before[-k], mode="clip")
+                candidates = np.add(before[num_instances - k :], costs[: k - 1], out=sums[: k - 1])
+                if self._is_memory_short:
+                    num_slots = self._upto[3].take(block.last) - self._before[3].take(block.first)
+                    self._forbid(candidates, num_slots, k)
+                least = np.minimum.reduceat(np.minimum.reduce(candidates), block.offsets)
+                known = row[entries]
+                np.minimum(known, least, out=known)
+            row.take(block.first, out=before[-k], mode="clip")
 
     def trace_back(self, num_instances: int) -> tuple[Batch, ...] | None:
         """The batches behind the least f[n][k] of no more than so many instances, at least 2, found again from the last
         to the first; None if it is infinite."""
-        i = len(self.runs.offsets) - 1
+        i = len(self._runs.parts)
         least = self._least[:num_instances, i].tolist()
         if num_instances == len(self._costs):
             least[-1] = min(self._alone[-1, i], self._candidates(i, num_instances).min())
@@ -238,10 +263,11 @@ class _Table:
         batches: list[Batch] = []
         while k > 1:
             candidates = self._candidates(i, k)
-            dop_less_1, index = divmod(int(candidates.argmin()), candidates.shape[1])
+            num_runs = candidates.shape[1]
+            dop_less_1, index = divmod(int(candidates.argmin()), num_runs)
             if candidates[dop_less_1, index] > self._alone[k - 1, i]:
                 break
-            begin = i - candidates.shape[1] + index
+            begin = i - num_runs + index
             batches.append(Batch(range(begin, i), range(k - 1 - dop_less_1, k)))
             i, k = begin, k - 1 - dop_less_1
         batches.append(Batch(range(i), range(k)))
@@ -250,14 +276,15 @@ class _Table:
     def _candidates(self, i: int, k: int) -> Float[np.ndarray, "dops runs"]:
         """Of the runs that end with the i-th request, each on the last 1, 2, ... of k instances: their costs, and of
         what is before them on the others, at least one."""
-        part = self.runs.ending_with(range(i - 1, i))
-        first = i - (part.stop - part.start)
-        candidates = self._least[k - 2 :: -1, first:i] + self._costs[: k - 1, part]
-        self._forbid(candidates, part, k)
+        part = self._runs.parts[i - 1]
+        begin = i - (part.stop - part.start)
+        candidates = self._least[k - 2 :: -1, begin:i] + self._costs[: k - 1, part]
+        if self._is_memory_short:
+            self._forbid(candidates, self._upto[3, i - 1] - self._before[3, begin:i], k)
         return candidates
 
-    def _forbid(self, candidates: Float[np.ndarray, "dops runs"], part: slice, k: int) -> None:
-        """Makes infinite what the last 1, 2, ... of k instances cannot hold of these runs."""
-        if self._is_memory_short:
-            num_slots = self._upto[3].take(self.runs.last[part]) - self._before[3].take(self.runs.first[part])
-            candidates[num_slots > (self._free[k - 1] - self._free[: k - 1][::-1])[:, None]] = np.inf
+    def _forbid(
+        self, candidates: Float[np.ndarray, "dops runs"], num_slots: Float[np.ndarray, " runs"], k: int
+    ) -> None:
+        """Makes infinite what the last 1, 2, ... of k instances cannot hold of runs that take so many slots."""
+        candidates[num_slots > (self._free[k - 1] - self._free[: k - 1][::-1])[:, None]] = np.inf

@@ -93,12 +93,11 @@ class OutputLengths:
         ascending, reciprocals_from, means_from = self._ascending_list, self._reciprocals_from, self._means_from
         num_known = len(ascending)
         longest = ascending[-1] if ascending else 0
+        if max(num_output_tokens, default=0) < longest < min(max_tokens, default=0):
+            return [means_from[bisect.bisect_right(ascending, generated)] for generated in num_output_tokens]
         result: list[float] = []
         for generated, most in zip(num_output_tokens, max_tokens, strict=True):
             first = bisect.bisect_right(ascending, generated)
-            if first < num_known and most > longest:
-                result.append(means_from[first])
-                continue
             limit = most if most > generated else generated + 1
             if first == num_known:
                 guess = 2 * generated or 1

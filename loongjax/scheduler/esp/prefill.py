@@ -168,13 +168,14 @@ class PrefillPlanner:
         """Remembers who was overtaken and who had to stand still."""
         if not started:
             return
-        left = set(range(len(window))) - set(started)
+        left = set(range(len(window))).difference(started)
         if left:
-            first_left = min(left)
-            later = [place for place in started if window[place].order > window[first_left].order]
+            requests, first_left = window.requests, min(left)
+            order = requests[first_left].order
+            later = [place for place in started if requests[place].order > order]
             if later:
                 share = self._alone_s(window, later) / self._alone_s(window, [first_left])
-                self._fairness.note_overtaken(window[first_left], min(1.0, max(share, LEAST_OVERTAKE)))
+                self._fairness.note_overtaken(requests[first_left], min(1.0, max(share, LEAST_OVERTAKE)))
         self._fairness.note_prefilled(window.views(started))
         passed = [request for request in self._draft.residents_of(taken) if not request.is_in_flight]
         self._fairness.note_passed(passed)

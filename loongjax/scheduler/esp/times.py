@@ -50,7 +50,7 @@ class Times:
     def prefills_s(self, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops _"]) -> None:
         """Writes the times of the same batches on 1, 2, ... instances."""
         self._model.prefills_s(self._tp, totals, out)
-        out *= [[self._known("prefill", dop)[1]] for dop in range(1, len(out) + 1)]
+        out *= np.array([self._known("prefill", dop)[1] for dop in range(1, len(out) + 1)])[:, None]
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""

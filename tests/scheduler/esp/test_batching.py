@@ -211,10 +211,7 @@ def test_the_cost_model_is_asked_once_about_few_requests():
 def test_the_cost_model_is_asked_about_true_batches_only():
     lengths = [9, 5, 5, 2]
     true = {
-        (sum(part), sum(x * x for x in part))
-        for b in range(4)
-        for e in range(b, 4)
-        if (part := lengths[b : e + 1])
+        (sum(part), sum(x * x for x in part)) for b in range(4) for e in range(b, 4) if (part := lengths[b : e + 1])
     }
 
     def seconds(totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
