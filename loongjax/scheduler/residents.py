@@ -11,6 +11,8 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.queue import order_of
 from loongjax.scheduler.view import RunningView
 
+_NO_HOME: InstanceId = -1
+
 
 class Residents:
     """The running requests of a view, by instance. A value: what has changed makes another one.
@@ -57,7 +59,7 @@ class Residents:
         changed = list(itertools.compress(running, is_new))
         homes = _homes(changed)
         is_as_before = (
-            None not in homes
+            _NO_HOME not in homes
             and homes == list(itertools.compress(self._homes, is_new))
             and list(map(order_of, changed)) == list(itertools.compress(self._orders, is_new))
         )
@@ -70,6 +72,6 @@ class Residents:
         return following
 
 
-def _homes(running: Sequence[RunningView]) -> list[InstanceId | None]:
-    """The only instance with keys of each; None if there are several or none."""
-    return [kv[0][0] if len(kv) == 1 else None for kv in [request.kv for request in running]]
+def _homes(running: Sequence[RunningView]) -> list[InstanceId]:
+    """The only instance with keys of each; none if there are several or no keys."""
+    return [kv[0][0] if len(kv) == 1 else _NO_HOME for kv in [request.kv for request in running]]
