@@ -20,7 +20,7 @@ class Group:
 
     def __post_init__(self) -> None:
         assert self.instances, "a group has at least one instance"
-        assert all(a < b for a, b in zip(self.instances, self.instances[1:], strict=False)), self.instances
+        assert list(self.instances) == sorted(set(self.instances)), self.instances
 
     @classmethod
     def of(cls, instances: Iterable[InstanceId]) -> Group:

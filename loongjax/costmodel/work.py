@@ -7,7 +7,6 @@ sums and asks for all times in one call.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Sequence
 
@@ -106,7 +105,7 @@ class PrefillTotals[Real: (float, np.ndarray)]:
             [work.decode_keys for work in works],
         )
 
-    @functools.cached_property
+    @property
     def twice_num_pairs(self) -> Real:
         """Twice the query and key pairs of causal attention, the diagonal counted half, those of decodes left out.
 

@@ -167,7 +167,7 @@ def _runs(num_requests: int, max_requests: int) -> _Runs:
                     first=first[part].copy(),
                     last=last[part].copy(),
                     offsets=np.array(offsets[begin:end]) - part.start,
-                    prefixes=slice(0, min(end, max_requests) - begin),
+                    prefixes=slice(0, max(0, min(end, max_requests) - begin)),
                 )
             )
             begin = end

@@ -40,7 +40,7 @@ from loongjax.scheduler.esp.times import Times, kind_of
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import ClusterView
+from loongjax.scheduler.view import ClusterView, WaitingView
 
 
 class EspPolicy:
@@ -60,6 +60,7 @@ class EspPolicy:
         self._can_migrate = _knows_migration(cost_model)
         self._explain = explain
         self._lengths = OutputLengths()
+        self._queue: tuple[WaitingView, ...] = ()
         self._arrivals = Arrivals()
         self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
         self._residents = Residents((), 0)
@@ -89,7 +90,8 @@ class EspPolicy:
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """Plans for the instances that are not busy. See `Policy.plan`."""
-        self._arrivals = self._arrivals.after(view.waiting)
+        if view.waiting is not self._queue:  # the engine shows the same tuple until its queue changes
+            self._queue, self._arrivals = view.waiting, self._arrivals.after(view.waiting)
         if len(self._residents.by_instance) != len(view.instances):
             self._residents = Residents((), len(view.instances))
         self._residents = self._residents.after(view.running)

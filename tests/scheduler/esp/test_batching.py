@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loongjax.costmodel.work import PrefillTotals
@@ -233,7 +233,12 @@ def test_set_partitions_are_counted_by_the_bell_numbers():
     assert [sum(1 for _ in set_partitions(range(n))) for n in range(7)] == [1, 1, 2, 5, 15, 52, 203]
 
 
+LIMITED = Problem(lengths=(1,) * 6, weights=(1.0,) * 6, free_tokens=(4, 1, 1), coefficients=LINEAR[:3], max_requests=1)
+"""Later blocks have no run that begins with the first request."""
+
+
 @settings(max_examples=100, deadline=None)
+@example(problem=LIMITED, most=2)
 @given(problem=problems(), most=st.integers(1, 8))
 def test_blocks_of_any_size_and_memory_of_other_searches_change_nothing(problem: Problem, most: int):
     expected = solve(problem)
