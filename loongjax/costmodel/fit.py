@@ -84,7 +84,7 @@ def held_out(works: Sequence[Hashable], sizes: np.ndarray) -> np.ndarray:
 def _fit_strategy(
     strategy: Strategy, prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], padding: Padding
 ) -> StrategyTimes:
-    fresh = [point for point in prefills if not point.work.past_lens]
+    fresh = [point for point in prefills if not point.work.is_extend]
     for kind, count in (("prefills without past tokens", len(fresh)), ("decode steps", len(decodes))):
         if count < LEAST_POINTS:
             raise ConfigError(

@@ -23,7 +23,7 @@ class Provenance:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillPoint:
-    """A measured prefill."""
+    """A measured prefill or extend."""
 
     strategy: Strategy
     work: PrefillWork

@@ -136,6 +136,11 @@ class PrefillWork:
             object.__setattr__(self, "past_lens", ())
 
     @property
+    def is_extend(self) -> bool:
+        """Whether some tokens were there before; else it is of whole prompts."""
+        return bool(self.past_lens)
+
+    @property
     def num_tokens(self) -> int:
         return sum(self.new_lens)
 

@@ -57,10 +57,12 @@ class Call:
 class ProgramKey:
     """A program of greedy requests, on the group of the first `dop` instances."""
 
-    name: Literal["prefill", "head", "sample", "decode", "migrate"]
+    name: Literal["prefill", "head", "sample", "decode", "extend", "migrate"]
     dop: int
     size: int = 0
-    """Bucket: tokens on a rank of a prefill, rows on a rank of head, sample and decode; 0 of a migration."""
+    """Bucket: tokens on a rank of a prefill or extend, rows on a rank of head, sample and decode; 0 of a migration."""
+    num_requests: int = 0
+    """Bucket of an extend's requests; 0 of others."""
 
 
 class ProgramCalls:
@@ -116,6 +118,8 @@ class ProgramCalls:
                 return call
             case "decode":
                 return self._decode(group, key.size)
+            case "extend":
+                return self._extend(group, key.size, key.num_requests)
             case "migrate":
                 return self._migrate(group)
 
@@ -174,13 +178,16 @@ class ProgramCalls:
 
     def _extends(self, group: Group, max_extend_tokens: int) -> Iterator[Call]:
         """What follows an extend is what follows a prefill."""
-        weights, peers = self._weights.view(group), self._exchange.peers(group)
         sizes = self._buckets.num_tokens
         largest = fit(min(max_extend_tokens, sizes[-1]), sizes)
         for num_tokens in sizes[: sizes.index(largest) + 1]:
             for num_rows in self._buckets.num_rows:
-                batch = self._put(group, empty_extend(num_tokens, num_rows, self._buckets))
-                yield Call(group, extend_step, (self._spec, weights, _POOL, batch, peers))
+                yield self._extend(group, num_tokens, num_rows)
+
+    def _extend(self, group: Group, num_tokens: int, num_rows: int) -> Call:
+        batch = self._put(group, empty_extend(num_tokens, num_rows, self._buckets))
+        peers = self._exchange.peers(group)
+        return Call(group, extend_step, (self._spec, self._weights.view(group), _POOL, batch, peers))
 
     def _migrate(self, group: Group) -> Call:
         source_slots = self._put(group, np.zeros((2, MIGRATION_BUCKET), np.int32))

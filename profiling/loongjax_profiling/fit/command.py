@@ -70,7 +70,7 @@ def split_by_points(measured: Measurements) -> tuple[Measurements, dict[Strategy
     """The points of strategies that have enough of them, and what the others have, in words."""
     too_few: dict[Strategy, str] = {}
     for strategy in sorted({point.strategy for point in (*measured.prefills, *measured.decodes)}):
-        num_prefills = sum(point.strategy == strategy for point in measured.prefills)
+        num_prefills = sum(point.strategy == strategy and not point.work.is_extend for point in measured.prefills)
         num_decodes = sum(point.strategy == strategy for point in measured.decodes)
         if min(num_prefills, num_decodes) < LEAST_POINTS:
             too_few[strategy] = f"{num_prefills} prefills and {num_decodes} decodes"

@@ -59,7 +59,8 @@ def residuals(model: FittedModel, measurements: Measurements) -> Iterator[Residu
         if point.strategy in model.strategies:
             work = point.work
             predicted_s = model.prefill_s(point.strategy, work.totals).item()
-            what = f"prefill of {len(work.new_lens)} x {max(work.new_lens)} on {point.strategy}"
+            kind = "prefill" if not work.is_extend else f"extend, behind up to {max(work.past_lens)},"
+            what = f"{kind} of {len(work.new_lens)} x {max(work.new_lens)} on {point.strategy}"
             yield Residual(what, point.measured_s, predicted_s)
     for point in measurements.decodes:
         if point.strategy in model.strategies:

@@ -58,7 +58,8 @@ class Agenda:
         """What a runtime needs for these, unless it is given: a doubling of the smallest bucket."""
         if self._command.max_num_batched_tokens is not None:
             return self._command.max_num_batched_tokens
-        needed = max((-(-case.num_tokens // case.strategy.sp) for case in cases if case.kind == "prefill"), default=1)
+        kinds = ("prefill", "extend")
+        needed = max((-(-case.num_tokens // case.strategy.sp) for case in cases if case.kind in kinds), default=1)
         return LEAST_NUM_TOKENS << max(0, (-(-needed // LEAST_NUM_TOKENS) - 1).bit_length())
 
     def _leaves_out(self, case: Case, reason: str | None) -> bool:

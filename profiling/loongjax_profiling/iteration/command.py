@@ -32,8 +32,9 @@ class IterationCommand:
     """Random weights of this shape instead of a checkpoint's."""
     grid: tuple[GridName, ...]
     """Which points, side by side. analytical-model: what `loongjax fit` needs; multi-node: that for more instances;
-    figure2, figure3, figure13: what `loongjax plot` draws them from; scale-down, scale-up: each a half of figure13;
-    sp-vs-tp: single requests on ever more devices; tp-base: batches on one instance; toy, example: two points each."""
+    chunks: prompts in chunks beside decodes, for the policy chunked; figure2, figure3, figure13: what `loongjax plot`
+    draws them from; scale-down, scale-up: each a half of figure13; sp-vs-tp: single requests on ever more devices;
+    tp-base: batches on one instance; toy, example: two points each."""
     db: pathlib.Path
     """SQLite file; it is made if there is none."""
     limit_s: float | None = None
@@ -44,7 +45,7 @@ class IterationCommand:
     shrink: int | None = None
     """Divides all lengths; None: 1 on a GPU, 256 elsewhere."""
     rounds: int = 3
-    """Repetitions of a prefill or migration that count."""
+    """Repetitions of a prefill, extend or migration that count."""
     num_steps: int = 16
     """Steps of a decode that count."""
     retry_failed: bool = False
@@ -87,9 +88,16 @@ class IterationCommand:
             )
         self.engine_config(tp=1, max_num_batched_tokens=1)
 
-    def engine_config(self, *, tp: int, max_num_batched_tokens: int) -> EngineConfig:
-        """Of the runtime that is measured. Raises ConfigError for a setting that cannot work."""
+    def engine_config(
+        self, *, tp: int, max_num_batched_tokens: int, max_extend_tokens: int | None = None
+    ) -> EngineConfig:
+        """Of the runtime that is measured, and of extends up to so many tokens (None: of none). Raises ConfigError for
+        a setting that cannot work.
+        """
         return EngineConfig(
+            # Nothing is planned by it, but room is left for what its extends copy.
+            policy=EngineConfig.policy if max_extend_tokens is None else "chunked",
+            chunk_tokens=max_extend_tokens or EngineConfig.chunk_tokens,
             checkpoint=self.checkpoint,
             tp=tp,
             max_num_batched_tokens=max_num_batched_tokens,

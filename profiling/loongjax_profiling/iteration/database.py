@@ -21,8 +21,40 @@ APPLICATION_ID = 0x6C6F6F6E
 """What SQLite keeps in the file's head to say whose it is: "loon"."""
 PATIENCE_S = 30.0
 """How long a statement waits for another process that writes."""
-VERSION = 1
-"""Of the tables."""
+VERSION = 2
+"""Of the tables. Version 1 knew no extends; a file of it is brought up to this one when it is opened."""
+
+POINTS = """
+CREATE TABLE points (
+  id INTEGER PRIMARY KEY,
+  system_id INTEGER NOT NULL REFERENCES systems (id),
+  run_id INTEGER NOT NULL REFERENCES runs (id),
+  kind TEXT NOT NULL CHECK (kind IN ('prefill', 'decode', 'extend', 'migration')),
+  sp INTEGER NOT NULL,
+  tp INTEGER NOT NULL,
+  batch_size INTEGER NOT NULL,
+  input_len INTEGER NOT NULL,
+  num_masters INTEGER NOT NULL,   -- 0 but in decodes
+  scales_down INTEGER NOT NULL,   -- 0 but in prefills that leave their keys on the fewest instances
+  past_len INTEGER NOT NULL,      -- 0 but in extends
+  num_decodes INTEGER NOT NULL,   -- 0 but in extends beside decodes
+  seconds REAL,                   -- median; NULL: failed
+  stddev_s REAL,
+  num_rounds INTEGER,
+  keys TEXT,                      -- of a decode, on each instance, JSON
+  error TEXT,                     -- why it failed
+  CHECK ((seconds IS NULL) != (error IS NULL)),
+  UNIQUE (system_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes)
+);
+"""
+UPGRADE = f"""
+ALTER TABLE points RENAME TO points_1;
+{POINTS.strip()}
+INSERT INTO points SELECT id, system_id, run_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down, 0, 0,
+  seconds, stddev_s, num_rounds, keys, error FROM points_1;
+DROP TABLE points_1;
+PRAGMA user_version = {VERSION};
+"""
 
 TABLES = f"""
 PRAGMA application_id = {APPLICATION_ID};
@@ -46,25 +78,7 @@ CREATE TABLE runs (
   token_buckets TEXT NOT NULL,  -- JSON
   row_buckets TEXT NOT NULL     -- JSON
 );
-CREATE TABLE points (
-  id INTEGER PRIMARY KEY,
-  system_id INTEGER NOT NULL REFERENCES systems (id),
-  run_id INTEGER NOT NULL REFERENCES runs (id),
-  kind TEXT NOT NULL CHECK (kind IN ('prefill', 'decode', 'migration')),
-  sp INTEGER NOT NULL,
-  tp INTEGER NOT NULL,
-  batch_size INTEGER NOT NULL,
-  input_len INTEGER NOT NULL,
-  num_masters INTEGER NOT NULL,   -- 0 but in decodes
-  scales_down INTEGER NOT NULL,   -- 0 but in prefills that leave their keys on the fewest instances
-  seconds REAL,                   -- median; NULL: failed
-  stddev_s REAL,
-  num_rounds INTEGER,
-  keys TEXT,                      -- of a decode, on each instance, JSON
-  error TEXT,                     -- why it failed
-  CHECK ((seconds IS NULL) != (error IS NULL)),
-  UNIQUE (system_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down)
-);
+{POINTS.strip()}
 """
 
 
@@ -191,7 +205,8 @@ class Database:
     def points(self, system: System) -> list[Point]:
         """Everything known of this system, in order of measurement."""
         columns = (
-            "kind, sp, tp, batch_size, input_len, num_masters, scales_down, seconds, stddev_s, num_rounds, keys, error"
+            "kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, seconds, stddev_s, "
+            "num_rounds, keys, error"
         )
         rows = self._rows(f"SELECT {columns} FROM points WHERE system_id = ? ORDER BY id", (self._system_id(system),))
         return [_point(row) for row in rows]
@@ -220,19 +235,30 @@ class Database:
         if create:
             with self._transaction():  # another profiler may be making the tables
                 if not self._rows("SELECT name FROM sqlite_master"):
-                    for statement in TABLES.split(";\n"):
-                        self._rows(statement)
+                    self._run(TABLES)
         if not self._rows("SELECT name FROM sqlite_master"):
             raise ConfigError(f"{self._path} is empty: `loongjax profile iteration --db {self._path}` measures points")
         [(application_id,)] = self._rows("PRAGMA application_id")
         if application_id != APPLICATION_ID:
             raise ConfigError(f"{self._path} is a database of something else: give --db another file")
-        [(version,)] = self._rows("PRAGMA user_version")
-        if version != VERSION:
+        if self._version == 1:
+            with self._transaction():
+                if self._version == 1:  # no other program was faster
+                    self._run(UPGRADE)
+        if self._version != VERSION:
             raise ConfigError(
-                f"{self._path} has tables of version {version}, and this program reads {VERSION}: "
+                f"{self._path} has tables of version {self._version}, and this program reads {VERSION}: "
                 "measure into a new file, or use the version of loongjax that wrote it"
             )
+
+    @property
+    def _version(self) -> int:
+        [(version,)] = self._rows("PRAGMA user_version")
+        return version
+
+    def _run(self, script: str) -> None:
+        for statement in script.split(";\n"):
+            self._rows(statement)
 
     def _rows(self, statement: str, values: Sequence[object] = ()) -> list[tuple]:
         """Of one statement, which is its own transaction outside of any."""
@@ -270,11 +296,14 @@ def _key(case: Case) -> dict[str, str | int]:
         "input_len": case.input_len,
         "num_masters": case.num_masters,
         "scales_down": int(case.scales_down),
+        "past_len": case.past_len,
+        "num_decodes": case.num_decodes,
     }
 
 
 def _point(row: tuple) -> Point:
-    kind, sp, tp, batch_size, input_len, num_masters, scales_down, seconds, stddev_s, num_rounds, keys, error = row
+    kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, *measured = row
+    seconds, stddev_s, num_rounds, keys, error = measured
     case = Case(
         kind=kind,
         strategy=Strategy(sp, tp),
@@ -282,6 +311,8 @@ def _point(row: tuple) -> Point:
         input_len=input_len,
         num_masters=num_masters,
         scales_down=bool(scales_down),
+        past_len=past_len,
+        num_decodes=num_decodes,
     )
     if error is not None:
         return Point(case=case, error=error)

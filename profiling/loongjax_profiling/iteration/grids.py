@@ -25,9 +25,11 @@ GridName = Literal[
     "tp-base",
     "scale-up",
     "scale-down",
+    "chunks",
 ]
 
 CPU_SHRINK = 256
+
 
 Work = tuple[int, int]
 """Requests, and tokens of each."""
@@ -44,6 +46,12 @@ engines pad to and of others, since nothing else tells a padded row from a row."
 MEDIUM = (COARSE[0] | {4, 32, 64, 128}, COARSE[1] | {500, 5000, 50_000, 200_000})
 """Of its second pass; the third has all the others."""
 TP_BASE_LENS = (10, 100, 1000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 400_000)
+CHUNK_LENS = ((128, 512, 2048), (32, 256, 1024, 4096, 8192))
+"""Of the first pass of chunks, and of the second besides."""
+PAST_LENS = ((1000, 10_000, 100_000), (100, 5000, 50_000, 200_000))
+"""Tokens before each chunk, likewise."""
+CHUNK_BATCHES = (((1, 0), (1, 16)), ((4, 0), (1, 4), (1, 64)))
+"""Chunks, and decodes beside them, likewise."""
 FIGURE2_WORKS: tuple[Work, ...] = (
     (16, 10), (16, 50), (16, 100), (16, 500), (1, 100), (1, 1000), (1, 10_000), (1, 100_000)
 )  # fmt: skip
@@ -75,7 +83,7 @@ def build_grid(name: GridName, *, num_devices: int, shrink: int = 1) -> Grid:
     seen: set[Case] = set()
     passes: list[tuple[Case, ...]] = []
     for cases in _GRIDS[name](num_devices):
-        shrunk = [dataclasses.replace(case, input_len=-(-case.input_len // shrink)) for case in cases]
+        shrunk = [case.shrunk(shrink) for case in cases]
         passes.append(tuple(dict.fromkeys(case for case in shrunk if case not in seen)))
         seen.update(shrunk)
     return Grid(passes=tuple(passes))
@@ -179,6 +187,30 @@ def _multi_node(num_devices: int) -> Passes:
     return _analytical_model(num_devices, MULTI_NODE_STRATEGIES)
 
 
+def _chunks(num_devices: int) -> Passes:
+    """One chunk by itself, several, and one beside decodes."""
+    chosen = [Strategy(1, tp) for tp in doublings(num_devices) if tp <= 8]
+    for number in range(1, len(CHUNK_LENS) + 1):
+        lens, pasts = _joined(CHUNK_LENS[:number]), _joined(PAST_LENS[:number])
+        yield [
+            Case(
+                kind="extend",
+                strategy=strategy,
+                batch_size=batch_size,
+                input_len=input_len,
+                past_len=past_len,
+                num_decodes=num_decodes,
+            )
+            for strategy in chosen
+            for input_len, past_len in itertools.product(lens, pasts)
+            for batch_size, num_decodes in _joined(CHUNK_BATCHES[:number])
+        ]
+
+
+def _joined[T](parts: Iterable[Sequence[T]]) -> list[T]:
+    return list(itertools.chain.from_iterable(parts))
+
+
 def _both(strategy: Strategy, work: Work, masters: Iterable[int] = (1,)) -> list[Case]:
     return [_prefill(strategy, work), *_decodes(strategy, work, masters)]
 
@@ -209,5 +241,6 @@ _GRIDS: dict[str, Callable[[int], Passes]] = {
     "tp-base": _tp_base,
     "scale-up": _scale_up,
     "scale-down": _scale_down,
+    "chunks": _chunks,
 }
 assert tuple(_GRIDS) == get_args(GridName), "every name has its grid"

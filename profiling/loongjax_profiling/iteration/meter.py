@@ -16,6 +16,8 @@ from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
     DecodeSubBatch,
+    ExtendInput,
+    ExtendIteration,
     Iteration,
     MigrateIteration,
     PrefillInput,
@@ -51,7 +53,7 @@ class MeterConfig:
     """How often a case is run."""
 
     rounds: int = 3
-    """Of a prefill or migration, after one that does not count."""
+    """Of a prefill, extend or migration, after one that does not count."""
     num_steps: int = 16
     """Of a decode, after those that do not count."""
     enough_s: float = 3.0
@@ -107,6 +109,8 @@ class Meter:
         match case.kind:
             case "prefill":
                 return self._repeat(self._prefills(case))
+            case "extend":
+                return self._repeat(self._extends(case))
             case "migration":
                 return self._repeat(self._migrations(case))
             case "decode":
@@ -143,6 +147,22 @@ class Meter:
                 self._resident.append(request.request_id)
                 inputs.append(PrefillInput(request, token_ids, kept, False))
             yield PrefillIteration(iteration_id, group, tuple(inputs))
+
+    def _extends(self, case: Case) -> Iterator[Iteration]:
+        new_lens = case.prefill_work.new_lens
+        while True:
+            self._release_all()
+            rng = np.random.default_rng(next(self._ids))
+            inputs = []
+            for new_len in new_lens:
+                request = self._request((0,))
+                self._kv_cache.keep(request.request_id, (TokenInterval(0, 0, case.past_len),))
+                self._resident.append(request.request_id)
+                slots = self._kv_cache.extend(request.request_id, 0, new_len)
+                [table] = self._kv_cache.tables(request.request_id)
+                token_ids = rng.integers(0, self._runtime.limits.vocab_size, new_len, np.int32)
+                inputs.append(ExtendInput(request, token_ids, case.past_len, slots, table, (0,), is_sampled=True))
+            yield ExtendIteration(next(self._ids), Group((0,)), tuple(inputs))
 
     def _migrations(self, case: Case) -> Iterator[Iteration]:
         self._release_all()

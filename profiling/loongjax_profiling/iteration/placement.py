@@ -58,12 +58,12 @@ def why_not(
     sp = case.strategy.sp
     if sp > shape.num_instances or case.strategy.tp != shape.tp:
         return "needs more devices"
-    if context_len is not None and case.input_len > context_len:
+    if context_len is not None and case.past_len + case.input_len > context_len:
         return "is longer than the model's context"
-    rows = case.batch_size if case.kind == "prefill" else -(-case.batch_size // max(1, case.num_masters))
+    rows = -(-case.num_requests // max(1, case.num_masters))
     if rows > limits.max_num_seqs:
         return "has more requests than --max-num-seqs"
-    if case.kind == "prefill" and -(-case.num_tokens // sp) > limits.max_num_batched_tokens:
+    if case.kind in ("prefill", "extend") and -(-case.num_tokens // sp) > limits.max_num_batched_tokens:
         return "has more tokens an instance than --max-num-batched-tokens"
     if _most_pages(case, shape, num_steps) > shape.num_pages:
         return "does not fit into the KV pool"
@@ -76,6 +76,9 @@ def _most_pages(case: Case, shape: ClusterShape, num_steps: int) -> int:
     request_pages = shape.num_pages_for(case.input_len)
     if case.kind == "migration":
         return request_pages
+    if case.kind == "extend":
+        chunk_pages, decode_pages = (shape.num_pages_for(case.past_len + new) for new in (case.input_len, 1))
+        return case.batch_size * chunk_pages + case.num_decodes * decode_pages
     if case.scales_down:
         return -(-case.batch_size * request_pages // sp)
     rounds, rest = divmod(case.batch_size, sp)

@@ -129,8 +129,13 @@ class _Profile:
     def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float) -> None:
         """Measures with instances of `tp` devices, until the deadline on the monotonic clock."""
         started_s = time.monotonic()
-        longest = self._agenda.max_num_batched_tokens(list(itertools.chain.from_iterable(passes)))
-        runtime = self._build(self._command.engine_config(tp=tp, max_num_batched_tokens=longest))
+        cases = list(itertools.chain.from_iterable(passes))
+        config = self._command.engine_config(
+            tp=tp,
+            max_num_batched_tokens=self._agenda.max_num_batched_tokens(cases),
+            max_extend_tokens=max((case.num_tokens for case in cases if case.kind == "extend"), default=None),
+        )
+        runtime = self._build(config)
         try:
             meter = Meter(runtime, MeterConfig(rounds=self._command.rounds, num_steps=self._command.num_steps))
             fitting = [self._agenda.fitting(cases, runtime.shape, runtime.limits) for cases in passes]
@@ -183,8 +188,8 @@ class _Profile:
     def _expected_s(self, case: Case) -> float:
         """Of one round, by roofline: only to order and to stop in time."""
         match case.kind:
-            case "prefill":
-                return self._estimate.prefill_s(case.strategy, case.prefill_totals).item()
+            case "prefill" | "extend":
+                return self._estimate.prefill_s(case.strategy, case.prefill_work.totals).item()
             case "decode":
                 return self._command.num_steps * self._estimate.decode_s(case.strategy, case.decode_totals).item()
             case "migration":

@@ -6,7 +6,7 @@ import collections
 
 from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint, Provenance
-from loongjax.costmodel.work import DecodeWork, PrefillWork
+from loongjax.costmodel.work import DecodeWork
 from loongjax.errors import ConfigError
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.database import Database, Run, System
@@ -47,9 +47,9 @@ def measurements_of(database: Database, system: System) -> tuple[Measurements, P
     measurements = Measurements(
         provenance=_provenance(system, runs),
         prefills=tuple(
-            PrefillPoint(strategy=case.strategy, work=prefill_work(case), measured_s=timing.seconds)
+            PrefillPoint(strategy=case.strategy, work=case.prefill_work, measured_s=timing.seconds)
             for case, timing in timed
-            if case.kind == "prefill" and not case.scales_down
+            if case.kind in ("prefill", "extend") and not case.scales_down
         ),
         decodes=tuple(
             DecodePoint(strategy=case.strategy, work=decode_work(case, timing), measured_s=timing.seconds)
@@ -67,10 +67,6 @@ def measurements_of(database: Database, system: System) -> tuple[Measurements, P
 
 def _has_words(text: str, words: str | None) -> bool:
     return all(word in text.lower() for word in (words or "").lower().split())
-
-
-def prefill_work(case: Case) -> PrefillWork:
-    return PrefillWork(new_lens=(case.input_len,) * case.batch_size)
 
 
 def decode_work(case: Case, timing: Timing) -> DecodeWork:

@@ -12,7 +12,7 @@ from loongjax_profiling.iteration.case import Case
 
 LIGHT_COST = 0.1
 """Of a program without layers, of which a model's has 1: about what it takes to compile beside that."""
-HEAVY_PROGRAMS = ("prefill", "decode")
+HEAVY_PROGRAMS = ("prefill", "decode", "extend")
 """Those with all layers of the model."""
 
 Needs = Callable[[Case], tuple[ProgramKey, ...]]
@@ -37,6 +37,14 @@ def programs_of(case: Case, buckets: Buckets) -> tuple[ProgramKey, ...]:
         case "decode":
             rows = fit(-(-case.batch_size // case.num_masters), buckets.num_rows)
             return (ProgramKey("decode", sp, rows), ProgramKey("sample", sp, rows))
+        case "extend":
+            tokens = fit(case.num_tokens, buckets.num_tokens)
+            rows = fit(case.num_requests, buckets.num_rows)
+            return (
+                ProgramKey("extend", sp, tokens, rows),
+                ProgramKey("head", sp, rows),
+                ProgramKey("sample", sp, rows),
+            )
 
 
 def waves_of(

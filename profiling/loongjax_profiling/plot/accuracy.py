@@ -25,7 +25,8 @@ def draw(measurements: Measurements, padding: Padding, system: str) -> Figure:
             f"no strategy has {LEAST_POINTS} prefills and {LEAST_POINTS} decodes, as a fit needs: "
             "`loongjax profile iteration --grid analytical-model --db FILE` measures them"
         )
-    points = [point for point in measurements.prefills if len(point.work.new_lens) in BATCH_SIZES]
+    whole = [point for point in measurements.prefills if not point.work.is_extend]
+    points = [point for point in whole if len(point.work.new_lens) in BATCH_SIZES]
     if not points:
         raise ConfigError(
             f"the database has no prefills of {', '.join(map(str, BATCH_SIZES))} requests: "

@@ -9,15 +9,16 @@ import pytest
 
 from loongjax.costmodel.fit import fit
 from loongjax.costmodel.model_file import load
-from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from loongjax_profiling.fit.command import main, split_by_points
 from loongjax_profiling.fit.report import format_report, residuals
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.database import Database, Point
+from loongjax_profiling.iteration.grids import build_grid
 from loongjax_profiling.iteration.meter import Timing
 from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, decode, measurements, refined
-from tests.profiling.synthetic import RUN, make_database, model_cases, timed
+from tests.profiling.synthetic import EXTEND_KEY_S, RUN, make_database, model_cases, timed
 
 ONE, TWO, FOUR = Strategy(1), Strategy(2), Strategy(4)
 
@@ -37,6 +38,31 @@ def test_the_times_that_points_came_from_are_recovered(tmp_path):
         np.testing.assert_allclose(model.decode_s(strategy, steps), decode(strategy.sp).seconds(steps), rtol=1e-6)
     for size in (77, 10**6):
         assert model.migration_s(size, 1) == pytest.approx(MIGRATION.seconds(size, LLAMA2_7B, 1))
+
+
+def test_what_chunks_take_is_recovered_from_their_grid_and_moves_nothing_else(tmp_path):
+    whole = model_cases((ONE, TWO))
+    chunks = [case for case in build_grid("chunks", num_devices=1).cases if case.num_tokens <= 4096]
+    plain, model = (
+        load(fit_file(make_database(tmp_path / name / "points.sqlite", cases)))
+        for name, cases in (("plain", whole), ("chunks", [*whole, *chunks]))
+    )
+    works = [
+        PrefillWork(new_lens=(700,), past_lens=(30_000,)),
+        PrefillWork(new_lens=(480, *[1] * 32), past_lens=(9000, *[2000] * 32)),
+    ]
+    totals = PrefillTotals.of(works)
+    expected = refined(1).seconds(totals) + EXTEND_KEY_S * totals.decode_keys
+    np.testing.assert_allclose(model.prefill_s(ONE, totals), expected, rtol=1e-6)
+    assert (np.abs(plain.prefill_s(ONE, totals) / expected - 1) > 0.01).all(), "else there was nothing to learn"
+    assert model.times(ONE).paper_prefill == plain.times(ONE).paper_prefill
+    assert model.times(TWO) == plain.times(TWO)
+
+
+def test_chunks_alone_are_not_enough_to_fit(tmp_path):
+    path = make_database(tmp_path / "points.sqlite", [*build_grid("chunks", num_devices=1).cases])
+    with pytest.raises(ConfigError, match="no strategy has 5 prefills and 5 decodes"):
+        fit_file(path)
 
 
 def test_the_file_says_where_it_comes_from(tmp_path):

@@ -1,6 +1,7 @@
 """Points in a file: what was put in comes out, once, and only from files that hold such points."""
 
 import dataclasses
+import json
 import sqlite3
 from pathlib import Path
 
@@ -88,16 +89,18 @@ def test_a_system_that_is_not_there_has_no_points(path):
 cases = st.builds(
     lambda strategy, batch_size, input_len, kind, number: Case(
         kind=kind,
-        strategy=strategy,
+        strategy=Strategy(1, strategy.tp) if kind == "extend" else strategy,
         batch_size=batch_size,
-        input_len=input_len,
+        input_len=input_len + (kind == "extend"),
         num_masters=min(number, strategy.sp, batch_size) if kind == "decode" else 0,
         scales_down=kind == "prefill" and number == 1,
+        past_len=number if kind == "extend" else 0,
+        num_decodes=number // 2 if kind == "extend" else 0,
     ),
     st.builds(Strategy, st.integers(1, 8), st.integers(1, 8)),
     st.integers(1, 1024),
     st.integers(1, 500_000),
-    st.sampled_from(["prefill", "decode"]),
+    st.sampled_from(["prefill", "decode", "extend"]),
     st.integers(1, 8),
 )
 
@@ -111,6 +114,45 @@ def test_every_case_keeps_its_own_latest_time(timed):
             database.add(run_id, Point(case=case, timing=timing))
         found = {point.case: point.timing.seconds for point in database.points(H200) if point.timing is not None}
     assert found == dict(timed)
+
+
+def version_1(path: Path) -> None:
+    """A file as the first version made it, with one point."""
+    Database(path, create=True).close()
+    connection = sqlite3.connect(path)
+    connection.executescript("""
+        DROP TABLE points;
+        CREATE TABLE points (
+          id INTEGER PRIMARY KEY, system_id INTEGER NOT NULL REFERENCES systems (id),
+          run_id INTEGER NOT NULL REFERENCES runs (id),
+          kind TEXT NOT NULL CHECK (kind IN ('prefill', 'decode', 'migration')),
+          sp INTEGER NOT NULL, tp INTEGER NOT NULL, batch_size INTEGER NOT NULL, input_len INTEGER NOT NULL,
+          num_masters INTEGER NOT NULL, scales_down INTEGER NOT NULL, seconds REAL, stddev_s REAL, num_rounds INTEGER,
+          keys TEXT, error TEXT, CHECK ((seconds IS NULL) != (error IS NULL)),
+          UNIQUE (system_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down));
+        PRAGMA user_version = 1;
+    """)
+    connection.close()
+    with sqlite3.connect(path) as connection:
+        model = json.dumps(dataclasses.asdict(LLAMA2_7B), sort_keys=True)
+        connection.execute("INSERT INTO systems VALUES (1, ?, ?)", (H200.device, model))
+        connection.execute("INSERT INTO runs VALUES (1, 1, 'then', 4, 'x', NULL, '0.11.2', 'y', 16, '[64]', '[1]')")
+        point = "(7, 1, 1, 'decode', 2, 2, 4, 100, 2, 0, 0.25, 0.01, 16, '[210, 212]', NULL)"
+        connection.execute(f"INSERT INTO points VALUES {point}")
+    connection.close()
+
+
+@pytest.mark.parametrize("create", [False, True])
+def test_a_file_of_the_first_version_is_brought_up_to_this_one(path, create):
+    version_1(path)
+    extend = Point(
+        case=Case(kind="extend", strategy=Strategy(1), input_len=50, past_len=900, num_decodes=3), error="no memory"
+    )
+    for _ in range(2):
+        with Database(path, create=create) as database:
+            assert database.points(H200)[0] == Point(case=CASE, timing=TIMING)
+            database.add(1, extend)
+            assert database.points(H200)[1:] == [extend]
 
 
 def test_a_database_that_is_not_there_is_only_made_if_asked(path):

@@ -94,6 +94,19 @@ def test_decodes_of_the_analytical_model_have_one_master_or_all():
     assert masters == {1, 4}
 
 
+def test_chunks_come_alone_and_beside_decodes_on_one_instance():
+    grid = build_grid("chunks", num_devices=4)
+    assert {case.kind for case in grid.cases} == {"extend"}
+    assert strategies_of(grid.cases) == {(1, 1), (1, 2), (1, 4)}
+    for cases in grid.passes:
+        for tp in (1, 2, 4):
+            mine = [case for case in cases if case.strategy.tp == tp]
+            # What a fit has to tell apart: new tokens, tokens before them, and keys of decodes.
+            assert len({case.input_len for case in mine}) >= 3
+            assert len({case.past_len for case in mine}) >= 3
+            assert {case.num_decodes > 0 for case in mine} == {False, True}
+
+
 def test_sp_vs_tp_has_every_split_of_every_power_of_two():
     cases = build_grid("sp-vs-tp", num_devices=8).cases
     assert strategies_of(cases) == {
@@ -123,11 +136,19 @@ def test_shrunk_points_that_become_equal_are_one():
     assert len(cases) == 2 * len(lens)
 
 
+def test_a_shrunk_chunk_is_no_decode():
+    cases = build_grid("chunks", num_devices=1, shrink=1000).cases
+    assert {case.input_len for case in cases} == {2, 3, 5, 9}
+    assert {case.past_len for case in cases} == {1, 5, 10, 50, 100, 200}
+
+
 def test_a_point_says_what_it_is():
     case = Case(kind="decode", strategy=Strategy(4, 2), batch_size=64, input_len=1000, num_masters=2)
     assert str(case) == "decode of 64 x 1000 on sp4 tp2, 2 masters"
     down = Case(kind="prefill", strategy=Strategy(2), input_len=7, scales_down=True)
     assert str(down) == "prefill of 1 x 7 on sp2 tp1, scaled down"
+    extend = Case(kind="extend", strategy=Strategy(1, 2), input_len=500, past_len=9000, num_decodes=12)
+    assert str(extend) == "extend of 1 x 500 on sp1 tp2, behind 9000 each, beside 12 decodes"
     assert str(Case(kind="migration", strategy=Strategy(2), input_len=7)) == "migration of 7 tokens, tp1"
 
 
@@ -140,9 +161,20 @@ def test_a_point_says_what_it_is():
         {"scales_down": True},
         {"input_len": 0},
         {"kind": "prefill"},
+        {"past_len": 1},
+        {"num_decodes": 1},
     ],
 )
 def test_a_point_that_cannot_be_is_a_mistake(change):
     case = Case(kind="decode", strategy=Strategy(4), batch_size=8, input_len=10, num_masters=4)
+    with pytest.raises(AssertionError):
+        dataclasses.replace(case, **change)
+
+
+@pytest.mark.parametrize(
+    "change", [{"strategy": Strategy(2)}, {"input_len": 1}, {"past_len": 0}, {"num_decodes": -1}, {"num_masters": 1}]
+)
+def test_an_extend_that_cannot_be_is_a_mistake(change):
+    case = Case(kind="extend", strategy=Strategy(1), input_len=10, past_len=4)
     with pytest.raises(AssertionError):
         dataclasses.replace(case, **change)

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 
 from loongjax.core.cluster import ClusterShape, Group
-from loongjax.core.iteration import DecodeIteration, MigrateIteration, PrefillIteration, RecoverIteration
+from loongjax.core.iteration import (
+    DecodeIteration,
+    ExtendIteration,
+    MigrateIteration,
+    PrefillIteration,
+    RecoverIteration,
+)
 from loongjax.costmodel.work import Strategy
 from loongjax_profiling.iteration.case import Case, Kind
 from loongjax_profiling.iteration.meter import (
@@ -26,6 +32,7 @@ from tests.profiling.iteration.scripted_runtime import LIMITS, SHAPE, ScriptedRu
 TWO = Strategy(2)
 PREFILL = Case(kind="prefill", strategy=TWO, batch_size=3, input_len=100)
 DECODE = Case(kind="decode", strategy=TWO, batch_size=5, input_len=40, num_masters=2)
+EXTEND = Case(kind="extend", strategy=Strategy(1), batch_size=2, input_len=30, past_len=70, num_decodes=3)
 MIGRATION = Case(kind="migration", strategy=TWO, input_len=50)
 
 
@@ -142,6 +149,27 @@ def test_a_decodes_keys_are_those_of_its_middle_step():
     assert sum(keys) == 5 * (40 + middle + 1)
 
 
+def test_an_extend_is_its_chunks_and_decodes_behind_keys_that_stay_what_they_were():
+    runtime = ScriptedRuntime()
+    meter = Meter(runtime, MeterConfig(rounds=3))
+    assert meter.measure(EXTEND).seconds == 1.0
+    assert len(runtime.submitted) == 4
+    for iteration in runtime.submitted:
+        assert isinstance(iteration, ExtendIteration)
+        assert iteration.group == Group((0,))
+        assert [len(item.token_ids) for item in iteration.inputs] == [30, 30, 1, 1, 1]
+        pages = [page for item in iteration.inputs for page in item.table.page_indices.tolist()]
+        assert len(set(pages)) == len(pages)
+        for item in iteration.inputs:
+            assert item.position == 70
+            assert item.is_sampled
+            assert (item.table.instance, item.table.num_tokens) == (0, 70 + len(item.token_ids))
+            places = np.arange(70, item.table.num_tokens)
+            expected = item.table.page_indices[places // SHAPE.page_size] * SHAPE.page_size + places % SHAPE.page_size
+            np.testing.assert_array_equal(item.slots, expected)
+    meter.check_integrity()
+
+
 def test_a_migration_goes_there_and_back():
     runtime = ScriptedRuntime()
     timing = Meter(runtime, MeterConfig(rounds=3)).measure(MIGRATION)
@@ -154,7 +182,7 @@ def test_a_migration_goes_there_and_back():
     assert ways == [(0, 1), (1, 0), (0, 1), (1, 0)]
 
 
-@pytest.mark.parametrize("case", [PREFILL, DECODE, MIGRATION], ids=str)
+@pytest.mark.parametrize("case", [PREFILL, DECODE, EXTEND, MIGRATION], ids=str)
 def test_after_a_failure_the_group_recovers_and_the_next_case_is_measured(case):
     failing = [True]
     runtime = ScriptedRuntime(
@@ -165,9 +193,9 @@ def test_after_a_failure_the_group_recovers_and_the_next_case_is_measured(case):
         meter.measure(case)
     recovery = runtime.submitted[-1]
     assert isinstance(recovery, RecoverIteration)
-    assert recovery.group == Group((0, 1))
+    assert recovery.group == Group.of(range(case.strategy.sp))
     failing[0] = False
-    for other in (PREFILL, DECODE, MIGRATION):
+    for other in (PREFILL, DECODE, EXTEND, MIGRATION):
         assert meter.measure(other).seconds == 1.0
 
 
@@ -185,13 +213,16 @@ def test_an_iteration_that_does_not_come_back_ends_it():
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     kind: Kind = draw(st.sampled_from(get_args(Kind)))
-    sp = 2 if kind == "migration" else draw(st.integers(1, 4))
+    sp = {"migration": 2, "extend": 1}.get(kind) or draw(st.integers(1, 4))
     batch_size = 1 if kind == "migration" else draw(st.integers(1, 20))
+    is_extend = kind == "extend"
     return Case(
         kind=kind,
         strategy=Strategy(sp),
         batch_size=batch_size,
-        input_len=draw(st.integers(1, 700)),
+        input_len=draw(st.integers(2 if is_extend else 1, 700)),
+        past_len=draw(st.integers(1, 700)) if is_extend else 0,
+        num_decodes=draw(st.integers(0, 50)) if is_extend else 0,
         num_masters=draw(st.integers(1, min(sp, batch_size))) if kind == "decode" else 0,
         scales_down=kind == "prefill" and draw(st.booleans()),
     )

@@ -26,6 +26,10 @@ def decode(batch_size: int, input_len: int, sp: int, num_masters: int) -> Case:
     )
 
 
+def extend(input_len: int, past_len: int, num_decodes: int = 0) -> Case:
+    return Case(kind="extend", strategy=Strategy(1), input_len=input_len, past_len=past_len, num_decodes=num_decodes)
+
+
 def refusal(case: Case, **changes) -> str | None:
     limits = dataclasses.replace(LIMITS, **changes)
     return why_not(case, shape=SHAPE, limits=limits, num_steps=19, context_len=10_000)
@@ -94,6 +98,12 @@ def test_what_fits_is_not_refused():
         (prefill(1, 4 * 1024 + 1, scales_down=True), "does not fit into the KV pool"),
         (decode(1, 1024, 1, 1), "does not fit into the KV pool"),
         (Case(kind="migration", strategy=Strategy(2), input_len=1025), "does not fit into the KV pool"),
+        (extend(500, 525), "does not fit into the KV pool"),
+        (extend(17, 496, num_decodes=1), "does not fit into the KV pool"),
+        (extend(5000, 5001), "longer than the model's context"),
+        (extend(2, 2, num_decodes=64), "--max-num-seqs"),
+        (extend(4097, 2), "--max-num-batched-tokens"),
+        (extend(4090, 2, num_decodes=7), "--max-num-batched-tokens"),
     ],
     ids=str,
 )
@@ -101,6 +111,12 @@ def test_what_does_not_fit_says_why(case, reason):
     found = refusal(case)
     assert found is not None
     assert reason in found
+
+
+def test_an_extend_may_fill_the_pool_to_its_last_page():
+    assert refusal(extend(500, 524)) is None
+    # 512 tokens with the chunk, and 497 with the decode's.
+    assert refusal(extend(16, 496, num_decodes=1)) is None
 
 
 def test_more_masters_may_have_more_rows_between_them():

@@ -18,6 +18,7 @@ from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database
 from loongjax_profiling.iteration.grids import build_grid
+from loongjax_profiling.iteration.selection import measurements_of
 from loongjax_profiling.iteration.waves import compile_cost
 from tests.profiling.iteration.scripted_runtime import ScriptedRuntime
 
@@ -335,6 +336,20 @@ def test_a_real_runtime_is_measured_in_prefill_and_decode_scaled_down_and_up(mea
         (1, 50),
         (1, 1),
     }
+
+
+def test_a_real_runtime_is_measured_in_chunks_beside_decodes(tmp_path):
+    db = tmp_path / "points.sqlite"
+    settings = {"grid": ("chunks",), "shrink": 500, "tp": (2,), "max_num_seqs": 5, "num_slots": 2048, "rounds": 1}
+    assert run(db, compilation_cache_dir=str(tmp_path / "xla"), **settings) == 0
+    points = points_in(db)
+    assert all(seconds is not None and 0.0 < seconds < 60.0 for seconds in points.values())
+    assert {(case.batch_size, case.num_decodes) for case in points} == {(1, 0), (4, 0), (1, 4)}
+    assert {case.past_len for case in points} == {1, 2, 10, 20, 100, 200, 400}
+    with Database(db) as database:
+        [system] = database.systems
+        measured, _ = measurements_of(database, system)
+    assert all(point.work.is_extend for point in measured.prefills)
 
 
 def test_nothing_is_compiled_while_a_point_is_measured(measured, num_recompiles):

@@ -44,6 +44,13 @@ def test_points_become_works_with_their_times(tmp_path):
     assert measurements.provenance.model == LLAMA2_7B
 
 
+def test_an_extend_is_chunks_and_decodes_behind_other_tokens(tmp_path):
+    case = Case(kind="extend", strategy=Strategy(1), batch_size=2, input_len=30, past_len=500, num_decodes=3)
+    [point] = measured(make_database(tmp_path / "points.sqlite", [case]))[0].prefills
+    assert point.work == PrefillWork(new_lens=(30, 30, 1, 1, 1), past_lens=(500,) * 5)
+    assert point.measured_s == timed(case).seconds
+
+
 def test_failed_points_and_prefills_that_scale_down_are_left_out(tmp_path):
     path = make_database(tmp_path / "points.sqlite", [dataclasses.replace(PREFILL, scales_down=True)])
     with Database(path) as database:

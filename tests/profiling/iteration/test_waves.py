@@ -104,6 +104,11 @@ def test_points_whose_model_program_is_there_come_before_the_next_one():
             (ProgramKey("decode", 4, 16), ProgramKey("sample", 4, 16)),
         ),
         (Case(kind="migration", strategy=Strategy(2), input_len=100), (ProgramKey("migrate", 2),)),
+        (
+            Case(kind="extend", strategy=Strategy(1), batch_size=2, input_len=60, past_len=9, num_decodes=10),
+            # 130 tokens of 12 requests.
+            (ProgramKey("extend", 1, 256, 16), ProgramKey("head", 1, 16), ProgramKey("sample", 1, 16)),
+        ),
     ],
 )
 def test_programs_are_those_of_the_buckets(case, keys):
