@@ -37,7 +37,13 @@ def interpreted(*, detect_races: bool = False) -> Iterator[None]:
         mock.patch.multiple(
             mosaic_gpu_kernel, scale_rows=_scale_rows, sum_parts=_sum_parts, hide_outside=_hide_outside
         ),
-        mock.patch.multiple(mosaic_gpu_pace, shared_count=SharedCount, count=SharedCount.add, read=SharedCount.read),
+        mock.patch.multiple(
+            mosaic_gpu_pace,
+            shared_count=SharedCount,
+            count=SharedCount.add,
+            read=SharedCount.read,
+            any_thread=lambda holds: holds,
+        ),
         mock.patch.object(jaxpr_interpret, "gpu_primitives", known),
         mock.patch.object(INTERPRETER, "_interpret_wgmma_ref_p", _interpret),
         mock.patch.object(shared_memory.Barrier, "deallocate", _deallocate),

@@ -7,12 +7,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax import lax
 
 from loongjax.pallas_kernels.prefill_attention import mosaic_gpu_launch, mosaic_gpu_pace
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import keeps_pace
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import ENDED, MOST_LAPS_AHEAD, MOST_LOOKS, is_ahead
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import (
+    ENDED,
+    LAP,
+    MOST_LAPS_AHEAD,
+    MOST_LOOKS,
+    Pace,
+    is_ahead,
+)
 from tests.pallas_kernels.mosaic_interpreter import SharedCount
 from tests.pallas_kernels.test_prefill_interpreted import causal, random_inputs, run, truth
 from tests.pallas_kernels.tolerance import assert_matches
@@ -30,6 +38,7 @@ def wrapped(count: int) -> jax.Array:
     return jnp.asarray(np.uint32(count % 2**32).astype(np.int32))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**30), st.integers(-5, 5), st.sampled_from([1, 78, 132]))
 def test_who_is_more_than_so_many_laps_ahead_of_the_mean_waits_however_often_counts_wrapped(mean, ahead, num_programs):
     waits = must_wait(wrapped(mean + ahead), wrapped(mean * num_programs), num_programs)
@@ -57,6 +66,20 @@ def test_thread_blocks_of_different_speeds_stay_together():
     # Those behind the mean are as many laps behind as those ahead of it allow.
     assert spread(speeds, 400, is_paced=True) <= 5 * MOST_LAPS_AHEAD
     assert spread([1.0] * (NUM_PROGRAMS - 1) + [0.9], 400, is_paced=True) <= (MOST_LAPS_AHEAD + 1) * NUM_PROGRAMS
+
+
+@pytest.mark.parametrize(("counts", "patience"), [([8, 8, 8, 8], MOST_LOOKS), ([8, 8, 7, 8], 0), ([7, 7, 7, 7], 0)])
+def test_warps_that_read_different_counts_go_on_together(counts, patience, monkeypatch):
+    """The tenth lap is too early at a count below eight, if one thread block is all there are."""
+    monkeypatch.setattr(mosaic_gpu_pace, "count", lambda laps, amount: None)
+    monkeypatch.setattr(mosaic_gpu_pace, "read", lambda laps: laps)
+    monkeypatch.setattr(mosaic_gpu_pace, "any_thread", lambda holds: lax.pmax(holds.astype(jnp.int32), "warp") == 1)
+
+    def keep(laps: jax.Array) -> jax.Array:
+        pace = Pace(laps, num_programs=1)
+        return pace.keep(jnp.int32(9 * LAP), pace.patience)
+
+    assert jax.vmap(keep, axis_name="warp")(jnp.array(counts, jnp.int32)).tolist() == [patience] * 4
 
 
 @pytest.fixture

@@ -32,7 +32,7 @@ MOST_LAPS_AHEAD = 2
 MOST_LOOKS = 128
 """In one wait; a look takes a little less than a microsecond."""
 ENDED = 1 << 20
-"""Laps that a thread block without work counts, so that nobody waits for it."""
+"""Laps that a thread block without work counts: the mean is then far ahead of everybody, and nobody waits any more."""
 
 
 class Pace(NamedTuple):
@@ -73,13 +73,13 @@ class Pace(NamedTuple):
             return waits & (num_looks < patience)
 
         def look(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return is_ahead(own_laps, read(self.laps), self.num_programs), state[1] + 1
+            return any_thread(is_ahead(own_laps, read(self.laps), self.num_programs)), state[1] + 1
 
         waits_still = lax.while_loop(must_look, look, (is_lap, jnp.int32(0)))[0]
         return jnp.where(waits_still, 0, patience)
 
     def end(self) -> None:
-        """Nobody waits for this thread block any more."""
+        """Nobody waits any more, for this thread block or another."""
         if self.laps is not None:
             count(self.laps, ENDED)
 
@@ -113,6 +113,26 @@ def read(laps: Any) -> jax.Array:
         return mgpu.FragmentedArray.splat(word, (), is_signed=True)
 
     return _at_word(laps, load, plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+
+
+def any_thread(holds: jax.Array) -> jax.Array:
+    """Whether it holds for any thread of the warpgroup, whose warps read the count one after another.
+
+    They have to go on together: a warp left behind would miss phases of the barriers that it waits at next, and wait
+    for others that never come.
+    """
+
+    def vote(_: Any, holds: Any) -> Any:
+        i1 = ir.IntegerType.get_signless(1)
+        barrier, own = mgpu_utils.warpgroup_barrier_idx(sync=False), holds.registers.item()
+        ptx = f"bar.red.or.pred $0, $1, {mgpu_utils.WARPGROUP_SIZE}, $2;"
+        found: Any = mgpu_utils.inline_ptx(ptx, barrier, own, result_types=i1, has_side_effects=True, convergent=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=False)
+
+    splat = plgpu.Layout.WG_SPLAT
+    returns = plgpu.ShapeDtypeStruct((), jnp.bool_, layout=splat)
+    inline: Any = plgpu.inline_mgpu(arg_types=(splat,), return_type=returns)
+    return inline(vote)(holds)
 
 
 def _at_word(word: Any, act: Callable[[ir.Value], Any], returns: plgpu.ShapeDtypeStruct | None = None) -> Any:
