@@ -68,6 +68,8 @@ class Advice:
     def repeats(self, flight: Flight, decode: Decode) -> bool:
         """Whether the same decode and nothing else would follow this flight of it; if so, it is as good as decided."""
         view = self._snapshot(as_if_over=flight)
+        if not (view.running or view.waiting):
+            return False
         iteration_id = flight.iteration.iteration_id
         known = self._rehearsals.get(iteration_id)
         if known is not None and known.is_about(view):

@@ -84,7 +84,7 @@ class Planning:
         """Submits a decode's next iteration behind it, if that is what the policy would decide once it is over."""
         if not isinstance(flight.plan, Decode) or flight.is_void:
             return False
-        if any(live.has_ended or live.num_tokens_left <= 0 for live in flight.requests):
+        if any(live.has_ended for live in flight.requests):
             return False
         if not self._advice.repeats(flight, flight.plan):
             return False

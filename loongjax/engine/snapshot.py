@@ -25,19 +25,26 @@ def take_snapshot(
     now_s: float,
     as_if_over: Flight | None = None,
 ) -> ClusterView:
-    """The cluster as it is; with `as_if_over`, as it will be when that flight is over, if it ends no request.
+    """The cluster as it is; with `as_if_over`, as it will be when that flight is over, if it ends no request but those
+    that get their last token.
 
-    Pages and tokens need no foresight: they are accounted for when an iteration is submitted.
+    Pages and tokens need no other foresight: they are accounted for when an iteration is submitted.
     """
     aloft = [flight for flight in flights if flight is not as_if_over]
     busy = {instance: isinstance(flight.plan, Prefill) for flight in aloft for instance in flight.group.instances}
-    landed = {request.request_id for request in as_if_over.requests} if as_if_over is not None else ()
+    requests = as_if_over.requests if as_if_over is not None else ()
+    landed = {request.request_id for request in requests}
+    ended = {request.request_id for request in requests if request.num_tokens_left <= 0}
+    num_free_pages = kv_cache.all_free_pages()
+    for request_id in ended:
+        for instance, num_held in kv_cache.local_lens(request_id):
+            num_free_pages[instance] += shape.num_pages_for(num_held)
     return ClusterView(
         shape=shape,
         instances=tuple(
             [
-                _instance_view(instance, num_free_pages, instance in busy, busy.get(instance, False))
-                for instance, num_free_pages in enumerate(kv_cache.all_free_pages())
+                _instance_view(instance, num_free, instance in busy, busy.get(instance, False))
+                for instance, num_free in enumerate(num_free_pages)
             ]
         ),
         waiting=waiting.views(),
@@ -45,6 +52,7 @@ def take_snapshot(
             [
                 live[request_id].running_view(kv, int(request_id in landed))
                 for request_id, kv in kv_cache.all_local_lens()
+                if request_id not in ended
             ]
         ),
         max_num_batched_tokens=limits.max_num_batched_tokens,

@@ -76,6 +76,25 @@ def test_what_follows_a_decode_is_decided_while_it_runs() -> None:
     assert_nothing_leaks(core)
 
 
+def test_what_follows_the_last_token_of_somebody_is_decided_before_it_is_there() -> None:
+    events: list[str] = []
+    core = CLUSTER.core(TellingRuntime(CLUSTER, events), TellingPolicy(CLUSTER.policy(), events))
+    requests = [CLUSTER.request("short", 8, max_tokens=6), CLUSTER.request("long", 20, max_tokens=20)]
+    journal = Journal()
+    for request in requests:
+        core.add(request)
+    while "short/0" not in journal.last or journal.last["short/0"].finish_reason is None:
+        events.clear()
+        journal.write(core.step(1.0))
+    # Its last token, and at once the other one's next decode, and the one behind that, of which the policy is asked.
+    assert journal.last["short/0"].finish_reason is FinishReason.LENGTH
+    assert events == ["over", "decode", "asked", "decode"]
+    run(core, journal)
+    for request in requests:
+        journal.check(request)
+    assert_nothing_leaks(core)
+
+
 @pytest.mark.parametrize("leaves", ["first/0", "second/0"])
 def test_an_answer_is_not_followed_where_somebody_has_left_meanwhile(leaves: str) -> None:
     events: list[str] = []
