@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from loongjax.config import CPU_NUM_SLOTS, EngineConfig
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.extend_attention.api import default_variant
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import brings_into_order
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets, fit, token_sizes
@@ -79,7 +80,7 @@ def _slots_in_free_memory(config: EngineConfig, spec: ModelSpec, grid: DeviceGri
     num_logits = config.max_num_seqs * spec.config.padded_vocab_size(spec.tp)
     left = free - workspace - SAMPLER_BYTES_PER_LOGIT * num_logits
     num_bytes_per_token = spec.num_kv_bytes_per_token // spec.tp
-    if _copies_keys(config, spec):
+    if _copies_keys(config, spec, grid):
         # All keys and values of one layer, in the order of an extend's table.
         num_bytes_per_token += num_bytes_per_token // spec.config.num_layers
     logger.info(
@@ -91,14 +92,23 @@ def _slots_in_free_memory(config: EngineConfig, spec: ModelSpec, grid: DeviceGri
     return max(0, left) // num_bytes_per_token
 
 
-def _copies_keys(config: EngineConfig, spec: ModelSpec) -> bool:
+def _copies_keys(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid) -> bool:
     """Whether an extend may copy what the pool holds of a layer."""
     if config.max_extend_tokens is None:
         return False
     sizes = token_sizes(config.max_num_batched_tokens)
     largest = fit(min(config.max_extend_tokens, sizes[-1]), sizes)
     num_rows = largest * spec.config.num_q_heads // spec.config.num_kv_heads
-    return brings_into_order(config.page_size, num_rows)
+    device = grid.instances[0][0]
+    variant = default_variant(
+        grid.platform,
+        getattr(device, "compute_capability", ""),
+        spec.dtype,
+        spec.config.head_dim,
+        page_size=config.page_size,
+        is_long=True,
+    )
+    return variant == "mosaic_gpu" and brings_into_order(config.page_size, num_rows)
 
 
 def _free_bytes(device: jax.Device) -> int:

@@ -117,13 +117,13 @@ def lower(function, *operands) -> str:
     return exported.mlir_module()
 
 
-@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (511, 8), (511, 16), (512, 32), (2048, 64)])
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 16), (1535, 8), (1535, 16), (2048, 32), (2048, 64)])
 def test_it_lowers_to_one_kernel(num_rows, page_size, with_triton):
     module = lower(extend, *arguments(num_rows, 3, page_size))
     assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 0)
 
 
-@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 1), (512, 2), (100, 12), (512, 8), (2048, 16)])
+@pytest.mark.parametrize(("num_rows", "page_size"), [(1, 1), (512, 2), (100, 12), (1536, 8), (2048, 16)])
 def test_with_small_pages_it_lowers_to_a_gather_and_the_kernel(num_rows, page_size, with_triton):
     module = lower(extend, *arguments(num_rows, 3, page_size))
     assert (module.count("@mosaic_gpu_v2"), module.count("@triton_kernel_call_ffi")) == (1, 1)

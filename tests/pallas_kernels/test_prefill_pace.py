@@ -101,7 +101,7 @@ def test_all_count_what_they_fetched_and_compute_the_same(always_paced):
 
 def test_a_thread_block_waits_once_for_others_that_never_come(always_paced, monkeypatch):
     monkeypatch.setattr(SharedCount, "_add", lambda self, amount: ())
-    arrays, ranges = random_inputs(520, 600, (2, 1)), causal(520, 600)
+    arrays, ranges = random_inputs(519, 600, (2, 1)), causal(519, 600)  # as no other test, to be traced here
     assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
     (laps,) = SharedCount.made
     # Each looks once in the laps in which it may be ahead of them, and then as often as one wait allows.

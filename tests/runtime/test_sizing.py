@@ -82,26 +82,28 @@ def test_the_pool_is_as_large_as_asked_for():
 
 
 @pytest.mark.parametrize(
-    ("settings", "layers_held"),
+    ("settings", "variant", "layers_held"),
     [
-        pytest.param({"policy": "esp"}, 1, id="no extends"),
-        pytest.param({"policy": "chunked", "chunk_tokens": 512}, 1, id="chunks too small to bring pages into order"),
-        pytest.param({"policy": "chunked", "chunk_tokens": 4000}, 2, id="large chunks"),
-        pytest.param({"policy": "chunked", "chunk_tokens": 4000, "page_size": 32}, 1, id="large chunks, large pages"),
-        pytest.param({"policy": "chunked", "chunk_tokens": 512, "page_size": 1}, 2, id="pages that are always copied"),
+        pytest.param({"policy": "esp"}, "mosaic_gpu", 1, id="no extends"),
+        pytest.param({"chunk_tokens": 512}, "mosaic_gpu", 1, id="chunks too small to bring pages into order"),
+        pytest.param({"chunk_tokens": 4000}, "mosaic_gpu", 2, id="large chunks"),
+        pytest.param({"chunk_tokens": 4000, "page_size": 32}, "mosaic_gpu", 1, id="large chunks, large pages"),
+        pytest.param({"chunk_tokens": 512, "page_size": 1}, "mosaic_gpu", 2, id="pages that are always copied"),
+        pytest.param({"chunk_tokens": 4000, "page_size": 1}, "triton", 1, id="a kernel that copies nothing"),
     ],
 )
 def test_on_a_gpu_the_pool_takes_what_is_free_beside_one_layer_of_it_where_extends_copy_it(
-    settings, layers_held, monkeypatch
+    settings, variant, layers_held, monkeypatch
 ):
     kernel = importlib.import_module("loongjax.pallas_kernels.extend_attention.mosaic_gpu")
     monkeypatch.setattr(kernel, "is_triton_usable", lambda: True)
+    monkeypatch.setattr(sizing, "default_variant", lambda *_, **__: variant)
     free, workspace = 1_000_000, 200_000
     monkeypatch.setattr(DeviceGrid, "platform", "gpu")
     monkeypatch.setattr(sizing, "_free_bytes", lambda device: free)
     monkeypatch.setattr(sizing, "_workspace_bytes", lambda *_: workspace)
     logits = sizing.SAMPLER_BYTES_PER_LOGIT * 64 * SPEC.config.padded_vocab_size(1)
-    shape = size_pool(max_num_seqs=64, **settings)
+    shape = size_pool(max_num_seqs=64, **({"policy": "chunked"} | settings))
     # The model has one layer.
     largest = (free - workspace - logits) // (layers_held * SPEC.num_kv_bytes_per_token)
     assert shape.num_slots == largest // shape.page_size * shape.page_size

@@ -2,8 +2,8 @@
 
 Entry i of the table holds the keys i * page_size and on, whatever request it belongs to. So each request's keys are one
 contiguous range, and so are those that a query row sees. The kernel fetches them page by page, as fast as keys in order
-if pages are large. Small pages are first brought into order if many rows of queries share a KV head, or if they are too
-small for the kernel: that moves all keys and values in use once, while every block of rows computes with them.
+if pages are large. Small pages are first brought into order if many rows of a request share a KV head, or if they are
+too small for the kernel: that moves all keys and values in use once, while every block of rows computes with them.
 """
 
 import functools
@@ -26,7 +26,7 @@ DEFAULT_TUNING = PrefillTuning()
 SMALL_PAGE = 16
 """Tokens of the largest pages that may be brought into order."""
 MANY_ROWS = 2048
-"""Rows of queries that share a KV head, of all requests, from which that is faster. It costs as much as there are keys,
+"""Rows of a request that share a KV head, on average, from which that is faster. It costs as much as there are keys,
 and gains as much as rows meet each of them: on an H200, 2,048 rows over 32K keys of 8 heads in pages of 16 take 487 us
 page by page, and else 69 for the copy and 371.
 """
@@ -38,7 +38,7 @@ def is_supported(dtype: str, head_dim: int, page_size: int) -> bool:
 
 
 def brings_into_order(page_size: int, num_rows: int) -> bool:
-    """Whether the keys are brought into order for so many rows that share a KV head, or fetched page by page."""
+    """Whether the keys are brought into order for so many rows of a request that share a KV head."""
     is_faster = page_size <= SMALL_PAGE and num_rows >= MANY_ROWS and is_triton_usable()
     return page_size % TMA_ROWS != 0 or is_faster
 
@@ -114,7 +114,7 @@ def _attend_forward(
     launch = functools.partial(
         Launch, name="extend_attention", num_keys=num_keys, sm_scale=sm_scale, out_dtype=out_dtype, tuning=tuning
     )
-    if brings_into_order(page_size, q.shape[0] * q.shape[1] // K):
+    if brings_into_order(page_size, q.shape[0] * q.shape[1] // K // kv_lens.shape[0]):
         from loongjax.pallas_kernels.extend_attention.gather_pages import gather_pages
 
         num_rows = max(-(-num_keys // TMA_ROWS) * TMA_ROWS, tuning.block_kv)
