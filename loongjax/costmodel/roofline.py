@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import numpy as np
 from jaxtyping import Float
@@ -135,7 +136,7 @@ class RooflineModel(CostModel):
         of decodes beside chunks, over the instances; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
-        rates = self._prefill_rates.get((sp, tp)) or self._find_prefill_rates(sp, tp)
+        rates = self._prefill_rates(sp, tp)
         seconds = larger(self.model.prefill_flops(totals) / rates.flops_per_s, rates.weights_s)
         # A scheduler asks about thousands of batches at a time, so what is 0 for all of them is left out.
         if sp > 1:
@@ -186,41 +187,37 @@ class RooflineModel(CostModel):
         row_s = self.model.decode_row_flops / (strategy.tp * self.rates.flops_per_s)
         return self._weights_s(strategy.tp) / row_s
 
+    @functools.cached_property
+    def _prefill_rates(self) -> Callable[[int, int], _PrefillRates]:
+        """Of (sp, tp), found once."""
+        return functools.cache(self._find_prefill_rates)
+
     def _find_prefill_rates(self, sp: int, tp: int) -> _PrefillRates:
-        rates = self._prefill_rates[sp, tp] = _PrefillRates(
+        return _PrefillRates(
             flops_per_s=sp * tp * self.rates.flops_per_s,
             weights_s=self._weights_s(tp),
             ring_token_s=self._ring_token_s(sp, tp),
             key_s=self._key_s(tp) / sp,
             overheads_s=self._overheads_s(tp, sp - 1),
         )
-        return rates
 
     @functools.cached_property
-    def _prefill_rates(self) -> dict[tuple[int, int], _PrefillRates]:
-        """Those asked for before, by sp and tp."""
-        return {}
+    def _rates_of_dops(self) -> Callable[[int, int], _RatesOfDops]:
+        """Of (how many DoPs, tp), found once."""
+        return functools.cache(self._find_rates_of_dops)
 
-    def _rates_of_dops(self, num_dops: int, tp: int) -> _RatesOfDops:
-        known = self._rates.get((num_dops, tp))
-        if known is None:
-            sp = np.arange(1.0, num_dops + 1.0)[:, None]
-            flops_per_s = sp * tp * self.rates.flops_per_s
-            ring_token_s = self._ring_token_s(sp, tp)
-            is_slow = ring_token_s > 0.99 * 2.0 * self.model.num_layer_params / flops_per_s
-            known = self._rates[num_dops, tp] = _RatesOfDops(
-                sp=sp,
-                flops_per_s=flops_per_s,
-                slow_rings=[(row, float(ring_token_s[row, 0])) for row in np.flatnonzero(is_slow).tolist()],
-                key_s=self._key_s(tp) / sp,
-                overheads_s=self._overheads_s(tp, sp - 1.0),
-            )
-        return known
-
-    @functools.cached_property
-    def _rates(self) -> dict[tuple[int, int], _RatesOfDops]:
-        """Those asked for before, by how many and tp."""
-        return {}
+    def _find_rates_of_dops(self, num_dops: int, tp: int) -> _RatesOfDops:
+        sp = np.arange(1.0, num_dops + 1.0)[:, None]
+        flops_per_s = sp * tp * self.rates.flops_per_s
+        ring_token_s = self._ring_token_s(sp, tp)
+        is_slow = ring_token_s > 0.99 * 2.0 * self.model.num_layer_params / flops_per_s
+        return _RatesOfDops(
+            sp=sp,
+            flops_per_s=flops_per_s,
+            slow_rings=[(row, float(ring_token_s[row, 0])) for row in np.flatnonzero(is_slow).tolist()],
+            key_s=self._key_s(tp) / sp,
+            overheads_s=self._overheads_s(tp, sp - 1.0),
+        )
 
     @functools.cached_property
     def _migration(self) -> MigrationTime:

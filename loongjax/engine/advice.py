@@ -66,7 +66,10 @@ class Advice:
         return self._ask(self._policy, view)
 
     def repeats(self, flight: Flight, decode: Decode) -> bool:
-        """Whether the same decode and nothing else would follow this flight of it; if so, it is as good as decided."""
+        """Whether the same decode and nothing else would follow this flight of it; if so, it is as good as decided.
+
+        Where something else would, that is remembered; where nobody is left, nobody is asked.
+        """
         view = self._snapshot(as_if_over=flight)
         if not (view.running or view.waiting):
             return False

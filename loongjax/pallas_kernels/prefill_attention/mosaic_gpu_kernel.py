@@ -152,7 +152,6 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
     def _():
         plgpu.set_max_registers(copy_registers, action="decrease")
         group_size = memory.q.shape[1] // keys.num_kv_heads
-
         pace = Pace.of(schedule)
 
         def copy_item(number: jax.Array, carry: tuple[Work, jax.Array]) -> tuple[Work, jax.Array]:

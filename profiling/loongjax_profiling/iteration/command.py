@@ -51,10 +51,10 @@ class IterationCommand:
     retry_failed: bool = False
     """Measures points again that failed in an earlier run."""
     max_num_batched_tokens: int | None = None
-    """Tokens of one prefill on one instance: longer ones are left out. None: what the points need, at most 131072 on a
-    GPU and 2048 elsewhere."""
+    """Tokens of one prefill or extend on one instance: longer ones are left out. None: what the points need, at most
+    131072 on a GPU and 2048 elsewhere."""
     max_num_seqs: int = 256
-    """Requests of one master and of one prefill: larger batches are left out."""
+    """Requests of one master and of one prefill or extend: larger batches are left out."""
     num_slots: int | None = None
     """Tokens that one instance's part of the KV pool holds; None: from free memory, on CPU 16384."""
     page_size: int = EngineConfig.page_size

@@ -152,7 +152,8 @@ class Meter:
         new_lens = case.prefill_work.new_lens
         while True:
             self._release_all()
-            rng = np.random.default_rng(next(self._ids))
+            iteration_id = next(self._ids)
+            rng = np.random.default_rng(iteration_id)
             inputs = []
             for new_len in new_lens:
                 request = self._request((0,))
@@ -162,7 +163,7 @@ class Meter:
                 [table] = self._kv_cache.tables(request.request_id)
                 token_ids = rng.integers(0, self._runtime.limits.vocab_size, new_len, np.int32)
                 inputs.append(ExtendInput(request, token_ids, case.past_len, slots, table, (0,), is_sampled=True))
-            yield ExtendIteration(next(self._ids), Group((0,)), tuple(inputs))
+            yield ExtendIteration(iteration_id, Group((0,)), tuple(inputs))
 
     def _migrations(self, case: Case) -> Iterator[Iteration]:
         self._release_all()
