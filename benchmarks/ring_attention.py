@@ -5,8 +5,9 @@
 Each prompt is causal and striped over the ranks. A row is timed as the slope between one and three calls of a program
 that runs the op `repeats` times, each on the output of the one before. Rows say which collectives XLA runs beside an
 attention kernel, and how far a few outputs are from float32. "one_gpu" is the kernel alone on the whole prompt, which
-`of_one_gpu` compares the others with, and on one rank's share, whose pairs are those of one ring step. "permute" is
-the n - 1 permutes of the ring alone. A name such as "ring+peer" asks XLA for the options of that name.
+`of_one_gpu` compares the others with, and on one rank's share, whose pairs are those of one ring step. "apart" is the
+kernel on the whole prompt on each GPU at the same time, whose rate is that of the slowest. "permute" is the n - 1
+permutes of the ring alone. A name such as "ring+peer" asks XLA for the options of that name.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.collective_schedule import read_schedule
-from loongjax.parallel import ring_attention
+from loongjax.pallas_kernels import prefill_attention
+from loongjax.parallel import RING_COMPILER_OPTIONS, ring_attention
 from loongjax_profiling.provenance import checked_out_commit
 
 AXIS = "sp"
 COMPILER_OPTIONS = {
     "": {},
-    "peer": {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"},
+    "peer": RING_COMPILER_OPTIONS,
     "copied": {"xla_gpu_enable_dynamic_slice_fusion": False},
     "unhidden": {"xla_gpu_disable_async_collectives": "COLLECTIVEPERMUTE,ALLGATHER"},
 }
@@ -48,7 +50,7 @@ ASSUMED_FLOPS_PER_SECOND = 600e12
 ASSUMED_LATENCY_S = 3e-4
 
 State = tuple[jax.Array, ...]
-"""q, k, v [n, T, heads, H], and rows of the last output [n, 3, N, H]"""
+"""q, k, v [n, T, heads, H], and the last output [n, T, N, H]"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,17 +64,22 @@ class Case:
     head_dim: int
     ranks: int
     variant: str
-    """ "one_gpu" (where `ranks` is 1), "permute", or a variant of `ring_attention`; then perhaps "+" and options."""
+    """ "one_gpu" (where `ranks` is 1), "apart", "permute", or a variant of `ring_attention`; perhaps "+" and options."""
+
+    @property
+    def shares(self) -> int:
+        """Into which the prompt is cut."""
+        return 1 if self.variant == "apart" else self.ranks
 
     @property
     def rows(self) -> int:
         """Tokens of one rank: T."""
-        return self.length // self.ranks
+        return self.length // self.shares
 
     @property
     def flops(self) -> int:
         """Of one rank's visible pairs: two products of 2 H operations each."""
-        return self.length * (self.length + 1) // 2 * self.num_q_heads * 4 * self.head_dim // self.ranks
+        return self.length * (self.length + 1) // 2 * self.num_q_heads * 4 * self.head_dim // self.shares
 
     @property
     def block_bytes(self) -> int:
@@ -100,18 +107,22 @@ def make_program(case: Case, mesh: Mesh, implementation: str | None) -> jax.stag
             for _ in range(case.ranks - 1):
                 block = jax.lax.ppermute(block, AXIS, [(i, (i + 1) % case.ranks) for i in range(case.ranks)])
             return jnp.zeros(q.shape, q.dtype) + block[0, :1, :1, :1] + block[1, :1, :1, :1]
+        if variant == "apart":
+            ends = jnp.arange(1, case.rows + 1, dtype=jnp.int32)
+            return prefill_attention(q, k, v, row_starts, ends, implementation=implementation)[0]
         named = None if variant == "one_gpu" else variant
         return ring_attention(q, k, v, row_starts, axis_name=AXIS, variant=named, implementation=implementation)[0]
 
-    def body(q: jax.Array, k: jax.Array, v: jax.Array, seen: jax.Array, row_starts: jax.Array) -> State:
+    def body(q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array, row_starts: jax.Array) -> State:
         def repeat(_: jax.Array, state: State) -> State:
             q, k, v, _ = state
+            # All of it is carried: of rows that nobody sees the ring would not merge the partial outputs.
             o = attend(q, k, v, row_starts[0])
             # Each repetition waits for the one before, and none can be moved out of the loop; no bit changes.
             q, k, v = (x.at[0, 0, 0].add(o[0, 0, 0] * jnp.asarray(1e-30, o.dtype)) for x in (q, k, v))
-            return q, k, v, o[jnp.asarray(case.checked_rows)]
+            return q, k, v, o
 
-        state = jax.lax.fori_loop(0, case.repeats, repeat, (q[0], k[0], v[0], seen[0]))
+        state = jax.lax.fori_loop(0, case.repeats, repeat, (q[0], k[0], v[0], o[0]))
         return tuple(x[None] for x in state)
 
     sharded = jax.shard_map(body, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
@@ -120,9 +131,8 @@ def make_program(case: Case, mesh: Mesh, implementation: str | None) -> jax.stag
 
 def make_state(case: Case, mesh: Mesh) -> State:
     """Random on every rank."""
-    heads = (case.num_q_heads, case.num_kv_heads, case.num_kv_heads)
+    heads = (case.num_q_heads, case.num_kv_heads, case.num_kv_heads, case.num_q_heads)
     shapes = [(case.ranks, case.rows, n, case.head_dim) for n in heads]
-    shapes.append((case.ranks, len(case.checked_rows), case.num_q_heads, case.head_dim))
     keys = jax.random.split(jax.random.key(0), len(shapes))
     return tuple(random_normal(mesh)(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True))
 
@@ -133,16 +143,19 @@ def random_normal(mesh: Mesh) -> Callable[..., jax.Array]:
 
 
 def expected_rows(case: Case, state: State) -> np.ndarray:
-    """In float32, of the first query head's outputs, those that the program returns: [n, 3, H]."""
+    """In float32, of the first query head's outputs, those of `checked_rows`: [n, 3, H]."""
     q, k, v = (np.asarray(x[:, :, 0].astype(jnp.float32)) for x in state[:3])
-    k, v = (x.swapaxes(0, 1).reshape(case.length, case.head_dim) for x in (k, v))
+    # By prompt, in packed order: [prompts, length, H].
+    k, v = (x.reshape(-1, case.shares, *x.shape[1:]).swapaxes(1, 2).reshape(-1, *x.shape[2:]) for x in (k, v))
+    k, v = (x.reshape(-1, case.length, case.head_dim) for x in (k, v))
     outputs = np.zeros((case.ranks, len(case.checked_rows), case.head_dim), np.float32)
     for rank in range(case.ranks):
+        prompt, share = divmod(rank, case.shares)
         for i, row in enumerate(case.checked_rows):
-            end = row * case.ranks + rank + 1
-            scores = k[:end] @ q[rank, row] * case.head_dim**-0.5
+            end = row * case.shares + share + 1
+            scores = k[prompt, :end] @ q[rank, row] * case.head_dim**-0.5
             weights = np.exp(scores - scores.max())
-            outputs[rank, i] = weights @ v[:end] / weights.sum()
+            outputs[rank, i] = weights @ v[prompt, :end] / weights.sum()
     return outputs
 
 
@@ -167,7 +180,8 @@ def measure(case: Case, mesh: Mesh, compiled: Any, samples: int) -> dict[str, fl
     row = {"seconds": median, "shortest": slopes[0], "longest": slopes[-1], "repeats": case.repeats}
     if expected is None:
         return row | {"gb_per_second": (case.ranks - 1) * case.block_bytes / median / 1e9}
-    difference = np.abs(np.asarray(state[3][:, :, 0].astype(jnp.float32)) - expected).max()
+    outputs = state[3][:, jnp.asarray(case.checked_rows), 0]
+    difference = np.abs(np.asarray(outputs.astype(jnp.float32)) - expected).max()
     return row | {"tflops_a_gpu": case.flops / median / 1e12, "difference": float(difference)}
 
 
@@ -249,7 +263,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--heads", nargs="+", default=["32/8", "32/32", "8/1"], help="query heads / KV heads")
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--ranks", nargs="+", type=int, help="GPUs of a ring; all that are here if left out")
-    parser.add_argument("--variants", nargs="+", default=["ring", "all_gather", "ring+peer", "loop", "permute"])
+    parser.add_argument(
+        "--variants", nargs="+", default=["apart", "ring", "ring+peer", "all_gather", "loop", "permute"]
+    )
     parser.add_argument("--implementation", help="of prefill_attention; mosaic_gpu on a GPU if left out")
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=400, help="begin no length after so many seconds")

@@ -5,4 +5,5 @@ Everything here is called inside a `jax.shard_map`, anybody's, with the name of 
 
 from loongjax.parallel.multi_master import multi_master_decode as multi_master_decode
 from loongjax.parallel.retention import retain as retain
+from loongjax.parallel.ring import RING_COMPILER_OPTIONS as RING_COMPILER_OPTIONS
 from loongjax.parallel.ring import ring_attention as ring_attention

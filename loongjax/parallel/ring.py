@@ -15,6 +15,11 @@ from loongjax.parallel.striped import visible_ranges
 
 VARIANTS = {"all_gather": attend_to_gathered, "loop": attend_in_loop, "ring": attend_step_by_step}
 
+RING_COMPILER_OPTIONS = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
+"""For `jax.jit(..., compiler_options=...)` of programs with rings over GPUs of one process: the permutes are then done
+by copy engines, and the attention beside them keeps all multiprocessors. Without effect elsewhere.
+"""
+
 MAX_GATHERED_BLOCK_BYTES = 1 << 20
 """Keys and values of one rank, up to which GPUs gather them. On two H200s gathering won by 8 % at 256 KiB, was even at
 1 MiB, and lost by a sixth at 2 MiB (benchmarks/results/ring_attention_lengths_2xH200.json); longer rings: unmeasured.

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from loongjax.pallas_kernels import extend_attention, kv_update, merge_attention, prefill_attention
 from loongjax.pallas_kernels.exchange import all_reduce, exchange_status
-from loongjax.parallel import multi_master_decode, ring_attention
+from loongjax.parallel import RING_COMPILER_OPTIONS, multi_master_decode, ring_attention
 from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
 from loongjax.parallel.retention import retain
 from loongjax.parallel.striped import visible_ranges
@@ -97,7 +97,7 @@ class DecodeState(NamedTuple):
     """int32 [n, I]"""
 
 
-@functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
+@functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool", compiler_options=RING_COMPILER_OPTIONS)
 def prefill_step(
     spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: PrefillBatch, peers: Peers = None
 ) -> tuple[KVPoolView, Float[Array, "n T D"], Float[Array, "n R D"], Int32[Array, " n_tp"] | None]:

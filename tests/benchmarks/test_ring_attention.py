@@ -27,7 +27,8 @@ def few_repeats(monkeypatch):
 
 def test_every_variant_gets_a_row_with_its_rate_beside_one_gpu(tmp_path, capsys):
     out = tmp_path / "results" / "ring.json"
-    main([*TINY, "--variants", "ring", "all_gather", "loop+peer", "permute", "--out", str(out), "--commit", "abc"])
+    variants = ["apart", "ring", "all_gather", "loop+peer", "permute"]
+    main([*TINY, "--variants", *variants, "--out", str(out), "--commit", "abc"])
     result = json.loads(out.read_text())
     assert (result["commit"], result["jax"], result["hardware"]) == ("abc", jax.__version__, "8 x cpu")
     assert result["command"].startswith("python -m benchmarks.ring_attention --lengths 24")
@@ -35,20 +36,20 @@ def test_every_variant_gets_a_row_with_its_rate_beside_one_gpu(tmp_path, capsys)
     assert [(row["variant"], row["length"], row["ranks"]) for row in rows] == [
         ("one_gpu", 24, 1),
         ("one_gpu", 12, 1),
-        *((variant, 24, 2) for variant in ("ring", "all_gather", "loop+peer", "permute")),
+        *((variant, 24, 2) for variant in variants),
     ]
     assert len(capsys.readouterr().out.splitlines()) == len(rows)
     for row in rows[:-1]:
         assert row["difference"] < 2e-2
         assert row["repeats"] == 2
         assert row["tflops_a_gpu"] * 1e12 * row["seconds"] == pytest.approx(
-            sum(range(row["length"] + 1)) * 4 * 4 * 16 / row["ranks"]
+            sum(range(row["length"] + 1)) * 4 * 4 * 16 / (1 if row["variant"] == "apart" else row["ranks"])
         )
     for row in rows[1:-1]:
         assert row["of_one_gpu"] == pytest.approx(row["tflops_a_gpu"] / rows[0]["tflops_a_gpu"])
     assert rows[-1]["block_bytes"] == 12 * 2 * 16 * 2 * 2
     assert rows[-1]["gb_per_second"] * 1e9 * rows[-1]["seconds"] == pytest.approx(rows[-1]["block_bytes"])
-    assert [row["beside_nothing"] for row in rows] == [0, 0, 1, 1, 1, 1]
+    assert [row["beside_nothing"] for row in rows] == [0, 0, 0, 1, 1, 1, 1]
 
 
 def test_a_variant_that_fails_leaves_the_others_their_rows(tmp_path, capsys):
@@ -80,7 +81,7 @@ def test_one_gpu_has_the_whole_prompt_and_one_ranks_share():
     assert ring == dataclasses.replace(whole, ranks=4, variant="ring")
 
 
-@pytest.mark.parametrize(("variant", "ranks"), [("one_gpu", 1), ("ring", 3), ("all_gather", 3)])
+@pytest.mark.parametrize(("variant", "ranks"), [("one_gpu", 1), ("apart", 3), ("ring", 3), ("all_gather", 3)])
 def test_no_repetition_changes_its_inputs(variant, ranks):
     case = tiny(variant, ranks)
     state = make_state(case, mesh_of(ranks))
@@ -88,6 +89,17 @@ def test_no_repetition_changes_its_inputs(variant, ranks):
     results = make_program(case, mesh_of(ranks), None)(*state, jnp.zeros((ranks, case.rows), jnp.int32))
     for before, after in zip(inputs, results[:3], strict=True):
         np.testing.assert_array_equal(np.asarray(after), before)
+
+
+def test_the_expected_rows_of_a_gpu_by_itself_are_those_of_brute_force():
+    case = tiny("apart", 3)
+    state = make_state(case, mesh_of(3))
+    q, k, v = (np.array(x.astype(jnp.float32)) for x in state[:3])
+    expected = expected_rows(case, state)
+    for rank in range(3):
+        for i, row in enumerate([0, 12, 23]):
+            o, _ = attend_row(q[rank, row], k[rank, : row + 1], v[rank, : row + 1])
+            np.testing.assert_allclose(expected[rank, i], o[0], rtol=1e-5, atol=1e-5)
 
 
 def test_the_expected_rows_are_those_of_brute_force():

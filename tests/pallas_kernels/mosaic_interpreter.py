@@ -59,13 +59,15 @@ class SharedCount:
 
     def __init__(self) -> None:
         self.value = 0
+        self.num_adds = 0
         self.num_reads = 0
         self.made.append(self)
 
-    def add(self, amount: int) -> None:
+    def add(self, amount: jax.Array) -> None:
         io_callback(self._add, (), amount)
 
     def _add(self, amount: np.ndarray) -> tuple[()]:
+        self.num_adds += 1
         self.value += int(amount)
         return ()
 

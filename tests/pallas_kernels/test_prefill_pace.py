@@ -1,6 +1,5 @@
 """Thread blocks of Hopper's kernel keep in step, and no one waits for long."""
 
-import functools
 import random
 
 import jax
@@ -19,18 +18,17 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import (
     MOST_LAPS_AHEAD,
     MOST_LOOKS,
     Pace,
+    Stand,
     is_ahead,
 )
-from tests.pallas_kernels.mosaic_interpreter import SharedCount
+from tests.pallas_kernels.mosaic_interpreter import SharedCount, interpreted
 from tests.pallas_kernels.test_prefill_interpreted import causal, random_inputs, run, truth
 from tests.pallas_kernels.tolerance import assert_matches
 
 NUM_PROGRAMS = 20
 
 
-@functools.partial(jax.jit, static_argnames="num_programs")
-def must_wait(own: jax.Array, everybody: jax.Array, num_programs: int = NUM_PROGRAMS) -> jax.Array:
-    return is_ahead(own, everybody, num_programs)
+must_wait = jax.jit(is_ahead)
 
 
 def wrapped(count: int) -> jax.Array:
@@ -41,8 +39,10 @@ def wrapped(count: int) -> jax.Array:
 @settings(deadline=None)
 @given(st.integers(0, 2**30), st.integers(-5, 5), st.sampled_from([1, 78, 132]))
 def test_who_is_more_than_so_many_laps_ahead_of_the_mean_waits_however_often_counts_wrapped(mean, ahead, num_programs):
-    waits = must_wait(wrapped(mean + ahead), wrapped(mean * num_programs), num_programs)
-    assert waits == (ahead > MOST_LAPS_AHEAD)
+    own, everybody = wrapped(mean + ahead), wrapped(mean * num_programs)
+    assert must_wait(own, everybody, jnp.int32(num_programs)) == (ahead > MOST_LAPS_AHEAD)
+    for num_ended in (1, num_programs):
+        assert not must_wait(own, everybody, jnp.int32(num_programs + num_ended * ENDED))
 
 
 def spread(speeds: list[float], num_laps: int, *, is_paced: bool) -> int:
@@ -50,7 +50,7 @@ def spread(speeds: list[float], num_laps: int, *, is_paced: bool) -> int:
     laps, times, most = [0] * len(speeds), [0.0] * len(speeds), 0
     while min(laps) < num_laps:
         now, mine = min((times[i], i) for i in range(len(speeds)) if laps[i] < num_laps)
-        if is_paced and must_wait(wrapped(laps[mine]), wrapped(sum(laps))):
+        if is_paced and must_wait(wrapped(laps[mine]), wrapped(sum(laps)), jnp.int32(len(laps))):
             times[mine] = now + 0.01
             continue
         laps[mine] += 1
@@ -71,13 +71,13 @@ def test_thread_blocks_of_different_speeds_stay_together():
 @pytest.mark.parametrize(("counts", "patience"), [([8, 8, 8, 8], MOST_LOOKS), ([8, 8, 7, 8], 0), ([7, 7, 7, 7], 0)])
 def test_warps_that_read_different_counts_go_on_together(counts, patience, monkeypatch):
     """The tenth lap is too early at a count below eight, if one thread block is all there are."""
-    monkeypatch.setattr(mosaic_gpu_pace, "count", lambda laps, amount: None)
-    monkeypatch.setattr(mosaic_gpu_pace, "read", lambda laps: laps)
+    monkeypatch.setattr(mosaic_gpu_pace, "count", lambda word, amount: None)
+    monkeypatch.setattr(mosaic_gpu_pace, "read", lambda word: word)
     monkeypatch.setattr(mosaic_gpu_pace, "any_thread", lambda holds: lax.pmax(holds.astype(jnp.int32), "warp") == 1)
 
     def keep(laps: jax.Array) -> jax.Array:
-        pace = Pace(laps, num_programs=1)
-        return pace.keep(jnp.int32(9 * LAP), pace.patience)
+        stand = Stand(first_lap=jnp.int32(0), patience=jnp.int32(MOST_LOOKS))
+        return Pace(laps, runners=jnp.int32(1)).keep(jnp.int32(9 * LAP), stand).patience
 
     assert jax.vmap(keep, axis_name="warp")(jnp.array(counts, jnp.int32)).tolist() == [patience] * 4
 
@@ -92,20 +92,52 @@ def always_paced(monkeypatch):
 def test_all_count_what_they_fetched_and_compute_the_same(always_paced):
     arrays, ranges = random_inputs(520, 600, (2, 1)), causal(520, 600)
     assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
-    (laps,) = SharedCount.made
+    laps, runners = SharedCount.made
     # Query blocks end at key 208, 336, 464, 592 and 600, so visit 4, 6, 8, 10 and 10 key blocks, for each head; both
-    # thread blocks have 38 of them, and see in each lap that they are not ahead.
-    assert laps.value == 76 // 2 + 2 * ENDED
+    # thread blocks have 38 of them, and see in each lap that they are not ahead. Whoever begins when the other has had
+    # some laps counts them at once.
+    assert laps.num_adds == 2 + 76 // 2
+    assert 76 // 2 <= laps.value <= 76
     assert laps.num_reads >= 76 // 2
+    assert runners.value == 2 + 2 * ENDED
 
 
-def test_a_thread_block_waits_once_for_others_that_never_come(always_paced, monkeypatch):
-    monkeypatch.setattr(SharedCount, "_add", lambda self, amount: ())
+def test_a_thread_block_waits_once_for_others_that_have_no_laps(always_paced, monkeypatch):
+    add = SharedCount._add
+
+    def add_to_runners(self: SharedCount, amount: np.ndarray) -> tuple[()]:
+        return add(self, amount) if self is SharedCount.made[1] and amount > 0 else ()
+
+    monkeypatch.setattr(SharedCount, "_add", add_to_runners)
     arrays, ranges = random_inputs(519, 600, (2, 1)), causal(519, 600)  # as no other test, to be traced here
     assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
-    (laps,) = SharedCount.made
-    # Each looks once in the laps in which it may be ahead of them, and then as often as one wait allows.
-    assert laps.num_reads == 2 * (MOST_LAPS_AHEAD + MOST_LOOKS)
+    laps, _ = SharedCount.made
+    # Each reads it when it begins, once in the laps in which it may be ahead, and then as often as one wait allows.
+    assert laps.num_reads == 2 * (1 + MOST_LAPS_AHEAD + MOST_LOOKS)
+
+
+def join(laps: int, runners: int) -> tuple[int, list[int]]:
+    """The first lap of a thread block that begins when the words hold this, and what they hold then."""
+    words = [SharedCount(), SharedCount()]
+    words[0].value, words[1].value = laps, runners
+    with interpreted():
+        stand = jax.jit(lambda: Pace(*words).begin())()
+    jax.effects_barrier()
+    return int(stand.first_lap), [word.value for word in words]
+
+
+def test_who_begins_late_joins_at_the_mean_of_those_who_run():
+    assert join(0, 0) == (0, [0, 1]), "the first of all"
+    assert join(1000, 100) == (10, [1010, 101])
+    assert join(1000, 100 + ENDED) == (0, [1000, 101 + ENDED]), "nobody waits any more"
+
+
+@pytest.mark.parametrize("num_late", [1, 5])
+def test_nobody_waits_for_what_late_ones_missed(num_late):
+    """The others have had fifty laps when they begin."""
+    on_time, late = [50] * (NUM_PROGRAMS - num_late), [join(50 * (NUM_PROGRAMS - num_late), NUM_PROGRAMS - num_late)[0]]
+    stands = on_time + late * num_late
+    assert not any(must_wait(wrapped(own), wrapped(sum(stands)), jnp.int32(len(stands))) for own in stands)
 
 
 def test_only_long_keys_are_worth_it():

@@ -30,7 +30,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import DenseKeys, PagedKeys
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import Pace
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import Pace, Stand
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_registers import hide_outside, scale_rows, sum_parts
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, Work, find_work
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import Scratch
@@ -154,12 +154,12 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
         group_size = memory.q.shape[1] // keys.num_kv_heads
         pace = Pace.of(schedule)
 
-        def copy_item(number: jax.Array, carry: tuple[Work, jax.Array]) -> tuple[Work, jax.Array]:
-            work, patience = carry
+        def copy_item(number: jax.Array, carry: tuple[Work, Stand]) -> tuple[Work, Stand]:
+            work, stand = carry
             next_work = work_behind(number, work)
-            return next_work, copy_key_blocks(keys, setting, work, work.q_head // group_size, pace, patience)
+            return next_work, copy_key_blocks(keys, setting, work, work.q_head // group_size, pace, stand)
 
-        lax.fori_loop(0, schedule.num_rounds, copy_item, (first_work(), pace.patience))
+        lax.fori_loop(0, schedule.num_rounds, copy_item, (first_work(), pace.begin()))
         pace.end()
 
 
@@ -191,14 +191,14 @@ class RowTile(NamedTuple):
 
 
 def copy_key_blocks(
-    keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array, pace: Pace, patience: jax.Array
-) -> jax.Array:
+    keys: DenseKeys | PagedKeys, setting: Setting, work: Work, kv_head: jax.Array, pace: Pace, stand: Stand
+) -> Stand:
     """Brings the visited key and value blocks to shared memory, each as soon as its stage is free and the pace allows.
-    Returns what is left of the patience.
+    Returns how the thread block stands then.
     """
     scratch, tuning = setting.scratch, setting.tuning
 
-    def copy_block(step: jax.Array, patience: jax.Array) -> jax.Array:
+    def copy_block(step: jax.Array, stand: Stand) -> Stand:
         place_in_line = work.num_before + step
         stage = lax.rem(place_in_line, jnp.int32(tuning.num_stages))
         place = keys.locate(work.block_begin(step, tuning.block_kv), tuning.block_kv)
@@ -212,9 +212,9 @@ def copy_key_blocks(
                 plgpu.barrier_wait(free.at[stage])
 
             keys.copy(place, kv_head, tiles.at[stage], ready.at[stage], values=tiles is scratch.v)
-        return pace.keep(place_in_line, patience)
+        return pace.keep(place_in_line, stand)
 
-    return lax.fori_loop(0, work.num_blocks, copy_block, patience)
+    return lax.fori_loop(0, work.num_blocks, copy_block, stand)
 
 
 def attend_rows(setting: Setting, work: Work, copy_next_rows: Callable[[], None]) -> tuple[jax.Array, jax.Array]:

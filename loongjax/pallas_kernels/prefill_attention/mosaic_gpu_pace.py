@@ -4,14 +4,13 @@ Nothing else does: a thread block waits for nobody, and one that is a little fas
 longer the others'. On an H200 (4d58107), 32 heads over 128K keys read 1.17 TB from memory at 480 TFLOP/s, and 0.02 TB
 at 680 if nobody may be far ahead of the mean.
 
-All count the key blocks that they fetched in one word of global memory. Whoever is ahead waits, but only so long: if
-some thread blocks have not begun, since other kernels hold their multiprocessors, they are not waited for again.
-Results do not depend on any of this.
+All count the key blocks that they fetched in one word of global memory, and how many they are in another. Whoever is
+ahead waits, but only so long. Thread blocks that begin late, since other kernels hold their multiprocessors, count as
+if they had been with the others all the time, for what they missed is missed. Results do not depend on any of this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -31,62 +30,79 @@ MOST_LAPS_AHEAD = 2
 """Of the mean of all."""
 MOST_LOOKS = 128
 """In one wait; a look takes a little less than a microsecond."""
-ENDED = 1 << 20
-"""Laps that a thread block without work counts: the mean is then far ahead of everybody, and nobody waits any more."""
+ENDED = -(1 << 16)
+"""What a thread block without work adds to how many are at it, so that nobody is."""
+
+
+class Stand(NamedTuple):
+    """Where a thread block stands among the others."""
+
+    first_lap: jax.Array
+    """Laps that it is taken to have had when it began."""
+    patience: jax.Array
+    """How often it may look in one wait."""
 
 
 class Pace(NamedTuple):
-    """What a thread block knows of the others."""
+    """What a thread block knows of the others: words in global memory, zero at first."""
 
     laps: Any
-    """The count of all, in global memory, zero at first; None: they do not wait for each other."""
-    num_programs: int
+    """The laps of all; None: they do not wait for each other."""
+    runners: Any
+    """How many thread blocks have begun; below zero once one has ended."""
 
     @classmethod
     def of(cls, schedule: Schedule) -> Pace:
         """That of a launch."""
-        return cls(shared_count() if schedule.is_paced else None, schedule.num_programs)
+        return cls(shared_count(), shared_count()) if schedule.is_paced else cls(None, None)
 
-    @property
-    def patience(self) -> jax.Array:
-        """How often a thread block may look in one wait, at first."""
-        return jnp.int32(MOST_LOOKS)
+    def begin(self) -> Stand:
+        """Joins the others, at their mean."""
+        patience = jnp.int32(MOST_LOOKS)
+        if self.laps is None:
+            return Stand(jnp.int32(0), patience)
+        runners = read(self.runners)
+        first_lap = jnp.where(runners > 0, lax.div(read(self.laps), jnp.maximum(runners, 1)), 0)
+        # In this order the mean is at most too high for a moment, when nobody waits.
+        count(self.laps, first_lap)
+        count(self.runners, jnp.int32(1))
+        return Stand(first_lap, patience)
 
-    def keep(self, num_fetched: jax.Array, patience: jax.Array) -> jax.Array:
-        """Counts, and waits if this thread block is ahead; returns its patience from now on.
+    def keep(self, num_fetched: jax.Array, stand: Stand) -> Stand:
+        """Counts, and waits if this thread block is ahead; returns how it stands from now on.
 
         Args:
             num_fetched: key blocks that it fetched before this one.
-            patience: what the last call returned.
+            stand: what the last call returned.
         """
         if self.laps is None:
-            return patience
+            return stand
         is_lap = lax.rem(num_fetched, jnp.int32(LAP)) == 0
-        own_laps = lax.div(num_fetched, jnp.int32(LAP)) + 1
+        own_laps = stand.first_lap + lax.div(num_fetched, jnp.int32(LAP)) + 1
 
         @pl.when(is_lap)
         def _():
-            count(self.laps, 1)
+            count(self.laps, jnp.int32(1))
 
         def must_look(state: tuple[jax.Array, jax.Array]) -> jax.Array:
             waits, num_looks = state
-            return waits & (num_looks < patience)
+            return waits & (num_looks < stand.patience)
 
         def look(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            return any_thread(is_ahead(own_laps, read(self.laps), self.num_programs)), state[1] + 1
+            return any_thread(is_ahead(own_laps, read(self.laps), read(self.runners))), state[1] + 1
 
         waits_still = lax.while_loop(must_look, look, (is_lap, jnp.int32(0)))[0]
-        return jnp.where(waits_still, 0, patience)
+        return stand._replace(patience=jnp.where(waits_still, 0, stand.patience))
 
     def end(self) -> None:
         """Nobody waits any more, for this thread block or another."""
         if self.laps is not None:
-            count(self.laps, ENDED)
+            count(self.runners, jnp.int32(ENDED))
 
 
-def is_ahead(own_laps: jax.Array, all_laps: jax.Array, num_programs: int) -> jax.Array:
+def is_ahead(own_laps: jax.Array, all_laps: jax.Array, runners: jax.Array) -> jax.Array:
     """Whether a thread block is too far ahead of the mean. Counts may wrap around: only their difference matters."""
-    return own_laps * num_programs - all_laps > MOST_LAPS_AHEAD * num_programs
+    return (runners > 0) & (own_laps * runners - all_laps > MOST_LAPS_AHEAD * runners)
 
 
 def shared_count() -> Any:
@@ -94,25 +110,30 @@ def shared_count() -> Any:
     return pl.get_global(plgpu.SemaphoreType.REGULAR)
 
 
-def count(laps: Any, amount: int) -> None:
-    """Adds to the count of all, once for the warpgroup."""
+def count(word: Any, amount: jax.Array) -> None:
+    """Adds to a word, once for the warpgroup."""
 
-    def add(address: ir.Value) -> None:
-        mgpu_utils.SemaphoreRef(address).signal(amount, relaxed=True, memory_scope="gpu")
+    def add(_: Any, word: Any, amount: Any) -> None:
+        semaphore = mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(word))
+        semaphore.signal(amount.registers.item(), relaxed=True, memory_scope="gpu")
 
-    _at_word(laps, add)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.Layout.WG_SPLAT))
+    inline(add)(word, amount)
 
 
-def read(laps: Any) -> jax.Array:
-    """The count of all."""
+def read(word: Any) -> jax.Array:
+    """What is in a word."""
 
-    def load(address: ir.Value) -> Any:
+    def load(_: Any, word: Any) -> Any:
+        address = mgpu_utils.memref_ptr(word)
         int32 = ir.IntegerType.get_signless(32)
         ptx = "ld.relaxed.gpu.global.u32 $0, [$1];"
-        word: Any = mgpu_utils.inline_ptx(ptx, address, result_types=int32, has_side_effects=True)
-        return mgpu.FragmentedArray.splat(word, (), is_signed=True)
+        found: Any = mgpu_utils.inline_ptx(ptx, address, result_types=int32, has_side_effects=True)
+        return mgpu.FragmentedArray.splat(found, (), is_signed=True)
 
-    return _at_word(laps, load, plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT))
+    returns = plgpu.ShapeDtypeStruct((), jnp.int32, layout=plgpu.Layout.WG_SPLAT)
+    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returns)
+    return inline(load)(word)
 
 
 def any_thread(holds: jax.Array) -> jax.Array:
@@ -133,8 +154,3 @@ def any_thread(holds: jax.Array) -> jax.Array:
     returns = plgpu.ShapeDtypeStruct((), jnp.bool_, layout=splat)
     inline: Any = plgpu.inline_mgpu(arg_types=(splat,), return_type=returns)
     return inline(vote)(holds)
-
-
-def _at_word(word: Any, act: Callable[[ir.Value], Any], returns: plgpu.ShapeDtypeStruct | None = None) -> Any:
-    inline: Any = plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=returns)
-    return inline(lambda _, word: act(mgpu_utils.memref_ptr(word)))(word)
