@@ -64,7 +64,7 @@ class Case:
     head_dim: int
     ranks: int
     variant: str
-    """ "one_gpu" (where `ranks` is 1), "apart", "permute", or a variant of `ring_attention`; perhaps "+" and options."""
+    """ "one_gpu" (where `ranks` is 1), "apart", "permute", or a variant of `ring_attention`; then "+" options."""
 
     @property
     def shares(self) -> int:
