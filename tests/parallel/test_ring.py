@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from loongjax.parallel import ring as ring_module
 from loongjax.parallel import ring_attention
 from loongjax.parallel.ring import MAX_GATHERED_BLOCK_BYTES, VARIANTS, default_variant
+from loongjax.parallel.ring_permute import _pack
 from loongjax.parallel.striped import stripe, stripe_row_starts, unstripe
 from tests.pallas_kernels.brute_force import attend_sequences
 from tests.pallas_kernels.tolerance import assert_matches
@@ -190,6 +191,15 @@ def test_keys_and_values_are_permuted_n_minus_one_times_in_one_message():
     assert names_of(traced(5, "ring")).count("ppermute") == 4
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [("bfloat16", 16), ("float16", 16), ("bfloat16", 7), ("float32", 16)])
+def test_a_message_holds_every_bit_of_keys_and_values(dtype, head_dim):
+    bits = np.arange(2 * 3 * 2 * head_dim).reshape(2, 3, 2, head_dim) * 257 + 31_700
+    k, v = (jnp.asarray(x.astype("uint16").view(dtype) if dtype != "float32" else x.astype(dtype)) for x in bits)
+    message = np.asarray(jax.jit(_pack)(k, v))
+    assert message.dtype == k.dtype
+    assert message.tobytes() == np.asarray(k).tobytes() + np.asarray(v).tobytes()
+
+
 def test_the_next_keys_are_sent_before_the_attention_of_a_step():
     loop = next(x for x in traced(5, "loop") if x.primitive.name == "scan" and "ppermute" in str(x.params["jaxpr"]))
     body = names_of(loop.params["jaxpr"].jaxpr.eqns)
@@ -258,6 +268,26 @@ def test_gradients_flow_through_every_variant(variant):
 
     for actual, expected in zip(gradients(n, rows), gradients(1, one_row), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradients_flow_in_half_precision_too(variant):
+    """Whose keys travel as the bits of other numbers."""
+    seq_lens, n = [7, 1, 5], 3
+    rows = stripe_all(random_tokens(6, 13, "bfloat16"), seq_lens, n, rows=5)
+
+    def gradients(n, arrays):
+        def loss(q, k, v):
+            o, _ = ring_over(mesh_of(n), variant)(q, k, v, arrays[3])
+            return (o.astype(jnp.float32) ** 2).sum()
+
+        found = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arrays[:3])
+        return [unstripe(np.asarray(x.astype(jnp.float32)), 13) for x in found]
+
+    exact = [np.asarray(x).astype(np.float32) for x in random_tokens(6, 13, "bfloat16")]
+    one_rank = stripe_all(tuple(exact), seq_lens, 1, rows=13)
+    for actual, expected in zip(gradients(n, rows), gradients(1, one_rank), strict=True):
+        assert np.abs(actual - expected).max() < 0.02 * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("variant", ["loop", "all_gather"])
