@@ -14,9 +14,18 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.errors import ConfigError
+from loongjax.pallas_kernels.merge import merge_partials
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, line_up
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import make_scratch
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_split import (
+    choose_num_parts,
+    cut_ranges,
+    fold_heads,
+    folds_heads,
+    repeat_rows,
+    unfold_heads,
+)
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax.pallas_kernels.prefill_attention.visits import Visits, plan_visits
 from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
@@ -76,10 +85,36 @@ def attend_rows_over(
     Args:
         launch: the call.
         q: the queries.
-        keys: the operands of the kernel that hold the keys.
+        keys: the operands of the kernel that hold the keys, the first one [..., K, H].
         k_start: each row's first key.
         k_end: one past each row's last key.
     """
+    (T, N, _), K, tuning = q.shape, keys[0].shape[1], launch.tuning
+    if folds_heads(T, N, K, launch.num_keys, tuning.block_q):
+        folded = dataclasses.replace(launch, tuning=dataclasses.replace(tuning, num_heads_abreast=None))
+        bounds = (jnp.repeat(x, N // K) for x in (k_start, k_end))
+        o, lse = attend_rows_over(folded, fold_heads(q, K), keys, *bounds)
+        return unfold_heads(o, N), unfold_heads(lse, N)
+    num_blocks = -(-T // tuning.block_q)
+    num_parts = choose_num_parts(N * num_blocks, tuning.num_programs or num_multiprocessors(), launch.num_keys)
+    if num_parts == 1:
+        return _attend_rows(launch, q, keys, k_start, k_end)
+    rows = repeat_rows(q, num_parts, tuning.block_q)
+    bounds = cut_ranges(*_clip_bounds(launch, k_start, k_end), num_parts, tuning.block_kv)
+    bounds = (jnp.pad(x, ((0, 0), (0, -T % tuning.block_q)), mode="edge").ravel() for x in bounds)
+    partials = _attend_rows(dataclasses.replace(launch, out_dtype=jnp.dtype("float32")), rows, keys, *bounds)
+    o, lse = merge_partials(*(x.reshape(num_parts, -1, *x.shape[1:])[:, :T] for x in partials))
+    return o.astype(launch.out_dtype), lse
+
+
+def _attend_rows(
+    launch: Launch,
+    q: Float[Array, "T N H"],
+    keys: tuple[jax.Array, ...],
+    k_start: Int32[Array, "T"],
+    k_end: Int32[Array, "T"],
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
+    """As `attend_rows_over`, by one thread block for each block of rows of a head."""
     T = q.shape[0]
     tuning, sm_scale = launch.tuning, launch.sm_scale
     if sm_scale <= 0:
@@ -87,8 +122,7 @@ def attend_rows_over(
         q, sm_scale = q * jnp.sign(sm_scale).astype(q.dtype), abs(sm_scale) or 1.0
     q = pad_rows(q, at_least=tuning.block_q)
     # Rows beyond T see what the last one sees, so that they change no visit. Their output is cut off.
-    bounds = jnp.clip(jnp.stack([k_start, k_end]), 0, launch.num_keys)
-    bounds = jnp.pad(bounds, ((0, 0), (0, -T % tuning.block_q)), mode="edge")
+    bounds = jnp.pad(_clip_bounds(launch, k_start, k_end), ((0, 0), (0, -T % tuning.block_q)), mode="edge")
     visits = plan_visits(
         bounds[0],
         bounds[1],
@@ -99,6 +133,10 @@ def attend_rows_over(
     )
     o, lse = _call(launch, sm_scale, q, keys, bounds, visits)
     return o[:T].astype(launch.out_dtype), lse[:, :T].T
+
+
+def _clip_bounds(launch: Launch, k_start: Int32[Array, "T"], k_end: Int32[Array, "T"]) -> Int32[Array, "2 T"]:
+    return jnp.clip(jnp.stack([k_start, k_end]), 0, launch.num_keys)
 
 
 @functools.cache
