@@ -18,7 +18,7 @@ LEAST_GAIN = 0.05
 
 
 def folds_heads(num_rows: int, num_q_heads: int, num_kv_heads: int, num_keys: int, block_q: int) -> bool:
-    """Whether there are fewer blocks if the query heads of a KV head lie side by side in one, and keys enough to cut."""
+    """Whether there are fewer blocks if the query heads of a KV head lie side by side in one, and keys to cut."""
     folded = -(-num_rows * num_q_heads // num_kv_heads // block_q) * num_kv_heads
     return num_rows < block_q and folded < num_q_heads and num_keys >= 2 * LEAST_PART
 
