@@ -100,7 +100,8 @@ def attend_rows_over(
     if num_parts == 1:
         return _attend_rows(launch, q, keys, k_start, k_end)
     rows = repeat_rows(q, num_parts, tuning.block_q)
-    bounds = cut_ranges(*_clip_bounds(launch, k_start, k_end), num_parts, tuning.block_kv)
+    k_start, k_end = _clip_bounds(launch, k_start, k_end)
+    bounds = cut_ranges(k_start, k_end, num_parts, tuning.block_kv)
     bounds = (jnp.pad(x, ((0, 0), (0, -T % tuning.block_q)), mode="edge").ravel() for x in bounds)
     partials = _attend_rows(dataclasses.replace(launch, out_dtype=jnp.dtype("float32")), rows, keys, *bounds)
     o, lse = merge_partials(*(x.reshape(num_parts, -1, *x.shape[1:])[:, :T] for x in partials))
