@@ -69,16 +69,34 @@ class Splits:
         self._max_tokens_per_instance = max_tokens_per_instance
         self._max_requests = max_requests
         self._workspace = Workspace() if workspace is None else workspace
+        self._found: dict[int, tuple[Batch, ...] | None] = {}
+        """Answers, by the number of instances."""
 
     @functools.cached_property
     def is_memory_short(self) -> bool:
         """Whether there may be a batch that some instance could not hold. If not, any instances are as good."""
-        return bool(self._loads[3].sum() > self._free_tokens.min())
+        return bool(self._loads[3].sum() > min(self._free_tokens.tolist(), default=0))
+
+    def are_the_same_as(self, other: Splits) -> bool:
+        """Whether both ask the same and memory is ample for it, so that how much there is does not matter."""
+        return (
+            len(self._free_tokens) == len(other._free_tokens)
+            and self._max_tokens_per_instance == other._max_tokens_per_instance
+            and self._max_requests == other._max_requests
+            and self._seconds == other._seconds
+            and self._loads.tobytes() == other._loads.tobytes()
+            and not (self.is_memory_short or other.is_memory_short)
+        )
 
     def on_first(self, num_instances: int) -> tuple[Batch, ...] | None:
         """Batches in the order of the lists, which cover all requests and no more than so many instances; None if
         memory or limits allow no split.
         """
+        if num_instances not in self._found:
+            self._found[num_instances] = self._find(num_instances)
+        return self._found[num_instances]
+
+    def _find(self, num_instances: int) -> tuple[Batch, ...] | None:
         num_requests = self._loads.shape[1]
         if num_requests == 0:
             return ()
@@ -102,6 +120,40 @@ class Splits:
             table.price(block, self._seconds, self._max_tokens_per_instance)
             table.fill(block)
         return table
+
+
+class SplitMemory:
+    """The last search of a policy, and its memory.
+
+    While requests wait for instances that are held for them, each step that ends elsewhere leads to the same split, and
+    so does each rehearsal of one.
+    """
+
+    def __init__(self) -> None:
+        self._workspace = Workspace()
+        self._last: Splits | None = None
+
+    def splits(
+        self,
+        loads: Float[np.ndarray, "4 requests"],
+        free_tokens: Int[np.ndarray, " instances"],
+        seconds: PrefillSeconds,
+        *,
+        max_tokens_per_instance: int,
+        max_requests: int,
+    ) -> Splits:
+        """Those of the arguments of `Splits`, until others are asked for. Equal `seconds` must give equal times."""
+        splits = Splits(
+            loads,
+            free_tokens,
+            seconds,
+            max_tokens_per_instance=max_tokens_per_instance,
+            max_requests=max_requests,
+            workspace=self._workspace,
+        )
+        if self._last is None or not self._last.are_the_same_as(splits):
+            self._last = splits
+        return self._last
 
 
 class Workspace:

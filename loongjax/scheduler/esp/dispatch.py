@@ -31,7 +31,6 @@ from collections.abc import Collection, Sequence
 import numpy as np
 
 from loongjax.core.cluster import InstanceId
-from loongjax.costmodel.work import PrefillTotals
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink, Step
@@ -211,8 +210,7 @@ class Dispatcher:
         window = self._window
         wait_s = max(choice.ready_s, site.ready_s)
         num_tokens, squared_lens, weights = window.growing(more)
-        totals = PrefillTotals.of_sums(num_tokens, squared_lens)
-        durations_s = self._times.prefill_s(len(site.instances), totals)
+        durations_s = self._times.batches_of_s(len(site.instances), num_tokens, squared_lens)
         otherwise_s = self._wait_otherwise_s(choice, site, more)
         gains = weights * max(0.0, otherwise_s - wait_s)
         costs = site.pause_weight * (wait_s - site.ready_s + durations_s)
@@ -224,7 +222,8 @@ class Dispatcher:
     def _is_put_off(self, site: Site, more: Sequence[int]) -> bool:
         """Whether the group decodes on, so that a pause for these requests, which pays, is for more of them later."""
         window, now_s = self._window, self._draft.view.now_s
-        waited = sum([window.weights[place] * (now_s - window[place].arrival_s) for place in more])
+        weights, requests = window.weights, window.requests
+        waited = sum([weights[place] * (now_s - requests[place].arrival_s) for place in more])
         fixed_s = self._times.fixed_prefill_s(len(site.instances))
         return self._judge("put-off", site, more, site.pause_weight * fixed_s, waited, (("fixed_s", fixed_s),))
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.batching import Workspace
+from loongjax.scheduler.esp.batching import SplitMemory
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
@@ -43,7 +43,7 @@ def launch(
     *,
     newcomers: Newcomers,
     growth_tokens: int,
-    workspace: Workspace,
+    splits: SplitMemory,
     explain: Sink | None,
 ) -> Launch:
     """Splits the choice into batches, starts those whose instances are idle, and holds the idle instances of others.
@@ -61,11 +61,11 @@ def launch(
         times: predictions.
         newcomers: for whom an instance may be spared.
         growth_tokens: room to leave for each request.
-        workspace: for the split.
+        splits: the last one.
         explain: is given each batch that starts.
     """
     instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
-    splitter = Splitter(draft, window, times, workspace)
+    splitter = Splitter(draft, window, times, splits)
     batches = splitter.split(choice.places, instances)
     started: list[int] = []
     coming: set[int] = set()

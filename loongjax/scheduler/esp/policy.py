@@ -27,7 +27,7 @@ from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.arrivals import Arrivals
-from loongjax.scheduler.esp.batching import Workspace
+from loongjax.scheduler.esp.batching import SplitMemory
 from loongjax.scheduler.esp.candidates import Candidates
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Sink
@@ -65,7 +65,7 @@ class EspPolicy:
         self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
         self._residents = Residents((), 0)
         self._groups = GroupMemory(config.implied_tpot_s)
-        self._workspace = Workspace()
+        self._splits = SplitMemory()
         self._fairness = Fairness(
             max_prefills_before_decode=config.max_prefills_before_decode, max_overtakes=config.max_overtakes
         )
@@ -111,7 +111,7 @@ class EspPolicy:
                 arrivals=self._arrivals,
                 candidates=self._candidates,
                 groups=self._groups,
-                workspace=self._workspace,
+                splits=self._splits,
                 can_migrate=self._can_migrate,
                 explain=self._explain,
             ).plan()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float
+
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 
@@ -11,6 +14,8 @@ MAX_REMEMBERED = 1 << 14
 """Times of a kind that are kept; then all are forgotten."""
 MAX_REMEMBERED_AT_ONCE = 64
 """Works of one question that are kept: the steps of a long jump, in a simulation, are never met again."""
+MAX_REMEMBERED_LISTS = 64
+"""Questions about many prefills that are kept; then all are forgotten."""
 
 
 class Predictions:
@@ -24,6 +29,7 @@ class Predictions:
         # By plain numbers: hashing a dataclass takes longer than all the rest of looking up.
         self._works: dict[tuple[object, ...], float] = {}
         self._prefills: dict[tuple[int, int, int, int], float] = {}
+        self._many_prefills: dict[tuple[int, int, bytes, bytes], np.ndarray] = {}
         self._steps: dict[tuple[int, int, int, int], float] = {}
         self._migrations: dict[tuple[int | float, int], float] = {}
 
@@ -59,6 +65,19 @@ class Predictions:
                 self._prefills.clear()
             totals = PrefillTotals.of_batch(num_tokens, squared_lens)
             seconds = self._prefills[key] = float(self._model.prefill_s(strategy, totals))
+        return seconds
+
+    def prefills_s(
+        self, strategy: Strategy, num_tokens: Float[np.ndarray, " batches"], squared_lens: Float[np.ndarray, " batches"]
+    ) -> Float[np.ndarray, " batches"]:
+        """Of prefills, likewise. Shared: not to be written to."""
+        key = strategy.sp, strategy.tp, num_tokens.tobytes(), squared_lens.tobytes()
+        seconds = self._many_prefills.get(key)
+        if seconds is None:
+            if len(self._many_prefills) >= MAX_REMEMBERED_LISTS:
+                self._many_prefills.clear()
+            totals = PrefillTotals.of_sums(num_tokens, squared_lens)
+            seconds = self._many_prefills[key] = self._model.prefill_s(strategy, totals)
         return seconds
 
     def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:

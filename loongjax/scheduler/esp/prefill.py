@@ -9,7 +9,7 @@ from loongjax.scheduler.components import Component
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.allocation import Allocator
 from loongjax.scheduler.esp.arrivals import Arrivals
-from loongjax.scheduler.esp.batching import Workspace
+from loongjax.scheduler.esp.batching import SplitMemory
 from loongjax.scheduler.esp.candidates import Candidates
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.dispatch import Dispatcher
@@ -47,7 +47,7 @@ class PrefillPlanner:
         arrivals: Arrivals,
         candidates: Candidates,
         groups: GroupMemory,
-        workspace: Workspace,
+        splits: SplitMemory,
         can_migrate: bool,
         explain: Sink | None,
     ) -> None:
@@ -61,7 +61,7 @@ class PrefillPlanner:
         self._arrivals = arrivals
         self._candidates = candidates
         self._groups = groups
-        self._workspace = workspace
+        self._splits = splits
         self._can_migrate = can_migrate
         self._explain = explain
 
@@ -141,7 +141,7 @@ class PrefillPlanner:
             self._times,
             newcomers=newcomers,
             growth_tokens=self._config.growth_tokens,
-            workspace=self._workspace,
+            splits=self._splits,
             explain=self._explain,
         )
         return launched.places, launched.coming

@@ -6,7 +6,7 @@ import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.batching import Splits, Workspace
+from loongjax.scheduler.esp.batching import SplitMemory, Splits
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
@@ -17,11 +17,11 @@ PlacedBatch = tuple[list[int], list[InstanceId]]
 class Splitter:
     """Splits requests and instances into batches, and the same requests once more on fewer instances."""
 
-    def __init__(self, draft: Draft, window: Window, times: Times, workspace: Workspace) -> None:
+    def __init__(self, draft: Draft, window: Window, times: Times, memory: SplitMemory) -> None:
         self._draft = draft
         self._window = window
         self._times = times
-        self._workspace = workspace
+        self._memory = memory
         self._by_length: list[int] = []
         self._splits: Splits | None = None
 
@@ -48,13 +48,12 @@ class Splitter:
 
     def _splits_of(self, by_length: list[int], instances: list[InstanceId]) -> Splits:
         draft, page_size = self._draft, self._draft.shape.page_size
-        return Splits(
+        return self._memory.splits(
             self._window.loads(by_length),
             np.array([draft.room(instance) * page_size for instance in instances], np.int64),
-            self._times.prefills_s,
+            self._times.on_first(len(instances)),
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,
-            workspace=self._workspace,
         )
 
     def _batches(self, splits: Splits, instances: list[InstanceId]) -> list[PlacedBatch]:

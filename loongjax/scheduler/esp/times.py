@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -15,6 +16,20 @@ from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.scheduler.esp.predictions import Predictions
 from loongjax.scheduler.view import ClusterView, FlightView, WaitingView
+
+
+class PrefillsOnFirst(NamedTuple):
+    """Times of the same batches on 1, 2, ... instances. Equal ones give equal times, whatever was learned meanwhile."""
+
+    model: CostModel
+    tp: int
+    factors: tuple[float, ...]
+    """What to multiply the model's times by."""
+
+    def __call__(self, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops _"]) -> None:
+        """Writes them."""
+        self.model.prefills_s(self.tp, totals, out)
+        out *= np.array(self.factors)[:, None]
 
 
 class Times:
@@ -42,15 +57,10 @@ class Times:
         self._predictions = Predictions(model) if predictions is None else predictions
         self._strategies: dict[tuple[Kind, int], tuple[Strategy, float]] = {}
 
-    def prefill_s(self, dop: int, totals: PrefillTotals[np.ndarray]) -> np.ndarray:
-        """Of many batches on so many instances each: float64, of the totals' shape."""
-        strategy, factor = self._known("prefill", dop)
-        return factor * self._model.prefill_s(strategy, totals)
-
-    def prefills_s(self, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops _"]) -> None:
-        """Writes the times of the same batches on 1, 2, ... instances."""
-        self._model.prefills_s(self._tp, totals, out)
-        out *= np.array([self._known("prefill", dop)[1] for dop in range(1, len(out) + 1)])[:, None]
+    def on_first(self, num_instances: int) -> PrefillsOnFirst:
+        """Those of prefills on 1, 2, ... so many instances."""
+        factors = [self._known("prefill", dop)[1] for dop in range(1, num_instances + 1)]
+        return PrefillsOnFirst(self._model, self._tp, tuple(factors))
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""
@@ -118,6 +128,13 @@ class Times:
             return 0.0
         strategy, factor = self._known("prefill", dop)
         return factor * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
+
+    def batches_of_s(
+        self, dop: int, num_tokens: Float[np.ndarray, " batches"], squared_lens: Float[np.ndarray, " batches"]
+    ) -> Float[np.ndarray, " batches"]:
+        """Of each of these prefills, likewise."""
+        strategy, factor = self._known("prefill", dop)
+        return factor * self._predictions.prefills_s(strategy, num_tokens, squared_lens)
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
         durations = [math.inf] * len(flights)

@@ -16,8 +16,9 @@ import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from loongjax.core.cluster import InstanceId
-from loongjax.costmodel.work import PrefillTotals
 from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.splitter import PlacedBatch
 from loongjax.scheduler.esp.times import Times
@@ -96,7 +97,7 @@ def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[Tippin
     if len(tokens) == len(lines):
         seconds = [times.batch_of_s(dop, *sums) for sums in zip(tokens, squares, strict=True)]
     else:
-        seconds = times.prefill_s(dop, PrefillTotals.of_sums(tokens, squares)).tolist()
+        seconds = times.batches_of_s(dop, np.array(tokens, np.float64), np.array(squares, np.float64)).tolist()
     fixed_s = times.least_prefill_s(dop)
     points: list[TippingPoint] = []
     begin = 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.scheduler.esp import batching
-from loongjax.scheduler.esp.batching import Batch, Splits, Workspace
+from loongjax.scheduler.esp.batching import Batch, SplitMemory, Splits, Workspace
 from tests.scheduler.esp.partitions import Problem, set_partitions
 
 LINEAR = ((0.0, 1.0, 0.0), (0.0, 0.5, 0.0), (0.0, 1 / 3, 0.0), (0.0, 0.25, 0.0))
@@ -222,6 +222,50 @@ def test_the_cost_model_is_asked_about_true_batches_only():
     loads = loads_of(lengths, [1.0 / length for length in lengths])
     splits = Splits(loads, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
     assert splits.on_first(2)
+
+
+@settings(max_examples=100, deadline=None)
+@given(asked=st.lists(problems(), min_size=1, max_size=3), order=st.lists(st.integers(0, 2), min_size=1, max_size=8))
+def test_what_was_found_last_is_never_taken_for_another_answer(asked: list[Problem], order: list[int]):
+    memory = SplitMemory()
+    for problem in [asked[index % len(asked)] for index in order]:
+        num_instances = len(problem.free_tokens)
+        splits = memory.splits(
+            loads_of(problem.lengths, problem.weights, problem.kept_tokens),
+            np.array(problem.free_tokens, np.int64),
+            problem.seconds,
+            max_tokens_per_instance=problem.max_tokens_per_instance,
+            max_requests=problem.max_requests,
+        )
+        answers = {number: splits.on_first(number) for number in range(1, num_instances + 1)}
+        assert answers == {number: splits_of(problem).on_first(number) for number in range(1, num_instances + 1)}
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_the_same"),
+    [
+        ({}, True),
+        ({"free_tokens": np.array([30, 21, 40])}, True),
+        ({"free_tokens": np.array([30, 20, 40])}, False),
+        ({"free_tokens": np.array([30, 30])}, False),
+        ({"loads": loads_of([12, 5, 4], [0.1, 0.2, 0.3])}, False),
+        ({"loads": loads_of([12, 5, 4], [0.1, 0.2, 0.25], [9, 5, 5])}, False),
+        ({"max_requests": 2}, False),
+        ({"max_tokens_per_instance": 98}, False),
+        ({"seconds": lambda totals, out: seconds_of_tokens(totals, out)}, False),
+    ],
+)
+def test_where_memory_is_ample_it_may_change_and_nothing_else(changes: dict[str, Any], is_the_same: bool):
+    question: dict[str, Any] = {
+        "loads": loads_of([12, 5, 4], [0.1, 0.2, 0.25]),
+        "free_tokens": np.array([30, 30, 30]),
+        "seconds": seconds_of_tokens,
+        "max_requests": 3,
+        "max_tokens_per_instance": 99,
+    }
+    memory = SplitMemory()
+    first = memory.splits(**question)
+    assert (memory.splits(**question | changes) is first) == is_the_same
 
 
 def test_equal_questions_get_equal_answers():

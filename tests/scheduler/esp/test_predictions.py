@@ -83,9 +83,21 @@ def test_a_step_of_one_master_is_asked_about_once() -> None:
     assert counting.asked == [1]
 
 
+def test_an_equal_list_of_prefills_is_asked_about_once_for_each_strategy() -> None:
+    counting = model()
+    predictions = Predictions(counting)
+    lens = np.array([3.0, 7.0])
+    for strategy in (ONE, TWO, ONE, TWO):
+        seconds = predictions.prefills_s(strategy, lens, lens**2)
+        assert seconds.tolist() == model().prefill_s(strategy, PrefillTotals.of_sums(lens, lens**2)).tolist()
+    predictions.prefills_s(ONE, lens, lens**2 + 1)
+    assert counting.asked == [2, 2, 2]
+
+
 @pytest.mark.parametrize(
     "ask",
     [
+        lambda predictions, size: predictions.prefills_s(ONE, np.arange(1.0, size + 1.0), np.ones(size)).tolist(),
         lambda predictions, size: predictions.prefill_s(ONE, size, size * size),
         lambda predictions, size: [predictions.step_of_one_master_s(ONE, rows, size) for rows in (1, 2)],
         lambda predictions, size: predictions.migration_s(size, 1),
@@ -96,6 +108,7 @@ def test_answers_stay_right_when_all_that_was_known_is_forgotten(
     monkeypatch: pytest.MonkeyPatch, ask: Callable[[Predictions, int], object]
 ) -> None:
     monkeypatch.setattr(module, "MAX_REMEMBERED", 4)
+    monkeypatch.setattr(module, "MAX_REMEMBERED_LISTS", 4)
     predictions = Predictions(model())
     for size in (1, 2, 3, 1, 4, 5, 6, 2, 1):
         assert ask(predictions, size) == ask(Predictions(model()), size)

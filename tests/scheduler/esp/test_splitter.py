@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.batching import Workspace
+from loongjax.scheduler.esp.batching import SplitMemory
 from loongjax.scheduler.esp.splitter import Splitter
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
@@ -19,7 +19,7 @@ from tests.scheduler.views import cluster, waiting
 
 def splitter_of(view: ClusterView) -> Splitter:
     window = Window(view.waiting, view.shape, view.now_s, math.inf, is_patient=True)
-    return Splitter(Draft(view, 0), window, Times(HandModel(constant_s=0.1), 1), Workspace())
+    return Splitter(Draft(view, 0), window, Times(HandModel(constant_s=0.1), 1), SplitMemory())
 
 
 @settings(max_examples=100, deadline=None)
