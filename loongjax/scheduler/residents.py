@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import operator
 from collections.abc import Sequence
@@ -65,7 +64,8 @@ class Residents:
         )
         if not is_as_before:
             return Residents(running, len(self.by_instance))
-        following = copy.copy(self)
+        following = object.__new__(Residents)
+        following.__dict__.update(self.__dict__)
         following.running, following.by_instance = running, self.by_instance.copy()
         for instance in set(homes):
             following.by_instance[instance] = tuple(map(running.__getitem__, self._places[instance]))
@@ -74,4 +74,8 @@ class Residents:
 
 def _homes(running: Sequence[RunningView]) -> list[InstanceId]:
     """The only instance with keys of each; none if there are several or no keys."""
-    return [kv[0][0] if len(kv) == 1 else _NO_HOME for kv in [request.kv for request in running]]
+    keys = [request.kv for request in running]
+    try:
+        return [instance for ((instance, _),) in keys]
+    except ValueError:
+        return [kv[0][0] if len(kv) == 1 else _NO_HOME for kv in keys]

@@ -118,10 +118,11 @@ class Allocator:
         mover = self._mover
         if gain <= 0.0 or mover is None:
             return offers
-        # Longer than this, and the cost of moving exceeds the gain.
-        longest_s = gain / (weight + site.pause_weight)
+        moved_gain = weight * (now_s - ready_s - self._times.batch_of_s(choice.dop + 1, *sums))
+        # Longer than this, and the cost of moving exceeds the gain, or the pause is the better offer anyway.
+        longest_s = min(gain, moved_gain - _net_gain(offers[0])) / (weight + site.pause_weight)
         if (move := mover.move_from(site, choice.sites, longest_s)) is not None:
-            gain = weight * (now_s - ready_s - self._times.batch_of_s(choice.dop + 1, *sums))
+            gain = moved_gain
             cost = (weight + site.pause_weight) * move.seconds
             if gain > cost:
                 cost += mover.slowdown(site, move)

@@ -6,7 +6,7 @@ import functools
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, step_weights
+from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, have_paces, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView
 
@@ -37,8 +37,8 @@ class GroupFacts:
 
     @functools.cached_property
     def has_paces(self) -> bool:
-        """Whether any of them wishes for a time per token, so that what a pause costs depends on the time."""
-        return any(request.slo.tpot_s is not None for request in self.requests)
+        """Whether what a pause costs depends on the time."""
+        return have_paces(self.requests)
 
     @functools.cached_property
     def num_tokens(self) -> int:

@@ -21,6 +21,7 @@ and what the rest of the output needs. What is late presses no more: its wish ca
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 
 from loongjax.scheduler.esp.output_lengths import OutputLengths
@@ -34,6 +35,7 @@ proportion."""
 MAX_PRESSURE = 16.0
 MAX_PRIORITY_STEPS = 32
 """Priorities are told apart in the weights up to this; the queue's order knows no bound."""
+_priority = operator.attrgetter("priority")
 
 
 def prefill_weight(request: WaitingView, now_s: float, implied_ttft_s: float = math.inf) -> float:
@@ -75,7 +77,7 @@ def decode_weights(
     """
     reciprocals = _reciprocals(requests, lengths)
     urgencies = _urgencies(requests, now_s, reciprocals, step_s, implied_tpot_s)
-    return [reciprocal * urgency for reciprocal, urgency in zip(reciprocals, urgencies, strict=True)]
+    return list(map(operator.mul, reciprocals, urgencies))
 
 
 def step_weights(
@@ -98,6 +100,11 @@ def step_weights(
     ]
 
 
+def have_paces(requests: Sequence[RunningView]) -> bool:
+    """Whether any of them wishes for a time per token, so that what its wait costs depends on the time."""
+    return [request.slo.tpot_s for request in requests].count(None) < len(requests)
+
+
 def _reciprocals(requests: Sequence[RunningView], lengths: OutputLengths) -> list[float]:
     """E[1 / output length] of each."""
     generated = [request.num_output_tokens for request in requests]
@@ -110,6 +117,8 @@ def _urgencies(
 ) -> list[float]:
     """Decode weight over 1 / output length of each."""
     implied = TOKEN_S / implied_tpot_s
+    if not have_paces(requests) and not any(map(_priority, requests)):
+        return [implied] * len(requests)
     urgencies: list[float] = []
     for request, reciprocal in zip(requests, reciprocals, strict=True):
         urgency = implied if request.slo.tpot_s is None else _urgency_of_wish(request, now_s, reciprocal, step_s)

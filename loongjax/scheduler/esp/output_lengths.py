@@ -12,6 +12,8 @@ from jaxtyping import Int
 WINDOW = 512
 """Outputs that are remembered."""
 QUANTILE = 0.9
+MAX_LOOKED_UP = 4096
+"""Tokens up to which what is expected beyond so many is kept for each number of them."""
 
 
 class OutputLengths:
@@ -33,8 +35,8 @@ class OutputLengths:
         """[i]: the sum of the ascending lengths from the i-th on."""
         self._reciprocals_from = [0.0]
         """[i]: the sum of 1 / length from the i-th on."""
-        self._means_from: list[float] = []
-        """[i]: their mean."""
+        self._means_beyond: list[float] = []
+        """[n]: the mean of 1 / length of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
 
     def copy(self) -> OutputLengths:
         other = object.__new__(OutputLengths)
@@ -55,8 +57,8 @@ class OutputLengths:
         self._ascending_list = self._ascending.tolist()
         self._sums_from = _sums_from(self._ascending)
         self._reciprocals_from = _sums_from(1.0 / np.maximum(self._ascending, 1))
-        counts = range(len(self._ascending_list), 0, -1)
-        self._means_from = [total / count for total, count in zip(self._reciprocals_from, counts, strict=False)]
+        means = np.array(self._reciprocals_from[:-1]) / np.arange(len(self._ascending), 0, -1)
+        self._means_beyond = means.repeat(np.diff(self._ascending.clip(max=MAX_LOOKED_UP), prepend=0)).tolist()
 
     def bounds(
         self, num_output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"]
@@ -90,23 +92,25 @@ class OutputLengths:
 
         Where none was longer, it is taken to be half way.
         """
-        ascending, reciprocals_from, means_from = self._ascending_list, self._reciprocals_from, self._means_from
-        num_known = len(ascending)
-        longest = ascending[-1] if ascending else 0
-        if max(num_output_tokens, default=0) < longest < min(max_tokens, default=0):
-            return [means_from[bisect.bisect_right(ascending, generated)] for generated in num_output_tokens]
-        result: list[float] = []
-        for generated, most in zip(num_output_tokens, max_tokens, strict=True):
-            first = bisect.bisect_right(ascending, generated)
-            limit = most if most > generated else generated + 1
-            if first == num_known:
-                guess = 2 * generated or 1
-                result.append(1.0 / (guess if guess < limit else limit))
-                continue
-            at_limit = bisect.bisect_left(ascending, limit, first) if limit <= longest else num_known
-            below = reciprocals_from[first] - reciprocals_from[at_limit]
-            result.append((below + (num_known - at_limit) / limit) / (num_known - first))
-        return result
+        beyond, longest = self._means_beyond, self._ascending_list[-1] if self._ascending_list else 0
+        num_known = len(beyond)
+        return [
+            beyond[generated]
+            if generated < num_known and most > longest
+            else self._expected_reciprocal(generated, most)
+            for generated, most in zip(num_output_tokens, max_tokens, strict=True)
+        ]
+
+    def _expected_reciprocal(self, generated: int, most: int) -> float:
+        ascending, num_known = self._ascending_list, len(self._ascending_list)
+        first = bisect.bisect_right(ascending, generated)
+        limit = most if most > generated else generated + 1
+        if first == num_known:
+            guess = 2 * generated or 1
+            return 1.0 / (guess if guess < limit else limit)
+        at_limit = bisect.bisect_left(ascending, limit, first)
+        below = self._reciprocals_from[first] - self._reciprocals_from[at_limit]
+        return (below + (num_known - at_limit) / limit) / (num_known - first)
 
 
 def _sums_from(numbers: np.ndarray) -> list[float]:

@@ -39,6 +39,7 @@ class Window:
         self._now_s = now_s
         self._has_wishes = any(request.slo.ttft_s is not None for request in requests)
         self.lens = [request.num_tokens for request in requests]
+        self.squared_lens = [length * length for length in self.lens]
         self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""
         self.most = [(request.max_total_tokens + shape.page_size) * request.keeps_kv for request in requests]
@@ -65,7 +66,7 @@ class Window:
         self._loads = np.array(
             (
                 self.lens,
-                [length * length for length in self.lens],
+                self.squared_lens,
                 self.weights,
                 [pages * shape.page_size for pages in self.pages],
             ),
@@ -99,12 +100,11 @@ class Window:
 
     def weight(self, places: Sequence[int]) -> float:
         """Of these requests together."""
-        return sum([self.weights[place] for place in places])
+        return sum(map(self.weights.__getitem__, places))
 
     def sums(self, places: Sequence[int]) -> tuple[int, int]:
         """The sum of these requests' lengths, and that of their squares."""
-        lens = [self.lens[place] for place in places]
-        return sum(lens), sum([length * length for length in lens])
+        return sum(map(self.lens.__getitem__, places)), sum(map(self.squared_lens.__getitem__, places))
 
     def longest_first(self, places: Sequence[int]) -> list[int]:
         """The same, those of equal lengths in the order of the queue."""

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loongjax.scheduler.esp import output_lengths
 from loongjax.scheduler.esp.output_lengths import WINDOW, OutputLengths, least_sample
 
 LENGTHS = st.lists(st.integers(0, 50), max_size=40)
@@ -80,11 +81,16 @@ def test_nine_of_ten_outputs_stay_within_their_bound():
     outputs=st.lists(st.integers(1, 40), max_size=30),
     generated=st.integers(0, 40),
     room=st.integers(1, 40),
+    most=st.sampled_from([1, 20, output_lengths.MAX_LOOKED_UP]),
 )
-def test_expected_reciprocals_are_means_over_the_longer_outputs(outputs: list[int], generated: int, room: int) -> None:
+def test_expected_reciprocals_are_means_over_the_longer_outputs(
+    outputs: list[int], generated: int, room: int, most: int
+) -> None:
     lengths = OutputLengths()
-    for output in outputs:
-        lengths.add(output)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output_lengths, "MAX_LOOKED_UP", most)
+        for output in outputs:
+            lengths.add(output)
     limit = generated + room
     longer = [min(output, limit) for output in outputs if output > generated]
     expected = sum(1 / output for output in longer) / len(longer) if longer else 1 / min(max(2 * generated, 1), limit)
