@@ -5,10 +5,10 @@
 Each case is a cluster with so many instances, running and waiting requests. Requests' lengths are log-normal, their
 keys on one instance each, and the policy knows how long the last outputs were. A sample is one answer to a view of its
 own; as while serving, the policy has seen those who wait arrive, one after the other, and was asked about the same
-cluster before, when the idle groups had a token less. The views differ in what the engine asks about: one decode group
-that is idle while the others are in flight (a step has ended, or is rehearsed), some instances vacant, or everything
-idle. "picked" is how many waiting requests an answer may prefill together, all of which go through the batching of
-equation 5.
+cluster before, when the idle groups had a token less; in some cases somebody has come since. The views differ in what
+the engine asks about: one decode group that is idle while the others are in flight (a step has ended, or is rehearsed),
+some instances vacant, or everything idle. "picked" is how many waiting requests an answer may prefill together, all of
+which go through the batching of equation 5.
 
 Times are of the wall clock, of the thread (`cpu`: what the answer takes on a machine that nobody else uses; where the
 two differ by milliseconds, the operating system ran somebody else meanwhile), and of garbage collections within
@@ -70,6 +70,8 @@ class Case:
     """Instances without keys, all idle."""
     num_idle: int = 1
     """Instances with keys that are idle; the others decode."""
+    num_new: int = 0
+    """Waiting requests that have come since the policy was asked last."""
 
 
 CASES = {
@@ -78,6 +80,10 @@ CASES = {
     "an instance is vacant": Case(num_instances=8, num_running=256, num_waiting=1000, num_vacant=1),
     "half are vacant": Case(num_instances=8, num_running=256, num_waiting=1000, num_vacant=4),
     "all is idle": Case(num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, num_idle=4),
+    "a step ends, somebody has come": Case(num_instances=8, num_running=256, num_waiting=1000, num_new=1),
+    "all is idle, somebody has come": Case(
+        num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, num_idle=4, num_new=1
+    ),
     "half are vacant, 256 picked": Case(
         num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, max_picked=256
     ),
@@ -163,8 +169,8 @@ def _flights(case: Case, running: list[RunningView]) -> tuple[FlightView, ...]:
     return tuple(flights)
 
 
-def a_step_before(view: ClusterView) -> ClusterView:
-    """The same when those who are idle now had a token less."""
+def a_step_before(view: ClusterView, num_new: int = 0) -> ClusterView:
+    """The same when those who are idle now had a token less, and so many of those who wait had not come yet."""
     running = []
     for request in view.running:
         if request.is_in_flight or request.num_output_tokens < 2:
@@ -179,7 +185,8 @@ def a_step_before(view: ClusterView) -> ClusterView:
                 kv=((instance, num_tokens - 1),),
             )
         )
-    return dataclasses.replace(view, running=tuple(running), now_s=view.now_s - 0.01)
+    waiting = view.waiting[: len(view.waiting) - num_new] if num_new else view.waiting
+    return dataclasses.replace(view, running=tuple(running), waiting=waiting, now_s=view.now_s - 0.01)
 
 
 def while_nobody_is_idle(view: ClusterView) -> ClusterView:
@@ -226,7 +233,7 @@ def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str
     for index in range(num_samples + 3):
         view = make_view(case, random)
         asked = policy.copy()
-        before = a_step_before(view)
+        before = a_step_before(view, case.num_new)
         asked.plan(while_nobody_is_idle(before))
         asked.copy().plan(before)
         gc.freeze()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from jaxtyping import Float
 
 from loongjax.scheduler.esp.objective import priority_factor
 from loongjax.scheduler.esp.window import Window
@@ -28,14 +29,27 @@ class Candidates:
         self._count = count
         self._implied_ttft_s = implied_ttft_s
         self._queue: tuple[WaitingView, ...] = ()
+        self._lens = np.empty(0)
+        """Of the first `MAX_SEEN` of it."""
         self._found: list[WaitingView] = []
         self._window: Window | None = None
 
     def of(self, queue: tuple[WaitingView, ...]) -> list[WaitingView]:
-        """In the order of the queue. Shared: not to be changed."""
+        """In the order of the queue. Shared: not to be changed, and the same while they stay who they were."""
         if queue is not self._queue:
-            self._queue, self._found = queue, shortest(queue[:MAX_SEEN], self._count)
+            seen = queue[:MAX_SEEN]
+            self._lens = self._lens_of(seen)
+            self._queue, found = queue, shortest(seen, self._lens, self._count)
+            if found != self._found:
+                self._found = found
         return self._found
+
+    def _lens_of(self, seen: tuple[WaitingView, ...]) -> Float[np.ndarray, " requests"]:
+        """Who has come since is behind those who were there, mostly."""
+        before = self._queue[:MAX_SEEN]
+        if seen[: len(before)] != before:
+            return _lens(seen)
+        return np.concatenate((self._lens, _lens(seen[len(before) :])))
 
     def window_of(self, requests: list[WaitingView], view: ClusterView, *, is_patient: bool) -> Window:
         """Of these candidates. Shared: not to be changed."""
@@ -46,18 +60,27 @@ class Candidates:
         return window
 
 
-def shortest(waiting: Sequence[WaitingView], count: int) -> list[WaitingView]:
+def shortest(waiting: Sequence[WaitingView], lens: Float[np.ndarray, " requests"], count: int) -> list[WaitingView]:
     """The first of these, and the shortest of the others, so many altogether, in the order of the queue.
 
     Short prompts weigh most for the time that they take, so behind a long queue they must not go unseen. A step of
     priority counts like half as long a prompt twice over, as it does in weight over time.
+
+    Args:
+        waiting: a queue.
+        lens: tokens of each.
+        count: how many.
     """
     if len(waiting) <= count:
         return list(waiting)
-    lens = np.array([request.num_tokens for request in waiting], np.float64)
+    keys = lens.copy()
     if waiting[0].priority or waiting[-1].priority:
-        lens /= np.sqrt([priority_factor(request.priority) for request in waiting])
-    lens[0] = -1.0
-    places = np.argpartition(lens, count - 1)[:count]
+        keys /= np.sqrt([priority_factor(request.priority) for request in waiting])
+    keys[0] = -1.0
+    places = np.argpartition(keys, count - 1)[:count]
     places.sort()
     return [waiting[place] for place in places.tolist()]
+
+
+def _lens(waiting: Sequence[WaitingView]) -> Float[np.ndarray, " requests"]:
+    return np.array([request.num_tokens for request in waiting], np.float64)

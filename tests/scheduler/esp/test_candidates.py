@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import operator
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loongjax.core.plan import Plan, Prefill
 from loongjax.core.request import ServiceLevel
+from loongjax.scheduler.esp import candidates as module
 from loongjax.scheduler.esp.candidates import Candidates
 from tests.scheduler.esp.hand_model import HandModel, ask
 from tests.scheduler.views import cluster, running, waiting
@@ -62,6 +64,29 @@ def test_a_queue_that_has_changed_is_looked_at_again() -> None:
     shorter = (*queue, waiting("d", 3, 1))
     assert candidates.of(shorter) == [shorter[0], shorter[3]]
     assert candidates.of(queue[:2]) == [*queue[:2]]
+
+
+def test_candidates_stay_the_same_list_while_longer_ones_come_behind_them() -> None:
+    candidates, queue = Candidates(2, math.inf), (waiting("a", 0, 9), waiting("b", 1, 8), waiting("c", 2, 7))
+    found = candidates.of(queue)
+    assert candidates.of((*queue, waiting("d", 3, 10))) is found
+    assert candidates.of((*queue, waiting("e", 4, 6))) is not found
+
+
+@given(
+    queues=st.lists(st.lists(st.tuples(st.integers(0, 9), st.sampled_from([-1, 0, 0, 0, 1])), max_size=8), max_size=5),
+    most=st.sampled_from([3, 6, 1024]),
+)
+def test_a_queue_that_grows_and_shrinks_is_looked_at_as_if_it_were_new(
+    queues: list[list[tuple[int, int]]], most: int
+) -> None:
+    """Equal pairs of (which request, priority) are equal requests, so many queues begin alike."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "MAX_SEEN", most)
+        candidates = Candidates(2, math.inf)
+        for queue in queues:
+            waits = tuple([waiting(f"w{order}", order, 1 + 7 * order % 5, priority=p) for order, p in queue])
+            assert candidates.of(waits) == Candidates(2, math.inf).of(waits)
 
 
 def test_what_candidates_weigh_is_worked_out_again_once_time_or_patience_changes_it() -> None:
