@@ -96,6 +96,10 @@ class Splits:
             self._found[num_instances] = self._find(num_instances)
         return self._found[num_instances]
 
+    def least_cost(self, num_instances: int) -> float:
+        """What those on no more than so many instances cost, fewer than all; inf if there are none."""
+        return float(self._table.least[:num_instances, -1].min(initial=np.inf))
+
     def _find(self, num_instances: int) -> tuple[Batch, ...] | None:
         num_requests = self._loads.shape[1]
         if num_requests == 0:
@@ -258,8 +262,8 @@ class _Table:
         self._is_memory_short = is_memory_short
         self._alone = np.full((len(free_tokens), loads.shape[1] + 1), np.inf)
         """[k - 1, i]: the cost of the first i requests as one batch on the first k instances."""
-        self._least = self._alone.copy()
-        """[k - 1, i]: f[i][k]."""
+        self.least = self._alone.copy()
+        """[k - 1, i]: f[i][k]. The last k is not filled in."""
 
     def price(self, block: _Block, seconds: PrefillSeconds, max_tokens_per_instance: int) -> None:
         """Finds the costs of a block's runs; infinite where instances cannot compute as much."""
@@ -288,10 +292,10 @@ class _Table:
         before = self._workspace.array("before", num_instances - 1, num_runs)
         """[-k, run]: f[j][k] of the requests before the run."""
         sums = self._workspace.array("sums", num_instances - 1, num_runs)
-        self._least[:, entries] = self._alone[:, entries]
+        self.least[:, entries] = self._alone[:, entries]
         for k in range(1, num_instances):
             # Every batch takes an instance, so a row of f follows from those before it, all of it at once.
-            row = self._least[k - 1]
+            row = self.least[k - 1]
             if k > 1:
                 candidates = np.add(before[num_instances - k :], costs[: k - 1], out=sums[: k - 1])
                 if self._is_memory_short:
@@ -306,7 +310,7 @@ class _Table:
         """The batches behind the least f[n][k] of no more than so many instances, at least 2, found again from the last
         to the first; None if it is infinite."""
         i = len(self._runs.parts)
-        least = self._least[:num_instances, i].tolist()
+        least = self.least[:num_instances, i].tolist()
         if num_instances == len(self._costs):
             least[-1] = min(self._alone[-1, i], self._candidates(i, num_instances).min())
         k = least.index(min(least)) + 1
@@ -330,7 +334,7 @@ class _Table:
         what is before them on the others, at least one."""
         part = self._runs.parts[i - 1]
         begin = i - (part.stop - part.start)
-        candidates = self._least[k - 2 :: -1, begin:i] + self._costs[: k - 1, part]
+        candidates = self.least[k - 2 :: -1, begin:i] + self._costs[: k - 1, part]
         if self._is_memory_short:
             self._forbid(candidates, self._upto[3, i - 1] - self._before[3, begin:i], k)
         return candidates

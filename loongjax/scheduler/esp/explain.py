@@ -31,7 +31,7 @@ class Decision:
     gain: float
     """In seconds x weight (`loongjax.scheduler.esp.objective`); in seconds for scale-up and scale-down."""
     cost: float
-    """As the gain; of a batch the predicted time x weight."""
+    """As the gain; of a batch the predicted time x weight. Where no instance is spared it may be more."""
     instances: tuple[InstanceId, ...]
     """What the question was about."""
     request_ids: tuple[str, ...] = ()

@@ -74,7 +74,7 @@ def launch(
     # What one prefill would take of a batch matters where it starts, and to those who compare.
     ordered = put_in_order(batches, choice, window, times, starting=set(choice.instances) if vacant else draft.idle)
     if vacant:
-        decided = sparing.decide(ordered, vacant, splitter.split_on_fewer)
+        decided = sparing.decide(ordered, vacant, splitter)
         if decided is None:
             draft.reserve(choice.instances)
             return Launch([], set(choice.places))

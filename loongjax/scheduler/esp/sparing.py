@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
@@ -23,7 +23,7 @@ from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook
-from loongjax.scheduler.esp.splitter import PlacedBatch
+from loongjax.scheduler.esp.splitter import PlacedBatch, Splitter
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.tipping import OrderedBatch, put_in_order
 from loongjax.scheduler.esp.window import Window
@@ -77,14 +77,14 @@ class Sparing:
         self,
         batches: list[OrderedBatch],
         vacant: Sequence[InstanceId],
-        split_on: Callable[[list[InstanceId]], list[PlacedBatch]],
+        splitter: Splitter,
     ) -> list[OrderedBatch] | None:
         """These batches, those that leave an instance idle, or None: nothing is to start now.
 
         Args:
             batches: of the choice, on all its instances.
             vacant: those that could be left idle, at least one.
-            split_on: the batches of the same requests on fewer instances; none if there is no room.
+            splitter: found these batches.
         """
         loss = self._newcomers.cost(self._taken(batches))
         if not loss:
@@ -93,11 +93,16 @@ class Sparing:
             return None if self._is_held(vacant, loss) else batches
         # Who comes is short and needs little room.
         spared = min(vacant, key=lambda instance: (self._draft.room(instance), instance))
-        others = split_on([instance for batch in batches for instance in batch.group if instance != spared])
+        fewer_instances = [instance for batch in batches for instance in batch.group if instance != spared]
+        here = self._cost([batch[:2] for batch in batches], [batch.whole_s for batch in batches])
+        least = splitter.least_cost_on_fewer(len(fewer_instances)) - here
+        if loss <= least < math.inf:  # mostly, and what exactly it costs takes longer to find out
+            self._judge(loss, least, (spared,))
+            return batches
+        others = splitter.split_on_fewer(fewer_instances)
         if not others:
             return batches
-        cost = self._cost(others, [self._batch_s(batch) for batch in others])
-        cost -= self._cost([batch[:2] for batch in batches], [batch.whole_s for batch in batches])
+        cost = self._cost(others, [self._batch_s(batch) for batch in others]) - here
         gain, fewer = loss, batches
         if cost < loss:  # more than all of that is not to be gained
             fewer = put_in_order(others, self._choice, self._window, self._times, starting=set(self._choice.instances))

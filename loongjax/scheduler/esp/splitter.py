@@ -10,6 +10,8 @@ from loongjax.scheduler.esp.batching import SplitMemory, Splits
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
+ROUNDING = 1e-9
+"""More than what sums of times x weights in another order may differ by."""
 PlacedBatch = tuple[list[int], list[InstanceId]]
 """One batch: its requests, by their places in the window, and its group."""
 
@@ -45,6 +47,12 @@ class Splitter:
         return self._batches(
             self._splits_of(self._by_length, instances) if splits.is_memory_short else splits, instances
         )
+
+    def least_cost_on_fewer(self, num_instances: int) -> float:
+        """What the requests of the last batches cost at least on so many instances: their times x weights."""
+        splits = self._splits
+        assert splits is not None, "nothing was split before"
+        return 0.0 if splits.is_memory_short else (1.0 - ROUNDING) * splits.least_cost(num_instances)
 
     def _splits_of(self, by_length: list[int], instances: list[InstanceId]) -> Splits:
         draft, page_size = self._draft, self._draft.shape.page_size
