@@ -112,6 +112,8 @@ class _RatesOfDops:
 
     sp: np.ndarray
     flops_per_s: np.ndarray
+    weights_s: np.ndarray
+    """Reading the weights."""
     slow_rings: list[tuple[int, float]]
     """Rows and seconds a token of rings that are not faster than the products of any token: the others never are the
     longest."""
@@ -149,7 +151,7 @@ class RooflineModel(CostModel):
         """As `prefill_s`, on all numbers of instances at a time."""
         rates = self._rates_of_dops(len(out), tp)
         np.divide(self.model.prefill_flops(totals), rates.flops_per_s, out=out)
-        np.maximum(out, self._weights_s(tp), out=out)
+        np.maximum(out, rates.weights_s, out=out)
         for row, ring_token_s in rates.slow_rings:
             np.maximum(out[row], ring_token_s * totals.num_tokens, out=out[row])
         if tp > 1:
@@ -214,6 +216,7 @@ class RooflineModel(CostModel):
         return _RatesOfDops(
             sp=sp,
             flops_per_s=flops_per_s,
+            weights_s=np.full_like(sp, self._weights_s(tp)),
             slow_rings=[(row, float(ring_token_s[row, 0])) for row in np.flatnonzero(is_slow).tolist()],
             key_s=self._key_s(tp) / sp,
             overheads_s=self._overheads_s(tp, sp - 1.0),

@@ -12,6 +12,7 @@ H is above 0 only if all instances prefill; then it is the time until the first 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Mapping
 
@@ -65,9 +66,10 @@ class Newcomers:
         wait_s = self.wait_s(taken)
         if not wait_s:
             return 0.0
-        saved_s = max(0.0, wait_s - self._slower_alone_s())
+        saved_s = max(0.0, wait_s - self._slower_alone_s)
         return self.weight_per_s * saved_s * saved_s / 2.0
 
+    @functools.cached_property
     def _slower_alone_s(self) -> float:
         """The p above, of the mean length of what weighs."""
         sums = self._arrivals.sums

@@ -57,6 +57,8 @@ class EspPolicy:
         self._base_model = cost_model
         self._corrector = Corrector()
         self._predictions = Predictions(cost_model)
+        self._times: Times | None = None
+        """Those of the last view, while nothing is learned."""
         self._can_migrate = _knows_migration(cost_model)
         self._explain = explain
         self._lengths = OutputLengths()
@@ -79,7 +81,7 @@ class EspPolicy:
 
     def observe(self, observations: Sequence[Observation]) -> None:
         """Corrects the cost model, and learns how long outputs are. See `Policy.observe`."""
-        self._corrector = self._corrector.copy()
+        self._corrector, self._times = self._corrector.copy(), None
         self._correct([ended for ended in observations if isinstance(ended, IterationEnded)])
         for observation in observations:
             if isinstance(observation, RequestEnded) and observation.finish_reason in (
@@ -98,7 +100,7 @@ class EspPolicy:
         draft = Draft(view, self._config.growth_tokens, self._residents)
         if not draft.idle:
             return ()
-        times = Times(self._base_model, view.shape.tp, corrector=self._corrector, predictions=self._predictions)
+        times = self._times_of(view.shape.tp)
         components = None
         if view.waiting:
             components = PrefillPlanner(
@@ -130,6 +132,11 @@ class EspPolicy:
             DecodePlanner(draft, rules, self._fairness, components).plan()
         self._fairness.prune(view.running, view.waiting)
         return draft.plans
+
+    def _times_of(self, tp: int) -> Times:
+        if self._times is None or self._times.tp != tp:
+            self._times = Times(self._base_model, tp, corrector=self._corrector, predictions=self._predictions)
+        return self._times
 
     def _correct(self, iterations: Sequence[IterationEnded]) -> None:
         """In order, for strategies learn from each other."""

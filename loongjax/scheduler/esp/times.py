@@ -52,7 +52,7 @@ class Times:
             predictions: what the model was asked before; None: nothing.
         """
         self._model = model
-        self._tp = tp
+        self.tp = tp
         self._corrector = corrector
         self._predictions = Predictions(model) if predictions is None else predictions
         self._strategies: dict[tuple[Kind, int], tuple[Strategy, float]] = {}
@@ -60,7 +60,7 @@ class Times:
     def on_first(self, num_instances: int) -> PrefillsOnFirst:
         """Those of prefills on 1, 2, ... so many instances."""
         factors = [self._known("prefill", dop)[1] for dop in range(1, num_instances + 1)]
-        return PrefillsOnFirst(self._model, self._tp, tuple(factors))
+        return PrefillsOnFirst(self._model, self.tp, tuple(factors))
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""
@@ -101,7 +101,7 @@ class Times:
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
-        return self._predictions.migration_s(num_tokens, self._tp)
+        return self._predictions.migration_s(num_tokens, self.tp)
 
     def until_free_s(self, view: ClusterView) -> list[float]:
         """Seconds until what occupies each instance should be over: 0 if nothing does, inf while it recovers.
@@ -162,7 +162,7 @@ class Times:
         """The strategy of so many instances, and what to multiply its times by."""
         known = self._strategies.get((kind, dop))
         if known is None:
-            strategy = Strategy(dop, self._tp)
+            strategy = Strategy(dop, self.tp)
             factor = 1.0 if self._corrector is None else self._corrector.factor(kind, strategy)
             known = self._strategies[kind, dop] = strategy, factor
         return known

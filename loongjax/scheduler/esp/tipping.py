@@ -79,8 +79,8 @@ def put_in_order(
         orders = [sorted(batches[index][0], key=window.rank.__getitem__) for index in indices]
         lines = [
             Line(
-                lens=[window.lens[place] for place in order],
-                weights=[window.weights[place] for place in order],
+                lens=list(map(window.lens.__getitem__, order)),
+                weights=list(map(window.weights.__getitem__, order)),
                 paused_weight=choice.paused_weight(batches[index][1]),
             )
             for index, order in zip(indices, orders, strict=True)
