@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.core.plan import Decode, Prefill, SubBatch
-from loongjax.core.request import FinishReason
+from loongjax.core.request import FinishReason, ServiceLevel
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.costmodel.work import DecodeWork
@@ -72,6 +72,8 @@ class Case:
     """Instances with keys that are idle; the others decode."""
     num_new: int = 0
     """Waiting requests that have come since the policy was asked last."""
+    ttft_slo_s: float | None = None
+    """What those who wait wish for: their weights follow the clock, so that no search is like the last one."""
 
 
 CASES = {
@@ -83,6 +85,10 @@ CASES = {
     "a step ends, somebody has come": Case(num_instances=8, num_running=256, num_waiting=1000, num_new=1),
     "all is idle, somebody has come": Case(
         num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, num_idle=4, num_new=1
+    ),
+    "a step ends, with wishes": Case(num_instances=8, num_running=256, num_waiting=1000, ttft_slo_s=30.0),
+    "all is idle, with wishes": Case(
+        num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, num_idle=4, ttft_slo_s=30.0
     ),
     "half are vacant, 256 picked": Case(
         num_instances=8, num_running=256, num_waiting=1000, num_vacant=4, max_picked=256
@@ -130,6 +136,7 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
                 max_total_tokens=num_tokens + 1000,
                 keeps_kv=True,
                 arrival_s=arrival_s,
+                slo=ServiceLevel(ttft_s=case.ttft_slo_s),
             )
         )
     return ClusterView(
