@@ -10,11 +10,13 @@ without keys cost nothing. A decode group B with instances G is paused for furth
 where w is what a second costs (`objective`) and T the prefill's predicted time on G. The paper asks this of all R' at
 once, so that one long prompt among them keeps all from starting; here R' is the beginning of the order that gains most.
 The paper's wait is until B ends; here it is the least of that, of the end of what was taken before, and of the end of
-prefills in flight that leave instances without keys. A pause that pays is put off while others may come to share it:
+prefills in flight that leave instances without keys. R' has room on G alone: keys on two decode groups would tie them
+together. A pause that pays is put off while others may come to share it:
 
-    until sum over R' of w_r x (wait so far) >= sum over B of w_b x A
+    until sum over R' of w_r x (wait so far) >= A x loss of B
 
-where A is what each prefill takes, however small it is. If weight comes at a steady rate, what the first ones wait then
+where A is what each prefill takes, however small it is, and what a lost second costs is `outlook.loss_weight`. If
+weight comes at a steady rate, what the first ones wait then
 costs as much as the pauses do, which together is least; however it comes, it is at most twice the least (the rule for
 acknowledging packets of Dooly, Goldman and Scott, 2001). Where pausing does not pay and nothing else can start, one
 instance of G may be freed instead by moving the keys it holds, for (weight of R' + weight of B) x the migration's time,
@@ -36,7 +38,7 @@ from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink, Step
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Move, Mover
-from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
+from loongjax.scheduler.esp.outlook import Outlook, Site, loss_weight, step_s
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
@@ -53,6 +55,8 @@ class Choice:
     instances: list[InstanceId]
     sites: list[Site]
     """Decode groups that are paused for it, and others' instances that it waits for."""
+    parts: list[tuple[list[int], list[InstanceId]]] = dataclasses.field(default_factory=list)
+    """Its requests by the instances that were chosen for them, where they have room without the others."""
     move: Move | None = None
     """Keys to be moved before any of it can start."""
     is_held: bool = False
@@ -64,10 +68,15 @@ class Choice:
     def dop(self) -> int:
         return len(self.instances)
 
-    def paused_weight(self, group: Collection[InstanceId]) -> float:
-        """What a second costs the decodes that are paused on any of these instances."""
+    def loss_weight(self, group: Collection[InstanceId], times: Times) -> float:
+        """What a lost second costs on these instances, of which some are decode groups that are paused."""
         members = set(group)
-        return sum([site.pause_weight for site in self.sites if not members.isdisjoint(site.instances)], 0.0)
+        return sum([loss_weight(site, times) for site in self.sites if not members.isdisjoint(site.instances)], 0.0)
+
+    def add(self, places: Sequence[int], instances: Sequence[InstanceId]) -> None:
+        """Further requests, for instances of its own."""
+        self.places.extend(places)
+        self.parts.append((list(places), list(instances)))
 
     def take(self, site: Site) -> None:
         self.sites.append(site)
@@ -102,10 +111,9 @@ class Dispatcher:
     def dispatch(self) -> Choice:
         """Fills the vacant instances, then pauses decodes one group after the other where the gain exceeds the cost."""
         choice = Choice([], [], [])
-        if self._outlook.vacant:
-            choice.places = self.pick(self._outlook.vacant, [])
-            if choice.places:
-                choice.instances = list(self._outlook.vacant)
+        if self._outlook.vacant and (places := self.pick(self._outlook.vacant, [])):
+            choice.add(places, self._outlook.vacant)
+            choice.instances = list(self._outlook.vacant)
         most = min(self._config.max_picked, len(self._window))
         if len(choice.places) >= most:
             return choice
@@ -113,14 +121,14 @@ class Dispatcher:
         for site in self._outlook.by_pause_cost():
             if num_refusals >= MAX_REFUSALS or len(choice.places) >= most:
                 break
-            more = self.pick([*choice.instances, *site.instances], choice.places)
+            more = self.pick(site.instances, choice.places)
             if more and not choice.places and not self._window.is_patient:
                 self._make_way(choice, site)
                 break
             num_worth = self._num_worth_pausing(choice, site, more) if more else 0
             if num_worth and not self._is_put_off(site, more[:num_worth]):
                 choice.take(site)
-                choice.places += more[:num_worth]
+                choice.add(more[:num_worth], site.instances)
             elif not num_worth and not choice.places and self._moves_away(choice, site, more):
                 break
             else:
@@ -128,8 +136,8 @@ class Dispatcher:
         return choice
 
     def pick(self, instances: Sequence[InstanceId], taken: Sequence[int]) -> list[int]:
-        """Further requests, by their places, that fit on these instances beside those taken: most weight for the length
-        first.
+        """Further requests, by their places, that fit on these instances, while those taken are prefilled elsewhere:
+        most weight for the length first.
 
         A few that do not fit are passed over, but not the first of the window once it was overtaken enough.
         """
@@ -140,18 +148,19 @@ class Dispatcher:
         num_tokens = len(instances) * draft.view.max_num_batched_tokens
         num_pages = sum([draft.room(i) for i in instances])
         num_seats = sum([max(0, max_num_seqs - draft.num_newest[i]) for i in instances])
-        num_seats = min(num_seats, self._config.max_picked)
-        company = list(taken)
+        num_seats = min(num_seats, self._config.max_picked - len(taken))
+        picked: list[int] = []
         if not taken:
             # Mostly all that fit are the first ones.
             num_first = window.num_first_within(num_tokens, num_pages, memory.num_free)
-            company = window.order[: max(0, min(num_first, num_seats))]
-        if len(company) >= min(num_seats, len(window)):
-            return company[len(taken) :]
-        num_tokens -= sum([window.lens[place] for place in company])
-        num_pages -= sum([window.pages[place] for place in company])
+            picked = window.order[: max(0, min(num_first, num_seats))]
+        company = [*taken, *picked]
+        if len(picked) >= num_seats or len(company) >= len(window):
+            return picked
+        num_tokens -= sum([window.lens[place] for place in picked])
+        num_pages -= sum([window.pages[place] for place in picked])
         num_slots = memory.num_free - sum([memory.most[place] for place in company])
-        num_seats -= len(company)
+        num_seats -= len(picked)
         already, num_skipped = set(company), 0
         for place in window.order:
             request = window[place]
@@ -225,7 +234,8 @@ class Dispatcher:
         weights, requests = window.weights, window.requests
         waited = sum([weights[place] * (now_s - requests[place].arrival_s) for place in more])
         fixed_s = self._times.fixed_prefill_s(len(site.instances))
-        return self._judge("put-off", site, more, site.pause_weight * fixed_s, waited, (("fixed_s", fixed_s),))
+        loss = loss_weight(site, self._times) * fixed_s
+        return self._judge("put-off", site, more, loss, waited, (("fixed_s", fixed_s),))
 
     def _moves_away(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
         """Chooses those of the requests that fit on one instance of the group, and the move that frees it, if that

@@ -48,6 +48,9 @@ def launch(
 ) -> Launch:
     """Splits the choice into batches, starts those whose instances are idle, and holds the idle instances of others.
 
+    Where memory is short, each paused decode group keeps to the requests that it was paused for: neighbours in order of
+    length seldom fill the room of all groups, and equation 5 would put them on several groups together.
+
     Of a batch, the requests that weigh most start, which are the shortest, up to its tipping point; the others come
     next. The paper runs a batch as a whole, so a short prompt that meets a long one where one instance is free would
     take as long. Shortest first is what its own objective asks for then: it is least if requests follow each other in
@@ -66,11 +69,17 @@ def launch(
     """
     instances = sorted(choice.instances, key=lambda instance: (-draft.room(instance), instance))
     splitter = Splitter(draft, window, times, splits)
-    batches = splitter.split(choice.places, instances)
+    is_apart = len(choice.parts) > 1 and _is_memory_short(draft, choice, window)
+    batches = [
+        batch
+        for places, chosen in (choice.parts if is_apart else [(choice.places, instances)])
+        for batch in splitter.split(places, sorted(chosen, key=instances.index))
+    ]
     started: list[int] = []
     coming: set[int] = set()
     sparing = Sparing(draft, outlook, choice, window, times, newcomers=newcomers, explain=explain)
-    vacant = sparing.spareable([instance for _, group in batches for instance in group]) if batches else []
+    taken = [instance for _, group in batches for instance in group]
+    vacant = sparing.spareable(taken) if batches and not is_apart else []
     # What one prefill would take of a batch matters where it starts, and to those who compare.
     ordered = put_in_order(batches, choice, window, times, starting=set(choice.instances) if vacant else draft.idle)
     if vacant:
@@ -80,29 +89,59 @@ def launch(
             return Launch([], set(choice.places))
         ordered = decided
     for batch in ordered:
-        group, kept = batch.group, batch.starting
+        group = batch.group
         if not draft.idle.issuperset(group):
             _hold(draft, outlook, choice, group, times)
             coming.update(batch.places)
+            continue
+        kept = _whole(draft, group, batch.starting, window)
+        if not kept:
             continue
         start(draft, group, window.views(kept), growth_tokens)
         started += kept
         coming.update(batch.places[batch.num_starting :])
         if explain is not None:
-            requests = window.views(kept)
+            requests, duration_s = window.views(kept), times.batch_of_s(len(group), *window.sums(kept))
             explain(
                 Decision(
                     now_s=draft.view.now_s,
                     step="batch",
                     is_taken=True,
                     gain=0.0,
-                    cost=batch.starting_s * window.weight(kept),
+                    cost=duration_s * window.weight(kept),
                     instances=tuple(sorted(group)),
                     request_ids=tuple([request.request_id for request in requests]),
-                    terms=(("prefill_s", batch.starting_s), ("num_put_off", float(len(batch.places) - len(kept)))),
+                    terms=(("prefill_s", duration_s), ("num_put_off", float(len(batch.places) - len(kept)))),
                 )
             )
     return Launch(started, coming)
+
+
+def _is_memory_short(draft: Draft, choice: Choice, window: Window) -> bool:
+    """Whether some instance of the choice may not hold all its requests."""
+    num_pages = sum([window.pages[place] for place in choice.places])
+    return num_pages > min([draft.room(instance) for instance in choice.instances])
+
+
+def _whole(draft: Draft, group: Sequence[InstanceId], places: list[int], window: Window) -> list[int]:
+    """Those of the requests that are not cut, of all that some instance could ever hold whole.
+
+    Keys on two instances tie these together until the request ends, so that all their decodes take each step, and stand
+    still for each prefill, together. Room on one of them comes sooner.
+    """
+    if len(group) == 1:
+        return places
+    rooms = {instance: draft.room(instance) for instance in group}
+    whole: set[int] = set()
+    for place in sorted(places, key=window.lens.__getitem__, reverse=True):
+        num_pages = window.pages[place]
+        if num_pages > draft.shape.num_pages:
+            return places
+        roomiest = max(group, key=rooms.__getitem__)
+        if num_pages <= rooms[roomiest]:
+            rooms[roomiest] -= num_pages
+            whole.add(place)
+    return [place for place in places if place in whole]
 
 
 def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:

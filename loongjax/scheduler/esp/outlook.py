@@ -46,6 +46,19 @@ def step_s(site: Site, times: Times) -> float:
     return times.step_of_one_master_s(dop, len(site.requests), -(-num_keys // dop))
 
 
+def loss_weight(site: Site, times: Times) -> float:
+    """What a lost second costs the decodes of a group and those who join them later; 0 without decodes.
+
+    If a step of n rows takes a + b n seconds, and outputs have L tokens, n / (L (a + b n)) rows end a second. Where as
+    many come, a lost second leaves so many rows too many, and the surplus is worked off at a / (L (a + b n)^2) of it a
+    second: more rows end a second only as far as they share what does not depend on their number. All rows together
+    wait n (a + b n) / a seconds for it, the quotient of both, of which n would be those who are there.
+    """
+    if not site.requests:
+        return 0.0
+    return site.pause_weight * step_s(site, times) / times.least_step_s(len(site.instances))
+
+
 class Outlook:
     """All sites, and when each instance should be free.
 

@@ -75,6 +75,10 @@ class Times:
         """What two prefills with next to nothing to do take more than one."""
         return 2.0 * self.least_prefill_s(dop) - self.batch_of_s(dop, 2, 2)
 
+    def least_step_s(self, dop: int) -> float:
+        """Of a decode step that has next to nothing to do."""
+        return self.step_of_one_master_s(dop, 1, 1)
+
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
         strategy, factor = self._known("decode", dop)

@@ -4,7 +4,7 @@ While a prefill is bound by memory another request costs next to nothing, and it
 `fixed` seconds however small it is. Beyond, it delays those before it. So in the order in which the requests would best
 follow each other the first r is put off for which
 
-    (T(1..r) - T(1..r-1)) x sum of w before r  >  fixed x (sum of w from r on + that of the decodes paused).
+    (T(1..r) - T(1..r-1)) x sum of w before r  >  fixed x (sum of w from r on + loss of the decodes paused).
 
 With A + B tokens and n equal requests that is where the tokens exceed A / B, the model's tipping point, times the
 requests put off: a long queue is served in larger batches.
@@ -60,8 +60,8 @@ class Line(NamedTuple):
     """Tokens of each."""
     weights: Sequence[float]
     """What a second of waiting costs each."""
-    paused_weight: float = 0.0
-    """What a second costs the decodes that stand still for each prefill."""
+    loss_weight: float = 0.0
+    """What a lost second costs the decodes that stand still for each prefill, and those who join them later."""
 
 
 def put_in_order(
@@ -81,7 +81,7 @@ def put_in_order(
             Line(
                 lens=list(map(window.lens.__getitem__, order)),
                 weights=list(map(window.weights.__getitem__, order)),
-                paused_weight=choice.paused_weight(batches[index][1]),
+                loss_weight=choice.loss_weight(batches[index][1], times),
             )
             for index, order in zip(indices, orders, strict=True)
         ]
@@ -110,7 +110,7 @@ def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[Tippin
 
 def _tipping_point(seconds: Sequence[float], line: Line, fixed_s: float) -> TippingPoint:
     """Of one line, by the times of its first request, of its first two, and so on."""
-    before, rest = 0.0, sum(line.weights) + line.paused_weight
+    before, rest = 0.0, sum(line.weights) + line.loss_weight
     for number in range(1, len(seconds)):
         before += line.weights[number - 1]
         if (seconds[number] - seconds[number - 1]) * before > fixed_s * (rest - before):

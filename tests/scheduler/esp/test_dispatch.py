@@ -12,6 +12,8 @@ from loongjax.core.request import FinishReason, ServiceLevel
 from loongjax.costmodel.work import PrefillWork
 from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.objective import TOKEN_S
+from loongjax.scheduler.esp.outlook import Site, loss_weight
+from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView, FlightView
 from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
@@ -66,6 +68,37 @@ def test_a_pause_that_pays_is_put_off_until_its_prompts_have_waited_for_it(
     plans, decisions = answer(due_s + 0.01)
     assert not only(decisions, "put-off").is_taken
     assert sorted(prefilled(plans)) == sorted(f"w{index}" for index in range(len(arrivals_s)))
+
+
+def test_what_a_lost_second_costs_is_that_of_a_fluid_that_is_stirred() -> None:
+    """As many rows come as end; in a second in which none ends as many are left behind, and all wait the longer for it
+    until the number is what it was."""
+    num_rows, output_len, model = 300, 200, HandModel(step_s=2.0, row_s=0.01)
+
+    def ending_per_s(rows: float) -> float:
+        return rows / (output_len * (model.step_s + model.row_s * rows))
+
+    coming_per_s = ending_per_s(num_rows)
+    rows, waited_s = num_rows + coming_per_s, 0.0
+    for _ in range(30_000):
+        waited_s += rows - num_rows
+        rows += coming_per_s - ending_per_s(rows)
+    requests = tuple([running(f"r{index}", index, (0, 1)) for index in range(num_rows)])
+    site = Site(instances=(0,), requests=requests, weigh=lambda: float(num_rows))
+    assert loss_weight(site, Times(model, 1)) == pytest.approx(waited_s, rel=0.01)
+    assert waited_s > 2.4 * num_rows
+    assert loss_weight(Site(instances=(0,)), Times(model, 1)) == 0.0
+
+
+def test_a_pause_is_put_off_for_longer_the_more_of_a_step_the_rows_take() -> None:
+    """Half of each step is that of one row alone, so what is lost counts twice."""
+    waits = [waiting("w", 2, 100)]
+    for now_s, is_put_off in ((8.9, True), (9.1, False)):
+        view = dataclasses.replace(one_busy_instance(now_s=now_s), waiting=tuple(waits))
+        _, decisions = ask(view, HandModel(step_s=0.0, row_s=100.0, constant_s=0.2))
+        decision = only(decisions, "put-off")
+        assert decision.gain == pytest.approx(2.0 * (1 / 8 + 1 / 10) * 0.2)
+        assert decision.is_taken is is_put_off
 
 
 def test_no_keys_are_moved_for_whom_a_pause_is_put_off() -> None:

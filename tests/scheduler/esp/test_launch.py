@@ -86,3 +86,38 @@ def test_who_was_overtaken_enough_is_not_made_to_wait_for_a_prefill_to_end() -> 
     assert prefills(patient) == []
     urgent, _ = ask(view, HandModel(moved_s=1e9), max_overtakes=0)
     assert prefills(urgent) == [["long"]]
+
+
+def test_a_request_that_an_instance_could_hold_whole_is_not_cut_over_a_group() -> None:
+    """Two instances of 100 pages decode together, and have room for 60 each."""
+    runs = [running("tied", 0, (0, 39 * 4), (1, 38 * 4), num_output_tokens=5, max_new_tokens=4)]
+
+    def kept(num_pages: int) -> list[list[int]]:
+        waits = [waiting("w", 1, num_pages * 4, max_total_tokens=num_pages * 4)]
+        plans, _ = ask(cluster(2, runs=runs, waits=waits), HandModel(step_s=1e6, moved_s=1e9))
+        requests = [request for plan in plans if isinstance(plan, Prefill) for request in plan.requests]
+        return [[interval.instance for interval in request.kept] for request in requests]
+
+    assert [len(instances) for instances in kept(60)] == [1]
+    assert kept(80) == []
+    assert [len(instances) for instances in kept(110)] == [2]
+
+
+def test_where_memory_is_short_each_decode_group_keeps_to_the_requests_that_it_is_paused_for() -> None:
+    """There is room for 50 and 34 pages. Prompts of 20, 30 and 30 fill it, but not as neighbours in order of length:
+    equation 5 would put all of them on both instances.
+    """
+    runs = [
+        running("a", 0, (0, 49 * 4), num_output_tokens=5, max_new_tokens=4),
+        running("b", 1, (1, 32 * 4), num_output_tokens=5, max_new_tokens=4),
+        running("c", 2, (1, 32 * 4), num_output_tokens=5, max_new_tokens=4),
+    ]
+    waits = [
+        waiting(f"w{order}", order, num_pages * 4, max_total_tokens=num_pages * 4)
+        for order, num_pages in ((3, 30), (4, 20), (5, 30))
+    ]
+    view = cluster(2, runs=runs, waits=waits, now_s=100.0)
+    plans, _ = ask(view, HandModel(step_s=1e6, constant_s=1.0, token_s=0.001, moved_s=1e9))
+    groups = [plan.group for plan in plans if isinstance(plan, Prefill)]
+    started = {group: sorted(names) for group, names in zip(groups, prefills(plans), strict=True)}
+    assert started == {Group.of([0]): ["w3", "w4"], Group.of([1]): ["w5"]}

@@ -13,15 +13,15 @@ from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.tipping import Line, put_in_order, tipping_points
 from loongjax.scheduler.esp.window import Window
 from tests.scheduler.esp.hand_model import HandModel
-from tests.scheduler.views import waiting
+from tests.scheduler.views import running, waiting
 
 
-def line_of(lens: list[int], paused_weight: float = 0.0) -> Line:
-    return Line(lens, [1.0 / length for length in lens], paused_weight)
+def line_of(lens: list[int], loss_weight: float = 0.0) -> Line:
+    return Line(lens, [1.0 / length for length in lens], loss_weight)
 
 
-def tipping_point(model: HandModel, lens: list[int], paused_weight: float = 0.0) -> int:
-    (point,) = tipping_points(Times(model, 1), 1, [line_of(lens, paused_weight)])
+def tipping_point(model: HandModel, lens: list[int], loss_weight: float = 0.0) -> int:
+    (point,) = tipping_points(Times(model, 1), 1, [line_of(lens, loss_weight)])
     return point.number
 
 
@@ -65,7 +65,8 @@ def test_the_batches_of_a_choice_are_put_in_order_and_each_counts_the_decodes_of
     lens = [200, 10, 10, 200]
     requests = [waiting(f"w{order}", order, length) for order, length in enumerate(lens)]
     shape = ClusterShape(num_instances=3, num_pages=100, page_size=16)
-    sites = [Site(instances=(0, 1), weigh=lambda: 0.2), Site(instances=(2,))]
+    decodes = (running("a", 0, (0, 50)), running("b", 1, (1, 50)))
+    sites = [Site(instances=(0, 1), requests=decodes, weigh=lambda: 0.2), Site(instances=(2,))]
     choice = Choice([0, 1, 2, 3], [0, 1, 2], sites)
     times = Times(HandModel(constant_s=1.0), 1)
     for is_patient, second in ((True, [2, 3]), (False, [2, 3])):
