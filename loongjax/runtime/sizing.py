@@ -106,7 +106,8 @@ def _copies_keys(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid) -> boo
         spec.dtype,
         spec.config.head_dim,
         page_size=config.page_size,
-        is_long=True,
+        num_rows=largest,
+        num_requests=1,
     )
     return variant == "mosaic_gpu" and brings_into_order(config.page_size, num_rows)
 

@@ -46,17 +46,24 @@ def test_decode_attention_is_float64s(lengths, page_size, dtype):
 EXTENSIONS = {
     "a mix": ([70, 1, 0, 29, 200], [300, 17, 40, 0, 1025]),
     "one long request": ([512], [9000]),
+    "few rows over many keys": ([40], [30_001]),
     "many short ones": ([3] * 60, [(37 * i) % 500 for i in range(60)]),
 }
 
 
 @pytest.mark.parametrize(
     ("implementation", "page_size"),
-    [("triton", 1), ("triton", 16), *(("mosaic_gpu", page_size) for page_size in (1, 4, 8, 16, 64, 256))],
+    [
+        ("triton", 1),
+        ("triton", 16),
+        ("by_length", 1),
+        ("by_length", 16),
+        *(("mosaic_gpu", page_size) for page_size in (1, 4, 8, 16, 64, 256)),
+    ],
 )
 @pytest.mark.parametrize("lengths", EXTENSIONS)
 def test_extend_attention_is_float64s(lengths, implementation, page_size):
-    if implementation == "mosaic_gpu" and getattr(jax.devices()[0], "compute_capability", "") != "9.0":
+    if implementation != "triton" and getattr(jax.devices()[0], "compute_capability", "") != "9.0":
         pytest.skip("needs a Hopper GPU")
     q_lens, kv_lens = EXTENSIONS[lengths]
     for seed, (num_q_heads, num_kv_heads, head_dim) in enumerate(HEADS[: 4 if implementation == "triton" else 3]):

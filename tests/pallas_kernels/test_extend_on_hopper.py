@@ -12,8 +12,9 @@ from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import extend_attention, triton_gpu
-from loongjax.pallas_kernels.extend_attention import api
+from loongjax.pallas_kernels.extend_attention import api, by_length
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention, row_ranges
+from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from tests.pallas_kernels.brute_force import attend_row
 from tests.pallas_kernels.mosaic_interpreter import interpreted
@@ -183,18 +184,68 @@ def test_a_gradient_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("where", "is_long", "expected"),
+    ("where", "num_rows", "num_requests", "expected"),
     [
-        (("cpu", "", "bfloat16", 128), True, "blockwise"),
-        (("gpu", "9.0", "bfloat16", 128), True, "mosaic_gpu"),
-        (("gpu", "9.0", "bfloat16", 128), False, "triton"),
-        (("gpu", "9.0", "bfloat16", 256), True, "triton"),
-        (("gpu", "8.0", "float16", 64), True, "triton"),
-        (("gpu", "9.0", "float32", 128), True, "blockwise"),
+        (("cpu", "", "bfloat16", 128), 512, 1, "blockwise"),
+        (("gpu", "9.0", "bfloat16", 128), 64, 1, "mosaic_gpu"),
+        (("gpu", "9.0", "bfloat16", 128), 63, 1, "triton"),
+        (("gpu", "9.0", "bfloat16", 128), 512, 64, "by_length"),
+        (("gpu", "9.0", "bfloat16", 128), 512, 2, "by_length"),
+        (("gpu", "9.0", "bfloat16", 128), 64, 2, "triton"),
+        (("gpu", "9.0", "bfloat16", 256), 512, 2, "triton"),
+        (("gpu", "8.0", "float16", 64), 512, 2, "triton"),
+        (("gpu", "9.0", "float32", 128), 512, 1, "blockwise"),
     ],
 )
-def test_the_default_is_the_fastest_that_takes_the_queries(where, is_long, expected, monkeypatch):
+def test_the_default_is_the_fastest_that_takes_the_queries(where, num_rows, num_requests, expected, monkeypatch):
     monkeypatch.setattr(api, "is_triton_usable", lambda: True)
-    api.default_variant.cache_clear()
-    assert api.default_variant(*where, page_size=16, is_long=is_long) == expected
-    api.default_variant.cache_clear()
+    assert default_of(where, num_rows, num_requests) == expected
+
+
+def default_of(where: tuple, num_rows: int, num_requests: int, page_size: int = 16) -> str:
+    return api.default_variant.__wrapped__(*where, page_size=page_size, num_rows=num_rows, num_requests=num_requests)
+
+
+def test_without_triton_long_requests_take_the_kernel_all_the_same(monkeypatch):
+    monkeypatch.setattr(api, "is_triton_usable", lambda: False)
+    hopper = "gpu", "9.0", "bfloat16", 128
+    assert [default_of(hopper, 512, num) for num in (1, 8, 9)] == ["mosaic_gpu", "mosaic_gpu", "blockwise"]
+
+
+@pytest.fixture
+def asked(monkeypatch) -> dict[str, jax.Array]:
+    """The keys of each request that the two kernels are told of, which plain jax stands for."""
+    lens: dict[str, jax.Array] = {}
+
+    def stand_for(name: str):
+        def attend(*operands, most_queries=10**9, **settings):
+            lens[name] = operands[-1]
+            assert jnp.where(operands[-1] > 0, jnp.diff(operands[1]), 0).max() <= most_queries
+            return reference_extend_attention(*operands, **settings)
+
+        return attend
+
+    triton = importlib.import_module("loongjax.pallas_kernels.extend_attention.triton_variant")
+    monkeypatch.setattr(triton, "triton_extend_attention", stand_for("triton"))
+    monkeypatch.setattr(by_length, "mosaic_gpu_extend_attention", stand_for("mosaic_gpu"))
+    return lens
+
+
+def test_each_request_is_attended_to_by_the_kernel_that_is_faster_for_it(asked):
+    q_lens, kv_lens = [1, 64, 0, 63, 200, 1], [300, 17, 40, 0, 425, 9]
+    case = make_case(0, kv_lens, page_size=16, heads=(1, H), dtype="bfloat16")
+    q = random_queries(0, sum(q_lens) + 5, 2, H, "bfloat16")
+    cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
+    found = extend_attention(q, cu_q_lens, *case.arguments, out_dtype=jnp.float32, implementation="by_length")
+    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
+        o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
+    assert_matches(found, (o, lse), "bfloat16")
+    assert asked["mosaic_gpu"].tolist() == [0, 17, 0, 0, 425, 0]
+    assert asked["triton"].tolist() == [300, 0, 40, 0, 0, 9]
+
+
+def test_both_kernels_are_called_for_requests_of_any_length():
+    module = lower(functools.partial(extend_attention, implementation="by_length"), *arguments(512, 4, 16))
+    assert module.count("@mosaic_gpu_v2") == 1
+    assert module.count("@triton_kernel_call_ffi") == 2, "one attends, one merges"

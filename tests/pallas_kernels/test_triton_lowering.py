@@ -339,9 +339,9 @@ def test_no_op_takes_a_triton_kernel_where_triton_compiles_for_none(gpu_machine,
     gpu_machine.compute_capability = capability
     assert decode_api.default_variant("bfloat16", 128) == "blockwise"
     assert prefill_api.default_variant("gpu", capability, "bfloat16", 128) == "blockwise"
-    for is_long in (False, True):
-        found = extend_api.default_variant("gpu", capability, "bfloat16", 128, page_size=16, is_long=is_long)
-        assert found == "blockwise"
+    for num_rows in (1, 1000):
+        sizes = {"page_size": 16, "num_rows": num_rows, "num_requests": 2}
+        assert extend_api.default_variant("gpu", capability, "bfloat16", 128, **sizes) == "blockwise"
     x, weight = Shape((1, 64), "bfloat16"), Shape((16, 64), "bfloat16")
     assert "triton_kernel_call_ffi" not in lower(lambda x, weight: project(x, (weight,)), x, weight)
     assert caplog.text.count(f"no Triton kernels for compute capability {capability!r}") == 1

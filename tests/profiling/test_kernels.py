@@ -133,15 +133,15 @@ def test_full_lengths_have_the_targets_of_the_project_and_shrunk_ones_none():
 
 
 def test_every_extension_is_timed_in_the_variant_that_it_takes_by_itself(monkeypatch):
-    def default_variant(*where, page_size, is_long):
-        return f"pages of {page_size}, {'long' if is_long else 'short'}"
+    def default_variant(*where, page_size, num_rows, num_requests):
+        return f"pages of {page_size}, {num_rows} rows of {num_requests}"
 
     monkeypatch.setattr(extend_api, "default_variant", default_variant)
     cases = extend_cases(None, 1, prefill_variant="reference")
     variants = {case.work: case.variant for case in cases}
-    assert variants["512 on 32K, 32/8, page size 16"] == "pages of 16, long"
-    assert variants["512 on 32K, 32/8, page size 1"] == "pages of 1, long"
-    assert variants["4 on 128K, 32/8, page size 16"] == "pages of 16, short"
+    assert variants["512 on 32K, 32/8, page size 16"] == "pages of 16, 512 rows of 1"
+    assert variants["512 on 32K, 32/8, page size 1"] == "pages of 1, 512 rows of 1"
+    assert variants["4 on 128K, 32/8, page size 16"] == "pages of 16, 4 rows of 1"
     assert variants["4 on 128K, 32/8, no pages"] == "prefill reference"
 
 

@@ -10,12 +10,20 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.extend_attention.blockwise import blockwise_extend_attention
+from loongjax.pallas_kernels.extend_attention.by_length import LEAST_QUERIES, extend_attention_by_length
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import is_supported as has_mosaic_kernel
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
+
+
+def has_triton_kernel(dtype: str, head_dim: int) -> bool:
+    """Whether the Triton kernel takes queries of this dtype and head dim; where its packages are."""
+    from loongjax.pallas_kernels.paged_triton.launch import is_supported
+
+    return is_supported(dtype, head_dim)
 
 
 def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array]:
@@ -28,15 +36,11 @@ def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array
 
 VARIANTS = {
     "blockwise": blockwise_extend_attention,
+    "by_length": extend_attention_by_length,
     "mosaic_gpu": mosaic_gpu_extend_attention,
     "reference": reference_extend_attention,
     "triton": _triton,
 }
-LEAST_QUERIES = 64
-"""Query tokens a request, on average, from which Hopper's kernel is the faster one: it reads the keys of all requests
-that share a block of 128 rows for every row. A call of one long request and many short ones is better named "triton".
-"""
-
 logger = logging.getLogger(__name__)
 
 
@@ -72,7 +76,8 @@ def extend_attention(
         implementation: "reference", "blockwise" (forward only), "mosaic_gpu" (on Hopper, bfloat16 and float16, head
             dims 64 and 128; pages of sizes that are no multiples of 8 are copied into order first, and so are those of
             8 and 16 for many queries, in room for keys and values of I pages; forward only),
-            "triton" (on a GPU, bfloat16 and float16, head dims 32 to 256; forward only), or None for the best here.
+            "triton" (on a GPU, bfloat16 and float16, head dims 32 to 256; forward only), "by_length" (where both are:
+            "mosaic_gpu" for requests of many query tokens, "triton" for others), or None for the best here.
 
     Returns:
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
@@ -80,7 +85,7 @@ def extend_attention(
     Raises:
         ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
         NotImplementedError: an implementation that is not built.
-        ConfigError: "triton", or "mosaic_gpu" with such pages, without the packages that Triton needs.
+        ConfigError: "triton", "by_length", or "mosaic_gpu" with such pages, without the packages that Triton needs.
     """
     device = jax.local_devices()[0]
     default = default_variant(
@@ -89,7 +94,8 @@ def extend_attention(
         q.dtype.name,
         q.shape[-1],
         page_size=kv_pool.shape[3],
-        is_long=q.shape[0] >= LEAST_QUERIES * kv_lens.shape[0],
+        num_rows=q.shape[0],
+        num_requests=kv_lens.shape[0],
     )
     variant = pick_variant("extend_attention", implementation, VARIANTS, default=default)
     check_heads("extend_attention", q.shape, kv_pool.shape)
@@ -109,7 +115,14 @@ def extend_attention(
 
 @functools.cache
 def default_variant(
-    platform: str, compute_capability: str, dtype: str, head_dim: int, *, page_size: int, is_long: bool
+    platform: str,
+    compute_capability: str,
+    dtype: str,
+    head_dim: int,
+    *,
+    page_size: int,
+    num_rows: int,
+    num_requests: int,
 ) -> str:
     """The fastest variant for queries of this dtype and head dim.
 
@@ -119,16 +132,18 @@ def default_variant(
         dtype: its name.
         head_dim: H.
         page_size: of the pool.
-        is_long: whether there are `LEAST_QUERIES` query tokens a request.
+        num_rows: query tokens, padding included: T.
+        num_requests: B.
     """
     if platform != "gpu":
         return "blockwise"
-    if is_long and compute_capability == "9.0" and has_mosaic_kernel(dtype, head_dim, page_size):
-        return "mosaic_gpu"
-    if is_triton_usable():
-        from loongjax.pallas_kernels.paged_triton.launch import is_supported
-
-        if is_supported(dtype, head_dim):
-            return "triton"
+    has_triton = is_triton_usable() and has_triton_kernel(dtype, head_dim)
+    if compute_capability == "9.0" and has_mosaic_kernel(dtype, head_dim, page_size):
+        if num_requests > 1 and num_rows > LEAST_QUERIES and has_triton:
+            return "by_length"
+        if num_rows >= LEAST_QUERIES * num_requests:
+            return "mosaic_gpu"
+    if has_triton:
+        return "triton"
     logger.info("extend_attention: no kernel for %s with head_dim %d, using the slower 'blockwise'", dtype, head_dim)
     return "blockwise"

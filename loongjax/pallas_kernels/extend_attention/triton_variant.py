@@ -19,7 +19,7 @@ TILE_MEMBERS = 128
 """Queries of a tile times query heads of a KV head: enough for the tensor cores, few enough for the registers."""
 
 
-@functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
+@functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning", "most_queries"))
 def triton_extend_attention(
     q: Float[Array, "T N H"],
     cu_q_lens: Int32[Array, " B_plus_1"],
@@ -32,8 +32,11 @@ def triton_extend_attention(
     sm_scale: float,
     out_dtype: np.dtype,
     tuning: PagedTuning | None = None,
+    most_queries: int | None = None,
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
     """See `extend_attention`. Forward only.
+
+    No request with keys has more than `most_queries` query tokens, if that is given: it saves memory.
 
     Raises:
         ValueError: a dtype or head dim that it does not take.
@@ -45,6 +48,7 @@ def triton_extend_attention(
     if T == 0 or kv_lens.shape[0] == 0 or page_indices.shape[0] == 0:
         nothing = jnp.zeros((T, N, H), out_dtype), jnp.full((T, N), -jnp.inf, jnp.float32)
         return vary_as(nothing, operands)
+    num_queries = T if most_queries is None else min(T, most_queries * kv_lens.shape[0])
     # Tiles of one query say nothing about where it is.
     tile_queries = min(max(TILE_MEMBERS * K // N, 2), max(2, 1 << (T - 1).bit_length()))
     out = attend_tiles(
@@ -52,7 +56,7 @@ def triton_extend_attention(
         kv_pool,
         layer,
         page_indices,
-        cut_into_tiles(cu_q_lens, page_starts, kv_lens, num_rows=T, tile_queries=tile_queries),
+        cut_into_tiles(cu_q_lens, page_starts, kv_lens, num_queries=num_queries, tile_queries=tile_queries),
         row_kv_lens(cu_q_lens, kv_lens, num_rows=T),
         tile_queries=tile_queries,
         sm_scale=sm_scale,
@@ -72,14 +76,22 @@ def cut_into_tiles(
     page_starts: Int32[Array, " B"],
     kv_lens: Int32[Array, " B"],
     *,
-    num_rows: int,
+    num_queries: int,
     tile_queries: int,
 ) -> Tiles:
-    """At most `tile_queries` consecutive query tokens of one request a tile; tiles left over have none, and no keys."""
+    """At most `tile_queries` consecutive query tokens of one request a tile; tiles left over have none, and no keys.
+
+    Args:
+        cu_q_lens: as in `extend_attention`, and so are `page_starts` and `kv_lens`.
+        page_starts: see there.
+        kv_lens: see there. Requests without keys have no tiles.
+        num_queries: that requests with keys have together at most.
+        tile_queries: of a tile.
+    """
     (num_requests,) = kv_lens.shape
     # Every request may leave its last tile unfilled.
-    index = jnp.arange(num_rows // tile_queries + num_requests, dtype=jnp.int32)
-    q_lens = jnp.diff(cu_q_lens)
+    index = jnp.arange(num_queries // tile_queries + num_requests, dtype=jnp.int32)
+    q_lens = jnp.where(kv_lens > 0, jnp.diff(cu_q_lens), 0)
     num_tiles = (q_lens + tile_queries - 1) // tile_queries
     tile_ends = jnp.cumsum(num_tiles, dtype=jnp.int32)
     found = jnp.searchsorted(tile_ends, index, side="right", method="compare_all").astype(jnp.int32)

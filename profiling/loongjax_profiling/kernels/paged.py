@@ -96,8 +96,7 @@ def default_extend_variant(page_size: int, num_new: int) -> str:
     """What extend attention takes here by itself for one request of so many new tokens."""
     device = jax.local_devices()[0]
     where = device.platform, getattr(device, "compute_capability", ""), "bfloat16", HEAD_DIM
-    is_long = num_new >= extend_api.LEAST_QUERIES
-    return extend_api.default_variant(*where, page_size=page_size, is_long=is_long)
+    return extend_api.default_variant(*where, page_size=page_size, num_rows=num_new, num_requests=1)
 
 
 def update_cases(variant: str, shrink: int) -> Iterator[Case]:

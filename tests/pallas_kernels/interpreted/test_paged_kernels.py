@@ -96,6 +96,7 @@ def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, nu
     [
         pytest.param([9, 1, 0, 4], [70, 33, 21, 0], (2, 16), 4, id="a mix, GQA"),
         pytest.param([17], [200], (1, 16), 3, id="one request, MQA of three heads"),
+        pytest.param([3, 40, 1], [21, 0, 5], (1, 16), 2, id="a long request whose keys are others' matter"),
         pytest.param([0, 0], [5, 9], (2, 16), 2, id="no queries"),
     ],
 )
@@ -107,7 +108,9 @@ def test_extend_attention_is_float64s_however_the_work_is_cut(
     q = np.asarray(random_queries(1, sum(q_lens) + num_padding, num_q_heads, heads[1]))
     cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
     page_starts, lens = jnp.asarray(case.page_starts), jnp.asarray(case.kv_lens)
-    cut = cut_into_tiles(cu_q_lens, page_starts, lens, num_rows=len(q), tile_queries=tile_queries)
+    # No room for tiles of requests without keys, but for those left unfilled.
+    num_queries = sum(q_len for q_len, kv_len in zip(q_lens, kv_lens, strict=True) if kv_len)
+    cut = cut_into_tiles(cu_q_lens, page_starts, lens, num_queries=num_queries, tile_queries=tile_queries)
     tiles = Tiles(*(np.array(array) for array in cut))
     seen = np.array(row_kv_lens(cu_q_lens, lens, num_rows=len(q)))
     expected_o, expected_lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
