@@ -40,6 +40,7 @@ from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Move, Mover
 from loongjax.scheduler.esp.outlook import Outlook, Site, loss_weight, step_s
 from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.tying import cost_of_tie, tie_for_room, tied
 from loongjax.scheduler.esp.window import Window
 
 MAX_REFUSALS = 2
@@ -59,6 +60,8 @@ class Choice:
     """Its requests by the instances that were chosen for them, where they have room without the others."""
     move: Move | None = None
     """Keys to be moved before any of it can start."""
+    is_cut: bool = False
+    """Whether it is one request that some instance could hold whole, cut over decode groups for want of room."""
     is_held: bool = False
     """Whether the first request, which nobody may overtake any more, waits for prefills in flight to end."""
     ready_s: float = 0.0
@@ -133,6 +136,8 @@ class Dispatcher:
                 break
             else:
                 num_refusals += 1
+        if not choice.places and not choice.is_held:
+            self._tie(choice)
         return choice
 
     def pick(self, instances: Sequence[InstanceId], taken: Sequence[int]) -> list[int]:
@@ -265,6 +270,34 @@ class Dispatcher:
             return False
         choice.places, choice.move = more, move
         return True
+
+    def _tie(self, choice: Choice) -> None:
+        """Chooses the first request and decode groups that have room for it together, if to wait until one of them has
+        ended costs more than the pause and the tie.
+        """
+        window, now_s = self._window, self._draft.view.now_s
+        sites = tie_for_room(self._draft, self._outlook.decodes, window.pages[0])
+        if not sites:
+            return
+        site = tied(sites)
+        if window.lens[0] > len(site.instances) * self._draft.view.max_num_batched_tokens or not self._memory.fits([0]):
+            return
+        duration_s = self._times.batch_of_s(len(site.instances), *window.sums([0]))
+        otherwise_s = min([self._until_over_s(part) for part in sites])
+        gain = window.weights[0] * max(0.0, otherwise_s - site.ready_s)
+        tie_cost = cost_of_tie(sites, self._times, now_s) if gain > site.pause_weight * duration_s else 0.0
+        cost = site.pause_weight * duration_s + tie_cost
+        terms = (
+            ("wait_s", site.ready_s),
+            ("wait_otherwise_s", otherwise_s),
+            ("prefill_s", duration_s),
+            ("tie_weight_s", tie_cost),
+        )
+        if self._judge("tie", site, [0], gain, cost, terms):
+            for part in sites:
+                choice.take(part)
+            choice.add([0], site.instances)
+            choice.is_cut = window.pages[0] <= self._draft.shape.num_pages
 
     def _judge(
         self,

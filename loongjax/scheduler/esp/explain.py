@@ -11,7 +11,7 @@ from typing import Literal
 from loongjax.core.cluster import InstanceId
 
 Step = Literal[
-    "dispatch", "put-off", "allocate", "migrate", "wait", "spare", "batch", "senior", "scale-up", "scale-down"
+    "dispatch", "put-off", "tie", "allocate", "migrate", "wait", "spare", "batch", "senior", "scale-up", "scale-down"
 ]
 
 
@@ -23,10 +23,11 @@ class Decision:
     """On the engine's clock."""
     step: Step
     """dispatch: pause decodes to prefill requests that fit nowhere else (equations 1 and 2). put-off: decode on so that
-    more requests share the pause. allocate: give prefills more instances by pausing decodes, migrate: by moving their
-    keys (equations 3 and 4), wait: by waiting for prefills to end. spare: leave an instance idle for requests that are
-    still to come. batch: one prefill of the split (equation 5). senior: the first request has waited enough. scale-up:
-    a master more for a decode group's computing. scale-down: an instance less, by moving keys."""
+    more requests share the pause. tie: cut a request over decode groups none of which has room for it. allocate: give
+    prefills more instances by pausing decodes, migrate: by moving their keys (equations 3 and 4), wait: by waiting for
+    prefills to end. spare: leave an instance idle for requests that are still to come. batch: one prefill of the split
+    (equation 5). senior: the first request has waited enough. scale-up: a master more for a decode group's computing.
+    scale-down: an instance less, by moving keys."""
     is_taken: bool
     gain: float
     """In seconds x weight (`loongjax.scheduler.esp.objective`); in seconds for scale-up and scale-down."""

@@ -94,7 +94,7 @@ def launch(
             _hold(draft, outlook, choice, group, times)
             coming.update(batch.places)
             continue
-        kept = _whole(draft, group, batch.starting, window)
+        kept = batch.starting if choice.is_cut else _whole(draft, group, batch.starting, window)
         if not kept:
             continue
         start(draft, group, window.views(kept), growth_tokens)

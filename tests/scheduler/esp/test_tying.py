@@ -1,0 +1,75 @@
+"""Requests that no decode group has room for by itself."""
+
+from __future__ import annotations
+
+import pytest
+
+from loongjax.core.cluster import Group
+from loongjax.core.plan import Decode, Plan, Prefill
+from loongjax.scheduler.esp.explain import Decision
+from tests.scheduler.esp.hand_model import HandModel, ask, only
+from tests.scheduler.views import cluster, running, waiting
+
+
+def answer(
+    num_pages: int, row_s: float, *, num_instances: int = 2, max_new_tokens: int = 4
+) -> tuple[tuple[Plan, ...], list[Decision]]:
+    """Instances of 100 pages of 4 tokens, each with a decode that fills 56 of them and is half way through 100 tokens.
+    The prompt takes 0.04 s a page of one instance.
+    """
+    runs = [
+        running(f"r{instance}", instance, (instance, 224), num_output_tokens=50, max_new_tokens=50)
+        for instance in range(num_instances)
+    ]
+    num_tokens = num_pages * 4
+    waits = [waiting("w", num_instances, num_tokens, max_total_tokens=num_tokens + max_new_tokens)]
+    return ask(cluster(num_instances, num_pages=100, runs=runs, waits=waits), HandModel(step_s=1.0, row_s=row_s))
+
+
+def instances_kept(plans: tuple[Plan, ...]) -> list[int]:
+    (prefill,) = [plan for plan in plans if isinstance(plan, Prefill)]
+    (request,) = prefill.requests
+    assert sum(interval.end - interval.begin for interval in request.kept) == request.kept[-1].end
+    return sorted(interval.instance for interval in request.kept)
+
+
+def test_it_is_cut_over_groups_that_have_room_together() -> None:
+    plans, decisions = answer(48, row_s=0.2)
+    assert instances_kept(plans) == [0, 1]
+    decision = only(decisions, "tie")
+    # One of them ends in 50 steps of 1.2 s. Both stand still for 0.96 s, then take 0.2 s longer for half their tokens.
+    assert decision.gain == pytest.approx(50 * 1.2 / 192)
+    assert decision.cost == pytest.approx(0.96 * 2 / 100 + 2 * 0.2 * 50 / 100)
+    assert decision.instances == (0, 1)
+    assert dict(decision.terms)["tie_weight_s"] == pytest.approx(0.2)
+
+
+def test_it_waits_for_one_of_them_where_a_tie_costs_more() -> None:
+    plans, decisions = answer(48, row_s=0.5)
+    assert [type(plan) for plan in plans] == [Decode, Decode]
+    decision = only(decisions, "tie")
+    assert (decision.is_taken, decision.gain < decision.cost) == (False, True)
+
+
+def test_no_more_groups_are_tied_than_have_room() -> None:
+    plans, _ = answer(60, row_s=0.01, num_instances=4)
+    assert instances_kept(plans) == [0, 1]
+    decodes = [plan.group for plan in plans if isinstance(plan, Decode)]
+    assert decodes == [Group.of([2]), Group.of([3])]
+    plans, _ = answer(120, row_s=0.001, num_instances=4)
+    assert instances_kept(plans) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("num_pages", "max_new_tokens"),
+    [pytest.param(95, 4, id="no room anywhere"), pytest.param(80, 400, id="no room for what it may become")],
+)
+def test_without_room_there_is_no_tie(num_pages: int, max_new_tokens: int) -> None:
+    plans, decisions = answer(num_pages, row_s=0.01, max_new_tokens=max_new_tokens)
+    assert [type(plan) for plan in plans] == [Decode, Decode]
+    assert not [decision for decision in decisions if decision.step == "tie"]
+
+
+def test_a_request_that_one_group_has_room_for_is_not_cut() -> None:
+    _, decisions = answer(40, row_s=0.01)
+    assert not [decision for decision in decisions if decision.step == "tie"]
