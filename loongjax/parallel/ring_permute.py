@@ -65,7 +65,8 @@ def _pack(k: Float[Array, "T K H"], v: Float[Array, "T K H"]) -> Float[Array, "k
     if k.dtype.itemsize != 2 or k.shape[-1] % 2:
         return jnp.stack([k, v])
     # XLA:GPU copies an element at a time: two of them take it half the time of single ones.
-    pairs = [jax.lax.bitcast_convert_type(x.reshape(*x.shape[:-1], -1, 2), jnp.uint32) for x in (k, v)]
+    in_pairs = (*k.shape[:-1], k.shape[-1] // 2, 2)
+    pairs = [jax.lax.bitcast_convert_type(x.reshape(in_pairs), jnp.uint32) for x in (k, v)]
     return jax.lax.bitcast_convert_type(jnp.stack(pairs), k.dtype).reshape(2, *k.shape)
 
 

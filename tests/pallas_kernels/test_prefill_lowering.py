@@ -87,12 +87,13 @@ def test_it_lowers_for_other_tunings(head_dim, tuning):
     assert KERNEL in lower_for_cuda(tuned, arguments((100, 300, 2, 1, head_dim))).mlir_module()
 
 
+@pytest.mark.parametrize("shape", [(256, 256, 2, 1, HEAD_DIM), (100, 8192, 2, 1, HEAD_DIM)])
 @pytest.mark.parametrize("tuning", TUNINGS.values(), ids=TUNINGS.keys())
-def test_every_tuning_of_the_benchmark_fits_shared_memory(tuning):
+def test_every_tuning_of_the_benchmark_fits_shared_memory(tuning, shape):
     tuned = functools.partial(
         mosaic_gpu_prefill_attention, sm_scale=0.1, out_dtype=jnp.dtype("bfloat16"), tuning=tuning
     )
-    assert KERNEL in lower_for_cuda(tuned, arguments((256, 256, 2, 1, HEAD_DIM))).mlir_module()
+    assert KERNEL in lower_for_cuda(tuned, arguments(shape)).mlir_module()
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

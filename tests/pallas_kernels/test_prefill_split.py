@@ -1,5 +1,6 @@
 """Few rows over many keys: heads side by side in a block, and keys in parts that are merged."""
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_split import (
     folds_heads,
     unfold_heads,
 )
+from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
 from tests.pallas_kernels.test_extend_on_hopper import check as check_extend
 from tests.pallas_kernels.test_prefill_interpreted import causal, check, random_inputs
 
@@ -59,25 +61,54 @@ def test_the_scale_may_be_any(parts_made, sm_scale):
     assert parts_made == [4]
 
 
+def test_more_thread_blocks_than_multiprocessors_are_no_reason_to_cut(parts_made, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_launch, "num_multiprocessors", lambda: 2)
+    check(random_inputs(130, 601), causal(130, 601), num_programs=1000)
+    assert parts_made == [1]
+
+
+def test_keys_stay_whole_where_float32_outputs_do_not_fit(parts_made, monkeypatch):
+    monkeypatch.setattr(mosaic_gpu_launch, "has_room", lambda *shape: False)
+    check(random_inputs(9, 520, (2, 1)), causal(9, 520), num_programs=4, out_dtype="bfloat16")
+
+
 @pytest.mark.parametrize("page_size", [8, 16, 64])
 def test_pages_in_parts(parts_made, page_size):
     check_extend([3, 0, 20], [500, 30, 311], page_size, num_programs=6)
     assert parts_made[0] > 1
 
 
+def cut(k_start: np.ndarray, k_end: np.ndarray, num_parts: int, *, block_q: int) -> list[np.ndarray]:
+    start, end = (jnp.asarray(x, jnp.int32) for x in (k_start, k_end))
+    return [np.asarray(x) for x in cut_ranges(start, end, num_parts, block_q=block_q, block_kv=128, alignment=8)]
+
+
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 5000), st.integers(-3, 5000)), min_size=1), st.integers(1, 16))
 def test_parts_are_the_ranges_cut_at_whole_blocks(ranges, num_parts):
-    k_start = np.array([start for start, _ in ranges], np.int32)
-    k_end = k_start + np.array([length for _, length in ranges], np.int32)
-    begins, ends = (np.asarray(x) for x in cut_ranges(jnp.asarray(k_start), jnp.asarray(k_end), num_parts, 128))
-    assert begins.shape == ends.shape == (num_parts, len(ranges))
+    k_start = np.array([start for start, _ in ranges])
+    k_end = k_start + np.array([length for _, length in ranges])
+    begins, ends = cut(k_start, k_end, num_parts, block_q=4)
+    assert begins.shape == ends.shape == (num_parts, -(-len(ranges) // 4) * 4)
     for row, (start, end) in enumerate(zip(k_start, k_end, strict=True)):
         keys = [key for part in range(num_parts) for key in range(begins[part, row], ends[part, row])]
         assert keys == list(range(start, end))
-        lengths = ends[:, row] - begins[:, row]
-        assert lengths.max() <= math.ceil(max(end - start, 0) / num_parts / 128) * 128
-        assert all((begin - start) % 128 == 0 for begin in begins[:, row][lengths > 0])
+    for part, first in itertools.product(range(num_parts), range(0, len(ranges), 4)):
+        rows = range(first, min(first + 4, len(ranges)))
+        cuts = {begins[part, row] for row in rows if k_start[row] < begins[part, row] < k_end[row]}
+        assert len(cuts) <= 1, "rows of a block are cut at the same keys"
+
+
+@pytest.mark.parametrize("num_parts", [1, 4, 11])
+def test_parts_of_requests_that_share_a_block_are_no_longer_together_than_their_keys(num_parts):
+    """And so are those of rows of about equal lengths."""
+    two = np.repeat([3, 20_000], 64), np.repeat([20_000, 40_000], 64)
+    for k_start, k_end in (two, causal(128, 32_832)):
+        begins, ends = (jnp.asarray(x.ravel()) for x in cut(k_start, k_end, num_parts, block_q=128))
+        visits = plan_visits(begins, ends, num_keys=80_000, block_q=128, block_kv=128, alignment=8)
+        num_blocks = math.ceil((k_end.max() - k_start.min() // 8 * 8) / 128)
+        assert visits.num_blocks.sum() == num_blocks
+        assert visits.num_blocks.max() == math.ceil(num_blocks / num_parts)
 
 
 def test_heads_side_by_side_and_back():

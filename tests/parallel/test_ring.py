@@ -200,6 +200,11 @@ def test_a_message_holds_every_bit_of_keys_and_values(dtype, head_dim):
     assert message.tobytes() == np.asarray(k).tobytes() + np.asarray(v).tobytes()
 
 
+def test_a_message_may_hold_no_tokens():
+    nothing = jnp.zeros((0, 2, 8), "bfloat16")
+    assert _pack(nothing, nothing).shape == (2, 0, 2, 8)
+
+
 def test_the_next_keys_are_sent_before_the_attention_of_a_step():
     loop = next(x for x in traced(5, "loop") if x.primitive.name == "scan" and "ppermute" in str(x.params["jaxpr"]))
     body = names_of(loop.params["jaxpr"].jaxpr.eqns)

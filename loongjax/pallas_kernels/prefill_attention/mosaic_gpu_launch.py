@@ -17,7 +17,7 @@ from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.merge import merge_partials
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, line_up
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import make_scratch
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import has_room, make_scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_split import (
     choose_num_parts,
     cut_ranges,
@@ -89,21 +89,30 @@ def attend_rows_over(
         k_start: each row's first key.
         k_end: one past each row's last key.
     """
-    (T, N, _), K, tuning = q.shape, keys[0].shape[1], launch.tuning
+    (T, N, H), K, tuning = q.shape, keys[0].shape[1], launch.tuning
     if folds_heads(T, N, K, launch.num_keys, tuning.block_q):
         folded = dataclasses.replace(launch, tuning=dataclasses.replace(tuning, num_heads_abreast=None))
         bounds = (jnp.repeat(x, N // K) for x in (k_start, k_end))
         o, lse = attend_rows_over(folded, fold_heads(q, K), keys, *bounds)
         return unfold_heads(o, N), unfold_heads(lse, N)
-    num_blocks = -(-T // tuning.block_q)
-    num_parts = choose_num_parts(N * num_blocks, tuning.num_programs or num_multiprocessors(), launch.num_keys)
-    if num_parts == 1:
+    num_items = N * -(-T // tuning.block_q)
+    # More thread blocks than multiprocessors do not work at the same time.
+    num_programs = min(tuning.num_programs or num_multiprocessors(), num_multiprocessors())
+    num_parts = choose_num_parts(num_items, num_programs, launch.num_keys)
+    if num_parts == 1 or not has_room(tuning, H, q.dtype, jnp.float32):
         return _attend_rows(launch, q, keys, k_start, k_end)
     rows = repeat_rows(q, num_parts, tuning.block_q)
     k_start, k_end = _clip_bounds(launch, k_start, k_end)
-    bounds = cut_ranges(k_start, k_end, num_parts, tuning.block_kv)
-    bounds = (jnp.pad(x, ((0, 0), (0, -T % tuning.block_q)), mode="edge").ravel() for x in bounds)
-    partials = _attend_rows(dataclasses.replace(launch, out_dtype=jnp.dtype("float32")), rows, keys, *bounds)
+    bounds = cut_ranges(
+        k_start,
+        k_end,
+        num_parts,
+        block_q=tuning.block_q,
+        block_kv=tuning.block_kv,
+        alignment=launch.key_alignment,
+    )
+    partial = dataclasses.replace(launch, out_dtype=jnp.dtype("float32"))
+    partials = _attend_rows(partial, rows, keys, *(x.ravel() for x in bounds))
     o, lse = merge_partials(*(x.reshape(num_parts, -1, *x.shape[1:])[:, :T] for x in partials))
     return o.astype(launch.out_dtype), lse
 

@@ -9,6 +9,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import WARPGROUP_ROWS, PrefillTuning
 
+SHARED_BYTES = 226 << 10
+"""Of a thread block on Hopper, a KiB aside for barriers and alignment."""
+
 
 class Scratch(NamedTuple):
     """Shared memory and barriers; a tile for each warpgroup that computes, or for each stage."""
@@ -53,3 +56,11 @@ def make_scratch(
         k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
     )
+
+
+def has_room(tuning: PrefillTuning, head_dim: int, dtype: Any, out_dtype: Any) -> bool:
+    """Whether a thread block can allocate it."""
+    num_bytes, num_out_bytes = jnp.dtype(dtype).itemsize, jnp.dtype(out_dtype).itemsize
+    row_bytes = head_dim * (num_bytes + num_out_bytes) + 2 * 4 + 4
+    key_bytes = 2 * tuning.num_stages * tuning.block_kv * head_dim * num_bytes
+    return tuning.block_q * row_bytes + key_bytes <= SHARED_BYTES

@@ -5,6 +5,7 @@ A thread block takes 128 rows of one head, so a chunk of 32 rows with 32 heads i
 different thread blocks attend to, and whose results are merged.
 """
 
+import itertools
 import math
 
 import jax.numpy as jnp
@@ -57,13 +58,39 @@ def choose_num_parts(num_items: int, num_programs: int, num_keys: int) -> int:
 
 
 def cut_ranges(
-    k_start: Int32[Array, "T"], k_end: Int32[Array, "T"], num_parts: int, block_kv: int
-) -> tuple[Int32[Array, "parts T"], Int32[Array, "parts T"]]:
-    """Each row's keys [k_start, k_end) in parts of equally many key blocks; the last ones may have fewer, or none."""
-    k_end = jnp.maximum(k_start, k_end)
-    part = -(-(k_end - k_start) // (num_parts * block_kv)) * block_kv
-    cuts = [jnp.minimum(k_start + number * part, k_end) for number in range(num_parts + 1)]
-    return jnp.stack(cuts[:-1]), jnp.stack(cuts[1:])
+    k_start: Int32[Array, "T"],
+    k_end: Int32[Array, "T"],
+    num_parts: int,
+    *,
+    block_q: int,
+    block_kv: int,
+    alignment: int,
+) -> tuple[Int32[Array, "parts rows"], Int32[Array, "parts rows"]]:
+    """Each row's keys [k_start, k_end) in parts.
+
+    All rows of a block are cut at the same keys, so that together they visit no key in two parts: each row's own range
+    in equal parts would leave the parts of two requests in one block almost as long as all of their keys.
+
+    Args:
+        k_start: each row's first key.
+        k_end: one past each row's last key.
+        num_parts: of equally many key blocks; the last ones may have fewer, or none.
+        block_q: rows of a block; the last one is filled up with rows like the last.
+        block_kv: keys of a key block.
+        alignment: key blocks begin at multiples of it.
+    """
+    missing = (0, -k_start.shape[0] % block_q)
+    starts, ends = (jnp.pad(x, missing, mode="edge").reshape(-1, block_q) for x in (k_start, k_end))
+    has_keys = ends > starts
+    end = jnp.where(has_keys, ends, 0).max(axis=1, keepdims=True)
+    begin = jnp.where(has_keys, starts, end).min(axis=1, keepdims=True) // alignment * alignment
+    part = -(-(end - begin) // (num_parts * block_kv)) * block_kv
+    cuts = [begin + number * part for number in range(num_parts + 1)]
+    starts, ends = (
+        jnp.stack([jnp.clip(x, *cut).ravel() for cut in itertools.pairwise(cuts)])
+        for x in (starts, jnp.maximum(starts, ends))
+    )
+    return starts, ends
 
 
 def repeat_rows(q: Float[Array, "T N H"], num_parts: int, block_q: int) -> Float[Array, "rows N H"]:
