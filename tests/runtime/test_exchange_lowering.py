@@ -1,7 +1,6 @@
 """With peers, a group's programs lower for CUDA to the exchange kernels, as few as a layer needs, and to no collective
 of XLA's where messages are small."""
 
-import functools
 import re
 from typing import Any
 
@@ -66,26 +65,22 @@ class Lowering:
     def decode(self) -> str:
         state = self.by_rank(empty_decode(2, ROWS, BUCKETS))
         rows = self.described((2, ROWS), "int32")
-        return self.lower(
-            functools.partial(decode_step, self.spec), self.weights, self.pool, state, rows, rows, self.peers
-        )
+        return self.lower(decode_step, self.spec, self.weights, self.pool, state, rows, rows, self.peers)
 
     def prefill(self, num_tokens: int) -> str:
         batch = self.by_rank(empty_prefill(2, num_tokens, BUCKETS))
-        return self.lower(functools.partial(prefill_step, self.spec), self.weights, self.pool, batch, self.peers)
+        return self.lower(prefill_step, self.spec, self.weights, self.pool, batch, self.peers)
 
     def extend(self, num_tokens: int) -> str:
         batch = self.by_rank(empty_extend(num_tokens, ROWS, BUCKETS))
-        return self.lower(functools.partial(extend_step, self.spec), self.weights, self.pool, batch, self.peers)
+        return self.lower(extend_step, self.spec, self.weights, self.pool, batch, self.peers)
 
     def sample(self) -> str:
         greedy = TIERS[0]
         _, rows = build_rows([[], []], ROWS, greedy)
         logits = self.described((2, ROWS, CONFIG.vocab_size), "float32", LOGITS_SPEC)
         positions = self.described((2, ROWS), "int32")
-        return self.lower(
-            functools.partial(sample_step, greedy), logits, positions, self.by_rank(rows), None, self.peers
-        )
+        return self.lower(sample_step, greedy, logits, positions, self.by_rank(rows), None, self.peers)
 
     def collectives(self, module: str) -> set[str]:
         """XLA's, but for those over an axis of one device, which it leaves out."""
@@ -102,7 +97,7 @@ class Lowering:
     def lower(self, program: Any, *arguments: Any) -> str:
         """The module that GPUs would be given."""
         with jax.set_mesh(self.mesh):
-            exported = jax.export.export(jax.jit(program), platforms=["cuda"], disabled_checks=[TRITON_CALL])
+            exported = jax.export.export(program, platforms=["cuda"], disabled_checks=[TRITON_CALL])
             return exported(*arguments).mlir_module()
 
 
