@@ -64,7 +64,7 @@ class SharedCount:
         self.made.append(self)
 
     def add(self, amount: jax.Array) -> None:
-        io_callback(self._add, (), amount)
+        io_callback(self._add, (), amount, ordered=True)
 
     def _add(self, amount: np.ndarray) -> tuple[()]:
         self.num_adds += 1
@@ -72,7 +72,7 @@ class SharedCount:
         return ()
 
     def read(self) -> jax.Array:
-        return io_callback(self._read, jax.ShapeDtypeStruct((), jnp.int32))
+        return io_callback(self._read, jax.ShapeDtypeStruct((), jnp.int32), ordered=True)
 
     def _read(self) -> np.ndarray:
         self.num_reads += 1

@@ -17,6 +17,7 @@ from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import (
     LAP,
     MOST_LAPS_AHEAD,
     MOST_LOOKS,
+    MOST_READS,
     Pace,
     Stand,
     is_ahead,
@@ -130,6 +131,26 @@ def test_who_begins_late_joins_at_the_mean_of_those_who_run():
     assert join(0, 0) == (0, [0, 1]), "the first of all"
     assert join(1000, 100) == (10, [1010, 101])
     assert join(1000, 100 + ENDED) == (0, [1000, 101 + ENDED]), "nobody waits any more"
+
+
+@pytest.mark.parametrize(("num_waves", "num_reads"), [(0, 1), (1, 2), (3, 4), (100, MOST_READS)])
+def test_who_begins_among_others_reads_until_both_words_count_the_same(num_waves, num_reads, monkeypatch):
+    words = [SharedCount(), SharedCount()]
+    words[0].value, words[1].value = 1000, 100
+    read = SharedCount._read
+
+    def read_as_others_join(self: SharedCount) -> np.ndarray:
+        if self is words[0] and self.num_reads < num_waves:
+            words[0].value += 500
+            words[1].value += 50
+        return read(self)
+
+    monkeypatch.setattr(SharedCount, "_read", read_as_others_join)
+    with interpreted():
+        stand = jax.jit(lambda: Pace(words[0], words[1]).begin())()
+    jax.effects_barrier()
+    assert int(stand.first_lap) == 10
+    assert words[0].num_reads == num_reads
 
 
 @pytest.mark.parametrize("num_late", [1, 5])

@@ -30,6 +30,8 @@ MOST_LAPS_AHEAD = 2
 """Of the mean of all."""
 MOST_LOOKS = 128
 """In one wait; a look takes a little less than a microsecond."""
+MOST_READS = 5
+"""Of the mean when a thread block begins, while others do."""
 ENDED = -(1 << 16)
 """What a thread block without work adds to how many are at it, so that nobody is."""
 
@@ -61,12 +63,30 @@ class Pace(NamedTuple):
         patience = jnp.int32(MOST_LOOKS)
         if self.laps is None:
             return Stand(jnp.int32(0), patience)
-        runners = read(self.runners)
-        first_lap = jnp.where(runners > 0, lax.div(read(self.laps), jnp.maximum(runners, 1)), 0)
+        laps, runners = self._read_both()
+        first_lap = jnp.where(runners > 0, lax.div(laps, jnp.maximum(runners, 1)), 0)
         # In this order the mean is at most too high for a moment, when nobody waits.
         count(self.laps, first_lap)
         count(self.runners, jnp.int32(1))
         return Stand(first_lap, patience)
+
+    def _read_both(self) -> tuple[jax.Array, jax.Array]:
+        """Laps and runners, with as many runners before as after: who begins between the two is counted in one of them
+        only. Where a kernel ends that held many multiprocessors many do, and would be far from the mean for good.
+        """
+
+        def must_read(state: tuple[jax.Array, ...]) -> jax.Array:
+            *_, is_old, num_reads = state
+            return is_old & (num_reads < MOST_READS)
+
+        def read_again(state: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+            laps, runners = read(self.laps), read(self.runners)
+            return laps, runners, any_thread(runners != state[1]), state[3] + 1
+
+        runners = read(self.runners)
+        state = jnp.int32(0), runners, jnp.bool_(True), jnp.int32(0)
+        laps, runners, *_ = lax.while_loop(must_read, read_again, state)
+        return laps, runners
 
     def keep(self, num_fetched: jax.Array, stand: Stand) -> Stand:
         """Counts, and waits if this thread block is ahead; returns how it stands from now on.
