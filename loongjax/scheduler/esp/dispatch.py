@@ -272,18 +272,25 @@ class Dispatcher:
         return True
 
     def _tie(self, choice: Choice) -> None:
-        """Chooses the first request and decode groups that have room for it together, if to wait until one of them has
-        ended costs more than the pause and the tie.
+        """Chooses the first request and decode groups that have room for it together, with instances without keys if
+        there are any, if to wait until one of them has ended, or a prefill has left room, costs more than the pause and
+        the tie.
         """
-        window, now_s = self._window, self._draft.view.now_s
-        sites = tie_for_room(self._draft, self._outlook.decodes, window.pages[0])
+        window, draft, outlook = self._window, self._draft, self._outlook
+        vacant = [Site(instances=tuple(sorted(outlook.vacant)))] if outlook.vacant else []
+        sites = tie_for_room(draft, [*vacant, *outlook.decodes], window.pages[0])
         if not sites:
             return
         site = tied(sites)
-        if window.lens[0] > len(site.instances) * self._draft.view.max_num_batched_tokens or not self._memory.fits([0]):
+        if (
+            window.lens[0] > len(site.instances) * draft.view.max_num_batched_tokens
+            or all(draft.num_newest[instance] >= draft.view.max_num_seqs for instance in site.instances)
+            or not self._memory.fits([0])
+        ):
             return
-        duration_s = self._times.batch_of_s(len(site.instances), *window.sums([0]))
-        otherwise_s = min([self._until_over_s(part) for part in sites])
+        now_s, duration_s = draft.view.now_s, self._times.batch_of_s(len(site.instances), *window.sums([0]))
+        otherwise_s = min([self._until_over_s(part) for part in sites if part.requests])
+        otherwise_s = min(otherwise_s, self._until_emptied_s(window.pages[0], window.lens[0]))
         gain = window.weights[0] * max(0.0, otherwise_s - site.ready_s)
         tie_cost = cost_of_tie(sites, self._times, now_s) if gain > site.pause_weight * duration_s else 0.0
         cost = site.pause_weight * duration_s + tie_cost
@@ -297,7 +304,7 @@ class Dispatcher:
             for part in sites:
                 choice.take(part)
             choice.add([0], site.instances)
-            choice.is_cut = window.pages[0] <= self._draft.shape.num_pages
+            choice.is_cut = window.pages[0] <= draft.shape.num_pages
 
     def _judge(
         self,
@@ -339,13 +346,17 @@ class Dispatcher:
             if num_free >= num_pages and num_tokens <= choice.dop * self._draft.view.max_num_batched_tokens:
                 duration_s = self._times.batch_of_s(choice.dop, *self._window.sums(choice.places))
                 waits.append(choice.ready_s + duration_s)
+        waits.append(self._until_emptied_s(num_pages, num_tokens))
+        return min(waits)
+
+    def _until_emptied_s(self, num_pages: int, num_tokens: int) -> float:
+        """In how many seconds prefills in flight leave instances without keys that could take so much; inf: never."""
         for emptied in self._outlook.emptied:
             num_free = sum([self._draft.room(instance) for instance in emptied.instances])
             capacity = len(emptied.instances) * self._draft.view.max_num_batched_tokens
             if num_free >= num_pages and num_tokens <= capacity:
-                waits.append(emptied.ready_s)
-                break
-        return min(waits)
+                return emptied.ready_s
+        return math.inf
 
     def _until_over_s(self, site: Site) -> float:
         """In how many seconds the last decode of the group is expected to end: the paper's AvgLat_d - exec_time."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 
 from loongjax.core.cluster import Group
-from loongjax.core.plan import Decode, Plan, Prefill
+from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
+from loongjax.costmodel.work import PrefillWork
 from loongjax.scheduler.esp.explain import Decision
+from loongjax.scheduler.view import FlightView, RunningView
 from tests.scheduler.esp.hand_model import HandModel, ask, only
 from tests.scheduler.views import cluster, running, waiting
 
@@ -17,13 +19,18 @@ def answer(
     """Instances of 100 pages of 4 tokens, each with a decode that fills 56 of them and is half way through 100 tokens.
     The prompt takes 0.04 s a page of one instance.
     """
-    runs = [
-        running(f"r{instance}", instance, (instance, 224), num_output_tokens=50, max_new_tokens=50)
-        for instance in range(num_instances)
-    ]
+    runs = half_way(num_instances)
     num_tokens = num_pages * 4
     waits = [waiting("w", num_instances, num_tokens, max_total_tokens=num_tokens + max_new_tokens)]
     return ask(cluster(num_instances, num_pages=100, runs=runs, waits=waits), HandModel(step_s=1.0, row_s=row_s))
+
+
+def half_way(num_instances: int) -> list[RunningView]:
+    """A decode on each instance, as in `answer`."""
+    return [
+        running(f"r{instance}", instance, (instance, 224), num_output_tokens=50, max_new_tokens=50)
+        for instance in range(num_instances)
+    ]
 
 
 def instances_kept(plans: tuple[Plan, ...]) -> list[int]:
@@ -73,3 +80,35 @@ def test_without_room_there_is_no_tie(num_pages: int, max_new_tokens: int) -> No
 def test_a_request_that_one_group_has_room_for_is_not_cut() -> None:
     _, decisions = answer(40, row_s=0.01)
     assert not [decision for decision in decisions if decision.step == "tie"]
+
+
+def test_without_a_seat_there_is_no_tie() -> None:
+    """It would hold memory, and wait for its second token until somebody has ended."""
+    waits = [waiting("w", 2, 192, max_total_tokens=196)]
+    for max_num_seqs, num_ties in ((1, 0), (2, 1)):
+        view = cluster(2, num_pages=100, runs=half_way(2), waits=waits, max_num_seqs=max_num_seqs)
+        plans, decisions = ask(view, HandModel(step_s=1.0))
+        assert len([decision for decision in decisions if decision.step == "tie"]) == num_ties
+        assert len([plan for plan in plans if isinstance(plan, Prefill)]) == num_ties
+
+
+def test_it_waits_for_a_prefill_that_leaves_an_instance_without_keys() -> None:
+    plan = Prefill(Group.of([2]), (PrefillRequest("echo", ()),))
+    flight = FlightView(plan=plan, group=plan.group, work=PrefillWork(new_lens=(50,)), started_s=0.0)
+    waits = [waiting("w", 3, 192, max_total_tokens=196)]
+    view = cluster(3, num_pages=100, runs=half_way(2), waits=waits, prefilling=[2], flights=[flight])
+    plans, decisions = ask(view, HandModel(step_s=1.0))
+    decision = only(decisions, "tie")
+    assert (decision.is_taken, decision.gain) == (False, pytest.approx(0.5 / 192))
+    assert [type(plan) for plan in plans] == [Decode, Decode]
+
+
+def test_instances_without_keys_are_filled_before_decode_groups_are_tied() -> None:
+    """It is longer than any instance."""
+    waits = [waiting("w", 3, 480, max_total_tokens=484)]
+    view = cluster(4, num_pages=100, runs=half_way(3), waits=waits)
+    plans, decisions = ask(view, HandModel(step_s=1.0))
+    assert instances_kept(plans) == [0, 3]
+    # Nobody is slowed down by an instance without decodes.
+    assert dict(only(decisions, "tie").terms)["tie_weight_s"] == 0.0
+    assert [plan.group for plan in plans if isinstance(plan, Decode)] == [Group.of([1]), Group.of([2])]
