@@ -17,7 +17,8 @@ VARIANTS = {"all_gather": attend_to_gathered, "loop": attend_in_loop, "ring": at
 
 RING_COMPILER_OPTIONS = {"xla_gpu_collective_permute_mode": "COLLECTIVES_PEER_MEMORY"}
 """For `jax.jit(..., compiler_options=...)` of programs with rings over GPUs of one process: the permutes are then done
-by copy engines, and the attention beside them keeps all multiprocessors. Without effect elsewhere.
+by copy engines, and the attention beside them keeps all multiprocessors. Without effect on CPUs; untried over several
+processes.
 """
 
 MAX_GATHERED_BLOCK_BYTES = 1 << 20

@@ -10,18 +10,18 @@ without keys cost nothing. A decode group B with instances G is paused for furth
 where w is what a second costs (`objective`) and T the prefill's predicted time on G. The paper asks this of all R' at
 once, so that one long prompt among them keeps all from starting; here R' is the beginning of the order that gains most.
 The paper's wait is until B ends; here it is the least of that, of the end of what was taken before, and of the end of
-prefills in flight that leave instances without keys. R' has room on G alone: keys on two decode groups would tie them
-together. A pause that pays is put off while others may come to share it:
+prefills in flight that leave instances without keys. R' has room on G alone, since keys on two decode groups tie them
+together; who has room on none of them alone, see `tying`. A pause that pays is put off while others may come to share
+it:
 
     until sum over R' of w_r x (wait so far) >= A x loss of B
 
 where A is what each prefill takes, however small it is, and what a lost second costs is `outlook.loss_weight`. If
-weight comes at a steady rate, what the first ones wait then
-costs as much as the pauses do, which together is least; however it comes, it is at most twice the least (the rule for
-acknowledging packets of Dooly, Goldman and Scott, 2001). Where pausing does not pay and nothing else can start, one
-instance of G may be freed instead by moving the keys it holds, for (weight of R' + weight of B) x the migration's time,
-and for the longer steps that follow (`moving`). Who may be overtaken no more gets the cheapest of pausing, moving, and
-waiting for a prefill to end.
+weight comes at a steady rate, what the first ones wait then costs as much as the pauses do, which together is least;
+however it comes, it is at most twice the least (the rule for acknowledging packets of Dooly, Goldman and Scott, 2001).
+Where pausing does not pay and nothing else can start, one instance of G may be freed instead by moving the keys it
+holds, for (weight of R' + weight of B) x the migration's time, and for the longer steps that follow (`moving`). Who may
+be overtaken no more gets the cheapest of pausing, moving, and waiting for a prefill to end.
 """
 
 from __future__ import annotations
