@@ -6,6 +6,7 @@ python -m benchmarks.extend_kernel --out benchmarks/results/extend_kernel_1xH200
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -20,18 +21,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loongjax.pallas_kernels.extend_attention.mosaic_gpu import DEFAULT_TUNING as MOSAIC_TUNING
+from loongjax.pallas_kernels.extend_attention.by_length import extend_attention_by_length
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
 from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
 from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
-CASES = [(512, 32768, (32, 8)), (512, 131072, (32, 8)), (4, 131072, (32, 8)), (512, 32768, (32, 32))]
-"""New tokens, keys before them, heads."""
 SAMPLES = 9
 TUNINGS = [
     TUNING,
@@ -42,75 +40,127 @@ Attend = Callable[[Any, jax.Array], jax.Array]
 """The op, given its keys and values and the queries."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Requests that are extended together."""
+
+    new: tuple[int, ...]
+    """Query tokens of each."""
+    keys: tuple[int, ...]
+    """Before them; multiples of 64."""
+    heads: tuple[int, int] = (32, 8)
+
+    @property
+    def flops(self) -> float:
+        pairs = sum(num_new * num_keys for num_new, num_keys in zip(self.new, self.keys, strict=True))
+        return 4.0 * pairs * self.heads[0] * HEAD_DIM
+
+
+def one(num_new: int, num_keys: int, heads: tuple[int, int] = (32, 8)) -> Case:
+    """A request by itself."""
+    return Case(new=(num_new,), keys=(num_keys,), heads=heads)
+
+
+def beside_decodes(num_new: int, num_keys: int, num_decodes: int) -> Case:
+    """A chunk beside requests of one token, with as many keys each."""
+    return Case(new=(num_new, *(1,) * num_decodes), keys=(num_keys,) * (1 + num_decodes))
+
+
+CASES = {
+    "many rows": [one(512, 32_768), one(512, 131_072), one(4, 131_072), one(512, 32_768, (32, 32))],
+    "few rows": [one(num_new, 200_000) for num_new in (32, 64, 128, 256, 512)],
+    "mixed": [
+        *(beside_decodes(num_new, 10_048, 16) for num_new in (128, 512, 2048)),
+        beside_decodes(512, 10_048, 64),
+        Case(new=(512,) * 4, keys=(10_048,) * 4),
+        Case(new=(8,) * 16, keys=(10_048,) * 16),
+    ],
+}
+
+
 def random_normal(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def extend(
-    num_keys: int, num_kv_heads: int, page_size: int, tuning: PagedTuning | PrefillTuning
-) -> tuple[Attend, jax.Array]:
-    """The op over a randomly permuted table, given its pool, by the variant whose tuning it is."""
-    variant = triton_extend_attention if isinstance(tuning, PagedTuning) else mosaic_gpu_extend_attention
-    num_pages = num_keys // page_size
-    pool = random_normal(0, 1, 2, num_pages, page_size, num_kv_heads, HEAD_DIM)
+def extend(case: Case, page_size: int, variant: Callable[..., tuple[jax.Array, jax.Array]]) -> tuple[Attend, jax.Array]:
+    """The op over randomly permuted tables, given its pool."""
+    num_pages = sum(case.keys) // page_size
+    pool = random_normal(0, 1, 2, num_pages, page_size, case.heads[1], HEAD_DIM)
     table = jnp.asarray(np.random.default_rng(0).permutation(num_pages), jnp.int32)
+    cu_q_lens = jnp.asarray(np.cumsum([0, *case.new]), jnp.int32)
+    kv_lens = np.array(case.keys)
+    tables = (
+        table,
+        jnp.asarray((np.cumsum(kv_lens) - kv_lens) // page_size, jnp.int32),
+        jnp.asarray(kv_lens, jnp.int32),
+    )
 
     def attend(pool: jax.Array, q: jax.Array) -> jax.Array:
-        cu_q_lens, start = jnp.array([0, q.shape[0]], jnp.int32), jnp.zeros(1, jnp.int32)
-        tables = (table, start, start + num_keys)
-        settings = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype), "tuning": tuning}
+        settings = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype)}
         return variant(q, cu_q_lens, pool, jnp.int32(0), *tables, **settings)[0]
 
     return attend, pool
 
 
-def prefill(num_keys: int, num_kv_heads: int) -> tuple[Attend, tuple[jax.Array, jax.Array]]:
+def prefill(case: Case) -> tuple[Attend, tuple[jax.Array, jax.Array]]:
     """The same pairs by the prefill kernel, over keys and values that lie in order."""
-    k, v = (random_normal(seed, num_keys, num_kv_heads, HEAD_DIM) for seed in (2, 3))
+    k, v = (random_normal(seed, sum(case.keys), case.heads[1], HEAD_DIM) for seed in (2, 3))
+    ends = np.repeat(np.cumsum(case.keys), case.new)
+    starts = ends - np.repeat(case.keys, case.new)
+    k_start, k_end = jnp.asarray(starts, jnp.int32), jnp.asarray(ends, jnp.int32)
 
     def attend(kv: tuple[jax.Array, jax.Array], q: jax.Array) -> jax.Array:
-        zero = jnp.zeros(q.shape[0], jnp.int32)
         settings = {"sm_scale": HEAD_DIM**-0.5, "out_dtype": np.dtype(q.dtype)}
-        return mosaic_gpu_prefill_attention(q, *kv, zero, zero + num_keys, **settings)[0]
+        return mosaic_gpu_prefill_attention(q, *kv, k_start, k_end, **settings)[0]
 
     return attend, (k, v)
 
 
-def timer(attend: Attend, keys: Any, num_new: int, num_q_heads: int, flops: float) -> SlopeTimer:
+def timer(case: Case, attend: Attend, keys: Any) -> SlopeTimer:
     """Of one call, each on the output of the one before."""
-    q = random_normal(1, num_new, num_q_heads, HEAD_DIM)
+    q = random_normal(1, sum(case.new), case.heads[0], HEAD_DIM)
 
     def repeat(num: int) -> Callable[[], jax.Array]:
         run = jax.jit(lambda keys, q: jax.lax.fori_loop(0, num, lambda _, q: attend(keys, q), q))
         return lambda: run(keys, q)
 
-    return SlopeTimer(repeat, max(4, round(0.01 / (flops / 400e12))))
+    return SlopeTimer(repeat, max(4, round(0.01 / (case.flops / 400e12))))
 
 
-def compare(
-    num_new: int, num_keys: int, heads: tuple[int, int], tunings: Sequence[PagedTuning]
-) -> list[dict[str, Any]]:
+def variants_of(case: Case, tunings: Sequence[PagedTuning]) -> dict[str, Callable[[], tuple[Attend, Any]]]:
+    """What is timed, by name; what makes it may fail."""
+    variants: dict[str, Callable[[], tuple[Attend, Any]]] = {"prefill_attention": lambda: prefill(case)}
+    for page_size in (1, 16, 64):
+        variants[f"mosaic_gpu, page size {page_size}"] = functools.partial(
+            extend, case, page_size, mosaic_gpu_extend_attention
+        )
+    for tuning, page_size in itertools.product(tunings, (16, 1)):
+        variant = functools.partial(triton_extend_attention, tuning=tuning)
+        name = f"triton, page size {page_size}, {dataclasses.astuple(tuning)}"
+        variants[name] = functools.partial(extend, case, page_size, variant)
+    if len(case.new) > 1:
+        variants["by_length, page size 16"] = functools.partial(extend, case, 16, extend_attention_by_length)
+    return variants
+
+
+def compare(case: Case, tunings: Sequence[PagedTuning]) -> list[dict[str, Any]]:
     """One row a variant, timed in turn; one that fails says why, and does not stop the others."""
-    num_q_heads, num_kv_heads = heads
-    flops = 4.0 * num_new * num_keys * num_q_heads * HEAD_DIM
-    variants: dict[str, Callable[[], tuple[Attend, Any]]] = {
-        "prefill_attention": lambda: prefill(num_keys, num_kv_heads)
-    }
-    for tuning, page_size in [*((MOSAIC_TUNING, size) for size in (1, 16, 64)), *itertools.product(tunings, (16, 1))]:
-        implementation = "triton" if isinstance(tuning, PagedTuning) else "mosaic_gpu"
-        name = f"{implementation}, page size {page_size}, {dataclasses.astuple(tuning)}"
-        variants[name] = functools.partial(extend, num_keys, num_kv_heads, page_size, tuning)
-    rows, timers = {}, {}
-    for name, make in variants.items():
-        rows[name] = {"new": num_new, "keys": num_keys, "heads": f"{num_q_heads}/{num_kv_heads}", "variant": name}
+    rows: dict[str, dict[str, Any]] = {}
+    timers: dict[str, SlopeTimer] = {}
+    variants = variants_of(case, tunings)
+    # Most of the time goes into compiling.
+    with concurrent.futures.ThreadPoolExecutor(len(variants)) as pool:
+        made = {name: pool.submit(lambda make=make: timer(case, *make())) for name, make in variants.items()}
+    for name, future in made.items():
+        rows[name] = {**dataclasses.asdict(case), "variant": name}
         try:
-            timers[name] = timer(*make(), num_new, num_q_heads, flops)
+            timers[name] = future.result()
         except Exception as error:
             traceback.print_exc()
             rows[name]["error"] = repr(error)[:300]
     sample_in_turn(list(timers.values()), SAMPLES)
     for name, timed in timers.items():
-        rows[name] |= {"us": round(timed.seconds * 1e6, 1), "tflops": round(flops / timed.seconds / 1e12, 1)}
+        rows[name] |= {"us": round(timed.seconds * 1e6, 1), "tflops": round(case.flops / timed.seconds / 1e12, 1)}
         if "prefill_attention" in timers:
             rows[name]["of_prefill"] = round(timers["prefill_attention"].seconds / timed.seconds, 4)
     return list(rows.values())
@@ -118,7 +168,8 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tune", action="store_true", help="every tuning of the Triton variant, on the first case")
+    parser.add_argument("--tune", action="store_true", help="every tuning of the Triton variant")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
@@ -129,8 +180,8 @@ def main() -> None:
         "commit": args.commit,
         "rows": [],
     }
-    for number, (num_new, num_keys, heads) in enumerate(CASES):
-        rows = compare(num_new, num_keys, heads, TUNINGS if args.tune and number == 0 else TUNINGS[:1])
+    for case in itertools.chain.from_iterable(CASES[name] for name in args.cases):
+        rows = compare(case, TUNINGS if args.tune else TUNINGS[:1])
         result["rows"] += rows
         print(*map(json.dumps, rows), sep="\n", flush=True)
         if args.out:
