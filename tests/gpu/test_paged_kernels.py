@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loongjax.pallas_kernels import decode_attention, extend_attention, kv_update
-from tests.pallas_kernels.brute_force import attend_row
+from tests.pallas_kernels.brute_force import attend_requests, attend_row
 from tests.pallas_kernels.paged_case import make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
 
@@ -69,13 +69,11 @@ def test_extend_attention_is_float64s(lengths, implementation, page_size):
     for seed, (num_q_heads, num_kv_heads, head_dim) in enumerate(HEADS[: 4 if implementation == "triton" else 3]):
         case = make_case(seed, kv_lens, page_size=page_size, heads=(num_kv_heads, head_dim), dtype="bfloat16")
         q = random_queries(seed, sum(q_lens) + 5, num_q_heads, head_dim, "bfloat16")
-        o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
-        for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
-            o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
+        truth = attend_requests(np.asarray(q), q_lens, case.keys, case.values)
         operands = (q, jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32), *case.arguments)
         extend = functools.partial(extend_attention, implementation=implementation, out_dtype=jnp.float32)
         found = extend(*operands)
-        assert_matches(found, (o, lse), "bfloat16")
+        assert_matches(found, truth, "bfloat16")
         for first, second in zip(found, extend(*operands), strict=True):
             np.testing.assert_array_equal(first, second)
 

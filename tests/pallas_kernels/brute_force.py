@@ -3,22 +3,42 @@
 import numpy as np
 
 
+def attend_rows(
+    q: np.ndarray, keys: np.ndarray, values: np.ndarray, sm_scale: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Query tokens [T, N, H] that see all of these keys [S, K, H]: output [T, N, H] and log-sum-exp [T, N]."""
+    num_rows, num_q_heads, head_dim = q.shape
+    scale = head_dim**-0.5 if sm_scale is None else sm_scale
+    o = np.zeros(q.shape)
+    lse = np.full((num_rows, num_q_heads), -np.inf)
+    if len(keys) == 0:
+        return o, lse
+    group_size = num_q_heads // keys.shape[1]
+    for kv_head in range(keys.shape[1]):
+        k, v = (x[:, kv_head].astype(np.float64) for x in (keys, values))
+        for head in range(kv_head * group_size, (kv_head + 1) * group_size):
+            scores = scale * q[:, head].astype(np.float64) @ k.T
+            lse[:, head] = np.logaddexp.reduce(scores, axis=1)
+            o[:, head] = np.exp(scores - lse[:, head, None]) @ v
+    return o, lse
+
+
 def attend_row(
     q: np.ndarray, keys: np.ndarray, values: np.ndarray, sm_scale: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One query token [N, H] over all of these keys [S, K, H]: output [N, H] and log-sum-exp [N]."""
-    num_q_heads, head_dim = q.shape
-    group_size = num_q_heads // keys.shape[1]
-    scale = head_dim**-0.5 if sm_scale is None else sm_scale
-    o = np.zeros((num_q_heads, head_dim))
-    lse = np.full(num_q_heads, -np.inf)
-    if len(keys) == 0:
-        return o, lse
-    for head in range(num_q_heads):
-        kv_head = head // group_size
-        scores = scale * keys[:, kv_head].astype(np.float64) @ q[head].astype(np.float64)
-        lse[head] = np.logaddexp.reduce(scores)
-        o[head] = np.exp(scores - lse[head]) @ values[:, kv_head].astype(np.float64)
+    """`attend_rows` of one query token [N, H]: output [N, H] and log-sum-exp [N]."""
+    o, lse = attend_rows(q[None], keys, values, sm_scale)
+    return o[0], lse[0]
+
+
+def attend_requests(
+    q: np.ndarray, q_lens: list[int], keys: list[np.ndarray], values: list[np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """`extend_attention`: the query tokens of each request over its keys; none behind those of the last one."""
+    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
+    for begin, q_len, k, v in zip(np.cumsum(q_lens) - q_lens, q_lens, keys, values, strict=True):
+        rows = slice(begin, begin + q_len)
+        o[rows], lse[rows] = attend_rows(q[rows], k, v)
     return o, lse
 
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels import extend_attention, merge_attention, prefill_attention
 from loongjax.pallas_kernels.extend_attention import blockwise
-from tests.pallas_kernels.brute_force import attend_row, attend_sequences
+from tests.pallas_kernels.brute_force import attend_requests, attend_sequences
 from tests.pallas_kernels.paged_case import PagedCase, make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
 
@@ -38,10 +38,7 @@ def cumulative(q_lens: list[int]) -> np.ndarray:
 
 
 def expected(q: jax.Array, q_lens: list[int], case: PagedCase) -> tuple[np.ndarray, np.ndarray]:
-    o, lse = np.zeros(q.shape), np.full(q.shape[:-1], -np.inf)
-    for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
-        o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
-    return o, lse
+    return attend_requests(np.asarray(q), q_lens, case.keys, case.values)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

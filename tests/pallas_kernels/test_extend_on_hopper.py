@@ -16,7 +16,7 @@ from loongjax.pallas_kernels.extend_attention import api, by_length
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention, row_ranges
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
-from tests.pallas_kernels.brute_force import attend_row
+from tests.pallas_kernels.brute_force import attend_requests
 from tests.pallas_kernels.mosaic_interpreter import interpreted
 from tests.pallas_kernels.paged_case import make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
@@ -32,14 +32,12 @@ def check(q_lens: list[int], kv_lens: list[int], page_size: int, heads: tuple[in
     num_q_heads, num_kv_heads = heads
     case = make_case(0, kv_lens, page_size=page_size, heads=(num_kv_heads, H), dtype="bfloat16")
     q = random_queries(0, sum(q_lens) + 5, num_q_heads, H, "bfloat16")
-    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
-    for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
-        o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
+    truth = attend_requests(np.asarray(q), q_lens, case.keys, case.values)
     cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
     settings = {"tuning": PrefillTuning(**tuning), "sm_scale": H**-0.5, "out_dtype": jnp.dtype("float32")}
     with interpreted():
         found = mosaic_gpu_extend_attention(q, cu_q_lens, *case.arguments, **settings)
-    assert_matches(found, (o, lse), "bfloat16")
+    assert_matches(found, truth, "bfloat16")
 
 
 @pytest.mark.parametrize("page_size", [8, 16, 64, 128, 256])
@@ -218,7 +216,7 @@ def asked(monkeypatch) -> dict[str, jax.Array]:
     lens: dict[str, jax.Array] = {}
 
     def stand_for(name: str):
-        def attend(*operands, most_queries=10**9, **settings):
+        def attend(*operands, most_queries=10**9, tile_members=None, tuning=None, **settings):
             lens[name] = operands[-1]
             assert jnp.where(operands[-1] > 0, jnp.diff(operands[1]), 0).max() <= most_queries
             return reference_extend_attention(*operands, **settings)
@@ -237,10 +235,8 @@ def test_each_request_is_attended_to_by_the_kernel_that_is_faster_for_it(asked):
     q = random_queries(0, sum(q_lens) + 5, 2, H, "bfloat16")
     cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
     found = extend_attention(q, cu_q_lens, *case.arguments, out_dtype=jnp.float32, implementation="by_length")
-    o, lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
-    for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
-        o[row], lse[row] = attend_row(np.asarray(q[row]), case.keys[request], case.values[request])
-    assert_matches(found, (o, lse), "bfloat16")
+    truth = attend_requests(np.asarray(q), q_lens, case.keys, case.values)
+    assert_matches(found, truth, "bfloat16")
     assert asked["mosaic_gpu"].tolist() == [0, 17, 0, 0, 425, 0]
     assert asked["triton"].tolist() == [300, 0, 40, 0, 0, 9]
 

@@ -112,7 +112,13 @@ def _attend_forward(
     k_start, k_end = row_ranges(cu_q_lens, page_starts, kv_lens, num_rows=q.shape[0], page_size=page_size)
     num_keys = page_indices.shape[0] * page_size
     launch = functools.partial(
-        Launch, name="extend_attention", num_keys=num_keys, sm_scale=sm_scale, out_dtype=out_dtype, tuning=tuning
+        Launch,
+        name="extend_attention",
+        num_keys=num_keys,
+        sm_scale=sm_scale,
+        out_dtype=out_dtype,
+        tuning=tuning,
+        is_uneven=True,
     )
     if brings_into_order(page_size, q.shape[0] * q.shape[1] // K // kv_lens.shape[0]):
         from loongjax.pallas_kernels.extend_attention.gather_pages import gather_pages

@@ -71,6 +71,8 @@ class Launch:
     sm_scale: float
     out_dtype: np.dtype
     tuning: PrefillTuning
+    is_uneven: bool = False
+    """Whether the last rows need not be those that see most keys."""
 
 
 def attend_rows_over(
@@ -215,7 +217,8 @@ def _call(
         raise ConfigError(f"num_heads_abreast must divide the {N} query heads, got {abreast}")
     is_paced = keeps_pace(2 * launch.num_keys * H * q.dtype.itemsize, N * num_q_blocks, num_programs)
     schedule = Schedule(N, num_q_blocks, num_programs, abreast, is_paced)
-    line = line_up(visits, by_length=N * num_q_blocks >= SORTED_ROUNDS * num_programs)
+    is_sorted = launch.is_uneven or N * num_q_blocks >= SORTED_ROUNDS * num_programs
+    line = line_up(visits, by_length=is_sorted)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(
         functools.partial(launch.body, scale=sm_scale * math.log2(math.e), tuning=tuning, schedule=schedule),

@@ -11,7 +11,7 @@ from loongjax.pallas_kernels.extend_attention.triton_variant import cut_into_til
 from loongjax.pallas_kernels.kv_update.triton_variant import update_kernel
 from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
 from loongjax.pallas_kernels.paged_triton.launch import Tiles
-from tests.pallas_kernels.brute_force import attend_row
+from tests.pallas_kernels.brute_force import attend_requests, attend_row
 from tests.pallas_kernels.paged_case import PagedCase, make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
 from tests.pallas_kernels.triton_interpreter import interpret
@@ -113,10 +113,8 @@ def test_extend_attention_is_float64s_however_the_work_is_cut(
     cut = cut_into_tiles(cu_q_lens, page_starts, lens, num_queries=num_queries, tile_queries=tile_queries)
     tiles = Tiles(*(np.array(array) for array in cut))
     seen = np.array(row_kv_lens(cu_q_lens, lens, num_rows=len(q)))
-    expected_o, expected_lse = np.zeros(q.shape), np.full(q.shape[:2], -np.inf)
-    for row, request in enumerate(np.repeat(np.arange(len(q_lens)), q_lens)):
-        expected_o[row], expected_lse[row] = attend_row(q[row], case.keys[request], case.values[request])
-    assert_matches(attend(q, case, tiles, seen, tile_queries, num_shares), (expected_o, expected_lse))
+    expected = attend_requests(q, q_lens, case.keys, case.values)
+    assert_matches(attend(q, case, tiles, seen, tile_queries, num_shares), expected)
 
 
 def test_kv_update_writes_its_slots_and_nothing_else():
