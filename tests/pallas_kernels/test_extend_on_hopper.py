@@ -185,8 +185,8 @@ def test_a_gradient_is_refused():
     ("where", "num_rows", "num_requests", "expected"),
     [
         (("cpu", "", "bfloat16", 128), 512, 1, "blockwise"),
-        (("gpu", "9.0", "bfloat16", 128), 64, 1, "mosaic_gpu"),
-        (("gpu", "9.0", "bfloat16", 128), 63, 1, "triton"),
+        (("gpu", "9.0", "bfloat16", 128), 32, 1, "mosaic_gpu"),
+        (("gpu", "9.0", "bfloat16", 128), 31, 1, "triton"),
         (("gpu", "9.0", "bfloat16", 128), 512, 64, "by_length"),
         (("gpu", "9.0", "bfloat16", 128), 512, 2, "by_length"),
         (("gpu", "9.0", "bfloat16", 128), 64, 2, "triton"),
@@ -198,6 +198,12 @@ def test_a_gradient_is_refused():
 def test_the_default_is_the_fastest_that_takes_the_queries(where, num_rows, num_requests, expected, monkeypatch):
     monkeypatch.setattr(api, "is_triton_usable", lambda: True)
     assert default_of(where, num_rows, num_requests) == expected
+
+
+def test_few_queries_on_pages_that_are_brought_into_order_first_go_elsewhere(monkeypatch, with_triton):
+    monkeypatch.setattr(api, "is_triton_usable", lambda: True)
+    hopper = "gpu", "9.0", "bfloat16", 128
+    assert [default_of(hopper, num, 1, page_size=1) for num in (63, 64)] == ["triton", "mosaic_gpu"]
 
 
 def default_of(where: tuple, num_rows: int, num_requests: int, page_size: int = 16) -> str:
@@ -216,7 +222,7 @@ def asked(monkeypatch) -> dict[str, jax.Array]:
     lens: dict[str, jax.Array] = {}
 
     def stand_for(name: str):
-        def attend(*operands, most_queries=10**9, tile_members=None, tuning=None, **settings):
+        def attend(*operands, most_queries=10**9, **settings):
             lens[name] = operands[-1]
             assert jnp.where(operands[-1] > 0, jnp.diff(operands[1]), 0).max() <= most_queries
             return reference_extend_attention(*operands, **settings)

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.extend_attention.blockwise import blockwise_extend_attention
 from loongjax.pallas_kernels.extend_attention.by_length import LEAST_QUERIES, extend_attention_by_length
+from loongjax.pallas_kernels.extend_attention.mosaic_gpu import brings_into_order, mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import is_supported as has_mosaic_kernel
-from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
 from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
@@ -41,6 +41,8 @@ VARIANTS = {
     "reference": reference_extend_attention,
     "triton": _triton,
 }
+LEAST_QUERIES_ALONE = 32
+"""As `LEAST_QUERIES`, of one request on pages that Hopper's kernel fetches: it shares its blocks with nobody."""
 logger = logging.getLogger(__name__)
 
 
@@ -141,7 +143,8 @@ def default_variant(
     if compute_capability == "9.0" and has_mosaic_kernel(dtype, head_dim, page_size):
         if num_requests > 1 and num_rows > LEAST_QUERIES and has_triton:
             return "by_length"
-        if num_rows >= LEAST_QUERIES * num_requests:
+        is_alone = num_requests == 1 and not brings_into_order(page_size, num_rows=1)
+        if num_rows >= (LEAST_QUERIES_ALONE if is_alone else LEAST_QUERIES * num_requests):
             return "mosaic_gpu"
     if has_triton:
         return "triton"

@@ -38,23 +38,14 @@ def extend_attention_by_length(
         ConfigError: the packages that Triton needs are missing.
     """
     require_triton("extend_attention", "implementation 'by_length'")
-    from loongjax.pallas_kernels.extend_attention.triton_variant import (
-        FEW_QUERIES_MEMBERS,
-        FEW_QUERIES_TUNING,
-        triton_extend_attention,
-    )
+    from loongjax.pallas_kernels.extend_attention.triton_variant import triton_extend_attention
 
     is_long = jnp.diff(cu_q_lens) >= LEAST_QUERIES
     tables = q, cu_q_lens, kv_pool, layer, page_indices, page_starts
     settings = {"sm_scale": sm_scale, "out_dtype": out_dtype}
     long_o, long_lse = mosaic_gpu_extend_attention(*tables, jnp.where(is_long, kv_lens, 0), **settings)
     short_o, short_lse = triton_extend_attention(
-        *tables,
-        jnp.where(is_long, 0, kv_lens),
-        most_queries=LEAST_QUERIES - 1,
-        tile_members=FEW_QUERIES_MEMBERS,
-        tuning=FEW_QUERIES_TUNING,
-        **settings,
+        *tables, jnp.where(is_long, 0, kv_lens), most_queries=LEAST_QUERIES - 1, **settings
     )
     # Rows without keys give 0 and -inf, so in each row at least one of the two is that.
     return long_o + short_o, jax.lax.max(long_lse, short_lse)

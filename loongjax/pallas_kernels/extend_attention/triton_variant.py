@@ -17,14 +17,9 @@ WIDE_TUNING = PagedTuning(block=16, stages=2, num_warps=8, programs_per_processo
 """For head dim 256: in the 99 KiB of shared memory that GPUs of compute capability 8.6, 8.9 and 12.0 have."""
 TILE_MEMBERS = 128
 """Queries of a tile times query heads of a KV head: enough for the tensor cores, few enough for the registers."""
-FEW_QUERIES_TUNING = PagedTuning()
-FEW_QUERIES_MEMBERS = 16
-"""Where most requests have one query token. Rows that fill a tile up are computed, too: on an H200, 16 requests of
-10,000 keys take 293 us with 128 of them, and with 16 and decode's tuning 177, of which 160 are for the keys.
-"""
 
 
-@functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning", "most_queries", "tile_members"))
+@functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning", "most_queries"))
 def triton_extend_attention(
     q: Float[Array, "T N H"],
     cu_q_lens: Int32[Array, " B_plus_1"],
@@ -38,12 +33,10 @@ def triton_extend_attention(
     out_dtype: np.dtype,
     tuning: PagedTuning | None = None,
     most_queries: int | None = None,
-    tile_members: int = TILE_MEMBERS,
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
     """See `extend_attention`. Forward only.
 
-    No request with keys has more than `most_queries` query tokens, if that is given: it saves memory. Rows of a tile
-    that are filled up are computed, too: `tile_members` should be few if most requests have few query tokens.
+    No request with keys has more than `most_queries` query tokens, if that is given: it saves memory.
 
     Raises:
         ValueError: a dtype or head dim that it does not take.
@@ -57,7 +50,7 @@ def triton_extend_attention(
         return vary_as(nothing, operands)
     num_queries = T if most_queries is None else min(T, most_queries * kv_lens.shape[0])
     # Tiles of one query say nothing about where it is.
-    tile_queries = min(max(tile_members * K // N, 2), max(2, 1 << (T - 1).bit_length()))
+    tile_queries = min(max(TILE_MEMBERS * K // N, 2), max(2, 1 << (T - 1).bit_length()))
     out = attend_tiles(
         q,
         kv_pool,
