@@ -14,7 +14,7 @@ import json
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +38,7 @@ TUNINGS = [
 ]
 Attend = Callable[[Any, jax.Array], jax.Array]
 """The op, given its keys and values and the queries."""
+Op = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,15 +75,18 @@ CASES = {
         beside_decodes(512, 10_048, 64),
         Case(new=(512,) * 4, keys=(10_048,) * 4),
         Case(new=(8,) * 16, keys=(10_048,) * 16),
+        Case(new=(32,) * 4, keys=(49_984,) * 4),
     ],
 }
 
 
+@functools.cache
 def random_normal(seed: int, *shape: int) -> jax.Array:
+    """One array for all programs that want the same."""
     return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
 
 
-def extend(case: Case, page_size: int, variant: Callable[..., tuple[jax.Array, jax.Array]]) -> tuple[Attend, jax.Array]:
+def extend(case: Case, page_size: int, variant: Op) -> tuple[Attend, jax.Array]:
     """The op over randomly permuted tables, given its pool."""
     num_pages = sum(case.keys) // page_size
     pool = random_normal(0, 1, 2, num_pages, page_size, case.heads[1], HEAD_DIM)
@@ -127,49 +131,57 @@ def timer(case: Case, attend: Attend, keys: Any) -> SlopeTimer:
     return SlopeTimer(repeat, max(4, round(0.01 / (case.flops / 400e12))))
 
 
-def variants_of(case: Case, tunings: Sequence[PagedTuning]) -> dict[str, Callable[[], tuple[Attend, Any]]]:
+def variants_of(
+    case: Case, page_sizes: Sequence[int], tunings: Sequence[PagedTuning]
+) -> dict[str, Callable[[], tuple[Attend, Any]]]:
     """What is timed, by name; what makes it may fail."""
     variants: dict[str, Callable[[], tuple[Attend, Any]]] = {"prefill_attention": lambda: prefill(case)}
-    for page_size in (1, 16, 64):
-        variants[f"mosaic_gpu, page size {page_size}"] = functools.partial(
-            extend, case, page_size, mosaic_gpu_extend_attention
-        )
-    for tuning, page_size in itertools.product(tunings, (16, 1)):
-        variant = functools.partial(triton_extend_attention, tuning=tuning)
-        name = f"triton, page size {page_size}, {dataclasses.astuple(tuning)}"
-        variants[name] = functools.partial(extend, case, page_size, variant)
-    if len(case.new) > 1:
-        variants["by_length, page size 16"] = functools.partial(extend, case, 16, extend_attention_by_length)
+    for page_size in page_sizes:
+        ops: dict[str, Op] = {"mosaic_gpu": mosaic_gpu_extend_attention}
+        for tuning in tunings:
+            name = f"triton {dataclasses.astuple(tuning)}"
+            ops[name] = functools.partial(triton_extend_attention, tuning=tuning)
+        if len(case.new) > 1:
+            ops["by_length"] = extend_attention_by_length
+        for name, op in ops.items():
+            variants[f"{name}, page size {page_size}"] = functools.partial(extend, case, page_size, op)
     return variants
 
 
-def compare(case: Case, tunings: Sequence[PagedTuning]) -> list[dict[str, Any]]:
-    """One row a variant, timed in turn; one that fails says why, and does not stop the others."""
-    rows: dict[str, dict[str, Any]] = {}
-    timers: dict[str, SlopeTimer] = {}
-    variants = variants_of(case, tunings)
+def compare(
+    cases: Sequence[Case], page_sizes: Sequence[int], tunings: Sequence[PagedTuning]
+) -> Iterator[list[dict[str, Any]]]:
+    """For each case, one row a variant, timed in turn; one that fails says why, and does not stop the others."""
+    variants = [variants_of(case, page_sizes, tunings) for case in cases]
     # Most of the time goes into compiling.
-    with concurrent.futures.ThreadPoolExecutor(len(variants)) as pool:
-        made = {name: pool.submit(lambda make=make: timer(case, *make())) for name, make in variants.items()}
-    for name, future in made.items():
-        rows[name] = {**dataclasses.asdict(case), "variant": name}
-        try:
-            timers[name] = future.result()
-        except Exception as error:
-            traceback.print_exc()
-            rows[name]["error"] = repr(error)[:300]
-    sample_in_turn(list(timers.values()), SAMPLES)
-    for name, timed in timers.items():
-        rows[name] |= {"us": round(timed.seconds * 1e6, 1), "tflops": round(case.flops / timed.seconds / 1e12, 1)}
-        if "prefill_attention" in timers:
-            rows[name]["of_prefill"] = round(timers["prefill_attention"].seconds / timed.seconds, 4)
-    return list(rows.values())
+    with concurrent.futures.ThreadPoolExecutor(16) as pool:
+        made = [
+            {name: pool.submit(lambda case=case, make=make: timer(case, *make())) for name, make in named.items()}
+            for case, named in zip(cases, variants, strict=True)
+        ]
+    for case, named in zip(cases, made, strict=True):
+        rows: dict[str, dict[str, Any]] = {}
+        timers: dict[str, SlopeTimer] = {}
+        for name, future in named.items():
+            rows[name] = {**dataclasses.asdict(case), "variant": name}
+            try:
+                timers[name] = future.result()
+            except Exception as error:
+                traceback.print_exc()
+                rows[name]["error"] = repr(error)[:300]
+        sample_in_turn(list(timers.values()), SAMPLES)
+        for name, timed in timers.items():
+            rows[name] |= {"us": round(timed.seconds * 1e6, 1), "tflops": round(case.flops / timed.seconds / 1e12, 1)}
+            if "prefill_attention" in timers:
+                rows[name]["of_prefill"] = round(timers["prefill_attention"].seconds / timed.seconds, 4)
+        yield list(rows.values())
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tune", action="store_true", help="every tuning of the Triton variant")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--page-sizes", nargs="+", type=int, default=[1, 16, 64])
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
     args = parser.parse_args()
@@ -180,8 +192,8 @@ def main() -> None:
         "commit": args.commit,
         "rows": [],
     }
-    for case in itertools.chain.from_iterable(CASES[name] for name in args.cases):
-        rows = compare(case, TUNINGS if args.tune else TUNINGS[:1])
+    cases = list(itertools.chain.from_iterable(CASES[name] for name in args.cases))
+    for rows in compare(cases, args.page_sizes, TUNINGS if args.tune else TUNINGS[:1]):
         result["rows"] += rows
         print(*map(json.dumps, rows), sep="\n", flush=True)
         if args.out:
