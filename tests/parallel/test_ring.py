@@ -200,6 +200,19 @@ def test_a_message_holds_every_bit_of_keys_and_values(dtype, head_dim):
     assert message.tobytes() == np.asarray(k).tobytes() + np.asarray(v).tobytes()
 
 
+@pytest.mark.parametrize("is_jitted", [True, False])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_tokens_at_all(variant, is_jitted):
+    def attend(*arrays):
+        return ring_attention(*arrays, axis_name=AXIS, variant=variant)[:2]
+
+    ring = jax.shard_map(attend, mesh=mesh_of(3), in_specs=P(AXIS), out_specs=P(AXIS))
+    nothing = *(jnp.zeros((0, heads, H)) for heads in (N, K, K)), jnp.zeros(0, jnp.int32)
+    o, lse = (jax.jit(ring) if is_jitted else ring)(*nothing)
+    assert o.shape == (0, N, H)
+    assert lse.shape == (0, N)
+
+
 def test_a_message_may_hold_no_tokens():
     nothing = jnp.zeros((0, 2, 8), "bfloat16")
     assert _pack(nothing, nothing).shape == (2, 0, 2, 8)
