@@ -9,8 +9,7 @@ from loongjax.costmodel.work import DecodeWork, PrefillWork
 def work_of(iteration: Iteration) -> PrefillWork | DecodeWork | None:
     """What a prefill, an extend or a decode step has to do; None for anything else.
 
-    An extend is a prefill with keys before its tokens: it runs through the model as one, its decodes included, and only
-    the keys of those are reckoned as a decode step's are.
+    An extend is a prefill with keys before its tokens: it runs through the model as one, its decodes included.
     """
     match iteration:
         case PrefillIteration():

@@ -9,7 +9,6 @@ from typing import Literal, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float
 
-from loongjax.costmodel.coefficients import check_coefficients
 from loongjax.costmodel.decode_time import DecodeTime
 from loongjax.costmodel.measurement import Provenance
 from loongjax.costmodel.migration_time import MigrationTime
@@ -70,25 +69,22 @@ class StrategyTimes:
     """What predictions use; None: the paper's form."""
     paper_prefill_errors: FitErrors | None = None
     refined_prefill_errors: FitErrors | None = None
-    decode_errors: FitErrors | None = None
-    per_extend_key_s: float | None = None
-    """In seconds a key that an extend reads for its decodes, on the instance; None: as long as in a decode step."""
+    """Of whole prompts, the refined form's as well."""
     extend_errors: FitErrors | None = None
-
-    def __post_init__(self) -> None:
-        check_coefficients(self)
+    """Of the refined form."""
+    decode_errors: FitErrors | None = None
 
     @property
     def prefill(self) -> PaperPrefillTime | RefinedPrefillTime:
         return self.refined_prefill or self.paper_prefill
 
     def prefill_s[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
-        """As `CostModel.prefill_s`: the prefill's form, and then reading the keys of decodes, as even as they can be.
-
-        Reading is added, as in a decode step: a prefill so small that it takes its floor is busy reading weights.
+        """As `CostModel.prefill_s`. The paper's form knows of no keys to read, which take what they take in a decode
+        step, as even over the instances as they can be.
         """
-        per_key_s = self.decode.per_key_s if self.per_extend_key_s is None else self.per_extend_key_s
-        return self.prefill.seconds(totals) + per_key_s / self.decode.sp * totals.decode_keys
+        if self.refined_prefill is not None:
+            return self.refined_prefill.seconds(totals)
+        return self.paper_prefill.seconds(totals) + self.decode.per_key_s / self.decode.sp * totals.past_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,7 +108,7 @@ class FittedModel(CostModel):
         return self.times(strategy).prefill_s(totals)
 
     def paper_prefill_s(self, strategy: Strategy, totals: PrefillTotals[np.ndarray]) -> np.ndarray:
-        """As `prefill_s`, in the paper's form, which knows no decodes beside chunks."""
+        """As `prefill_s`, in the paper's form, which knows of no past keys to read."""
         return self.times(strategy).paper_prefill.seconds(totals)
 
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:

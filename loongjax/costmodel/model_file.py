@@ -20,7 +20,8 @@ from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
 
 FORMAT = "loongjax cost model"
-VERSION = 2
+VERSION = 3
+"""Version 2, which is read as well, had a key's time in extends apart from the prefill's form, for decodes alone."""
 
 
 def save(model: FittedModel, path: pathlib.Path) -> None:
@@ -68,8 +69,9 @@ def load(path: pathlib.Path) -> FittedModel:
 def _model(raw: Any) -> FittedModel:
     if not isinstance(raw, dict) or raw.get("format") != FORMAT:
         raise ConfigError(f'it has no "format": "{FORMAT}"; `loongjax fit` writes files that have')
-    if raw.get("version") != VERSION or isinstance(raw["version"], bool):
-        raise ConfigError(f"its version is {raw.get('version')!r}, and this program reads {VERSION}: fit again")
+    version = raw.get("version")
+    if version not in (2, VERSION) or isinstance(version, bool):
+        raise ConfigError(f"its version is {version!r}, and this program reads {VERSION}: fit again")
     expected = {"format", "version", "provenance", "strategies", "migration", "migration_errors"}
     _check_names(raw, expected, "the file")
     if not isinstance(raw["strategies"], list):
@@ -79,6 +81,8 @@ def _model(raw: Any) -> FittedModel:
         where = f"strategies[{index}]"
         if not isinstance(entry, dict):
             raise ConfigError(f"{where} must be an object, got {_shown(entry)}")
+        if version == 2:
+            entry = _from_version_2(entry)
         names = {field.name for field in dataclasses.fields(Strategy)}
         strategy = _read(Strategy, {name: entry[name] for name in names & entry.keys()}, where)
         times = _read(StrategyTimes, {name: value for name, value in entry.items() if name not in names}, where)
@@ -94,6 +98,21 @@ def _model(raw: Any) -> FittedModel:
         migration=_read(MigrationTime | None, raw["migration"], "migration"),
         migration_errors=_read(FitErrors | None, raw["migration_errors"], "migration_errors"),
     )
+
+
+def _from_version_2(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """The same strategy with `per_extend_key_s`, or without it what a key takes in a decode step, of all past tokens.
+
+    What is missing or of the wrong type is left for the reader of the current version to name.
+    """
+    entry = dict(entry)
+    key_s = entry.pop("per_extend_key_s", None)
+    refined, decode = entry.get("refined_prefill"), entry.get("decode")
+    if key_s is None and isinstance(decode, dict):
+        key_s = decode.get("per_key_s")
+    if isinstance(refined, dict):
+        entry["refined_prefill"] = refined | {"extend_constant_s": 0.0, "per_past_key_s": key_s}
+    return entry
 
 
 def _read(kind: Any, raw: Any, where: str) -> Any:

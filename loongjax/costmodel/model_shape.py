@@ -56,12 +56,17 @@ class ModelShape:
         return self.kv_bytes_per_token // self.num_kv_heads * -(-self.num_kv_heads // tp)
 
     def prefill_flops[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
-        """FLOPs of prefills: two a weight and token, and four a pair, head dimension, head and layer.
+        """FLOPs of prefills, their pairs with past tokens left out: two a weight and token, and those of the pairs.
 
         The output projection of one row a request is left out: it is less than a thousandth of a usual prompt.
         """
-        attention = 2.0 * self.num_layers * self.num_q_heads * self.head_dim * totals.twice_num_pairs
+        attention = 0.5 * self.pair_flops * totals.squared_lens
         return 2.0 * self.num_layer_params * totals.num_tokens + attention
+
+    @functools.cached_property
+    def pair_flops(self) -> float:
+        """FLOPs of one query with one key, over all layers: four a head dimension and head."""
+        return 4.0 * self.num_layers * self.num_q_heads * self.head_dim
 
     @functools.cached_property
     def decode_row_flops(self) -> float:

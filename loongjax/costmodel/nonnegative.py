@@ -20,9 +20,11 @@ RELATIVE_TIE = 1e-9
 
 
 def fit_nonnegative(
-    features: Float[np.ndarray, "points terms"], measured_s: Float[np.ndarray, " points"]
+    features: Float[np.ndarray, "points terms"],
+    measured_s: Float[np.ndarray, " points"],
+    known_s: Float[np.ndarray, " points"] | float = 0.0,
 ) -> Float[np.ndarray, " terms"]:
-    """The coefficients c >= 0 that minimise sum(((features @ c - measured) / measured)^2).
+    """The coefficients c >= 0 that minimise sum(((known + features @ c - measured) / measured)^2).
 
     Exact: at the optimum the positive coefficients solve the unconstrained problem over their own columns, so the best
     of all 2^terms supports whose solution is nonnegative is the answer (terms are few). A support whose columns are
@@ -32,6 +34,7 @@ def fit_nonnegative(
     Args:
         features: what each coefficient multiplies; not negative.
         measured_s: above 0.
+        known_s: what is part of each measured time already.
     """
     num_points, num_terms = features.shape
     relative = features / measured_s[:, None]
@@ -39,7 +42,7 @@ def fit_nonnegative(
     usable = scale > 0.0
     scaled = np.divide(relative, scale, out=np.zeros_like(relative), where=usable)
     # The triangle of a QR decomposition has the same residuals as all the points.
-    triangle = np.linalg.qr(np.column_stack([scaled, np.ones(num_points)]), mode="r")
+    triangle = np.linalg.qr(np.column_stack([scaled, 1.0 - known_s / measured_s]), mode="r")
     columns, target = triangle[:, :num_terms], triangle[:, num_terms]
     best, least = np.zeros(num_terms), float(target @ target)
     tie = num_points * RELATIVE_TIE**2

@@ -47,10 +47,13 @@ class PaperPrefillTime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefinedPrefillTime:
-    """The longer of a floor and constant + B padded + C sum(new^2) + D sum(new x past).
+    """The longer of a floor and constant + B padded + C sum(new^2), and if there are past tokens, the extend's constant
+    + D sum(new x past) + E sum(past) / sp on top.
 
     `padded` are the tokens of one rank, in the bucket that holds them: the engine computes that many. The floor is what
-    a prefill takes however small it is, for reading the weights and launching kernels.
+    a prefill takes however small it is, for reading the weights and launching kernels. Attention to past tokens is
+    added to it, as in a decode step: their keys are read when the weights were, once a request however many new tokens
+    it has, and computed with once a pair.
     """
 
     floor_s: float
@@ -59,8 +62,12 @@ class RefinedPrefillTime:
     """In seconds a padded token on each rank."""
     per_squared_token_s: float
     """In seconds a new token squared."""
+    extend_constant_s: float
+    """In seconds an extend, which attends to the pool and among its new tokens apart, and merges the two."""
     per_new_times_past_s: float
     """In seconds a new token and past token."""
+    per_past_key_s: float
+    """In seconds a key that an instance reads: past tokens are spread over all of them."""
     sp: int
     """Ranks that the tokens are spread over."""
     token_buckets: tuple[int, ...]
@@ -72,17 +79,30 @@ class RefinedPrefillTime:
 
     @staticmethod
     def features(totals: PrefillTotals[np.ndarray], sp: int, token_buckets: tuple[int, ...]) -> np.ndarray:
-        """What all coefficients but the floor multiply, in order: float64 [..., 4]."""
+        """What the constant, B and C multiply: float64 [..., 3]."""
         padded = pad(np.ceil(totals.num_tokens / sp), token_buckets)
-        return _stack(np.ones(()), padded, totals.squared_lens, totals.new_times_past)
+        return _stack(np.ones(()), padded, totals.squared_lens)
+
+    @staticmethod
+    def past_features(totals: PrefillTotals[np.ndarray], sp: int) -> np.ndarray:
+        """What the extend's constant, D and E multiply: float64 [..., 3]."""
+        return _stack(totals.past_keys > 0.0, totals.new_times_past, totals.past_keys / sp)
 
     def seconds[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
         """float64, of the totals' broadcast shape; a number of numbers."""
+        past = (
+            self.extend_constant_s * (totals.past_keys > 0.0)
+            + self.per_new_times_past_s * totals.new_times_past
+            + self.per_past_key_s / self.sp * totals.past_keys
+        )
+        return self.new_tokens_s(totals) + past
+
+    def new_tokens_s[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
+        """As `seconds`, without the past: what the new tokens would take as whole prompts."""
         linear = (
             self.constant_s
             + self.per_padded_token_s * pad(ceil(totals.num_tokens / self.sp), self.token_buckets)
             + self.per_squared_token_s * totals.squared_lens
-            + self.per_new_times_past_s * totals.new_times_past
         )
         return larger(linear, self.floor_s)
 

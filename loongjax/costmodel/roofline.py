@@ -101,8 +101,10 @@ class _PrefillRates:
     """Reading the weights."""
     ring_token_s: float
     """Passing a token around the ring."""
+    pair_s: float
+    """Computing with a pair of a new and a past token."""
     key_s: float
-    """Reading a key of a decode."""
+    """Reading a past token's key."""
     overheads_s: float
 
 
@@ -117,8 +119,10 @@ class _RatesOfDops:
     slow_rings: list[tuple[int, float]]
     """Rows and seconds a token of rings that are not faster than the products of any token: the others never are the
     longest."""
+    pair_s: np.ndarray
+    """Computing with a pair of a new and a past token."""
     key_s: np.ndarray
-    """Reading a key of a decode."""
+    """Reading a past token's key."""
     overheads_s: np.ndarray
 
 
@@ -134,8 +138,8 @@ class RooflineModel(CostModel):
         return "roofline"
 
     def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
-        """The longest of computing, reading the weights, and passing the keys around the ring; then reading the keys
-        of decodes beside chunks, over the instances; and the overheads.
+        """The longest of computing, reading the weights, and passing the keys around the ring; then attention to past
+        tokens, over the instances: reading their keys, and computing; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
         rates = self._prefill_rates(sp, tp)
@@ -145,7 +149,8 @@ class RooflineModel(CostModel):
             seconds = larger(seconds, rates.ring_token_s * totals.num_tokens)
         if tp > 1:
             seconds = seconds + self._all_reduces_s(tp, ceil(totals.num_tokens / sp))
-        return seconds + (totals.decode_keys * rates.key_s + rates.overheads_s)
+        past = totals.new_times_past * rates.pair_s + totals.past_keys * rates.key_s
+        return seconds + (past + rates.overheads_s)
 
     def prefills_s(self, tp: int, totals: PrefillTotals[np.ndarray], out: Float[np.ndarray, "dops batches"]) -> None:
         """As `prefill_s`, on all numbers of instances at a time."""
@@ -156,7 +161,8 @@ class RooflineModel(CostModel):
             np.maximum(out[row], ring_token_s * totals.num_tokens, out=out[row])
         if tp > 1:
             out += self._all_reduces_s(tp, np.ceil(totals.num_tokens / rates.sp))
-        out += totals.decode_keys * rates.key_s + rates.overheads_s
+        past = totals.new_times_past * rates.pair_s + totals.past_keys * rates.key_s
+        out += past + rates.overheads_s
 
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         """The weights read once or the rows computed, whichever is longer; the fullest instance's keys read; the
@@ -199,6 +205,7 @@ class RooflineModel(CostModel):
             flops_per_s=sp * tp * self.rates.flops_per_s,
             weights_s=self._weights_s(tp),
             ring_token_s=self._ring_token_s(sp, tp),
+            pair_s=self.model.pair_flops / (sp * tp * self.rates.flops_per_s),
             key_s=self._key_s(tp) / sp,
             overheads_s=self._overheads_s(tp, sp - 1),
         )
@@ -218,6 +225,7 @@ class RooflineModel(CostModel):
             flops_per_s=flops_per_s,
             weights_s=np.full_like(sp, self._weights_s(tp)),
             slow_rings=[(row, float(ring_token_s[row, 0])) for row in np.flatnonzero(is_slow).tolist()],
+            pair_s=self.model.pair_flops / flops_per_s,
             key_s=self._key_s(tp) / sp,
             overheads_s=self._overheads_s(tp, sp - 1.0),
         )

@@ -64,12 +64,12 @@ class PrefillTotals[Real: (float, np.ndarray)]:
     squared_lens: Real
     """Sum of the squares of the new tokens."""
     new_times_past: Real
-    """Sum of new tokens x tokens before them whose keys are in the pool (chunks, cached prefixes), decodes left out."""
-    decode_keys: Real
-    """Sum of the keys before requests of one new token, the decodes beside chunks.
+    """Sum of new tokens x past ones, those before them whose keys are in the pool (chunks, decodes beside them)."""
+    past_keys: Real
+    """Sum of the past tokens: each request reads their keys once, however many new tokens it has.
 
-    One query does so little with a key that reading it is what takes time, as in a decode step: on an H200, 120 ns for
-    reading a key of a 7B without grouped heads, and 1 ns for computing with it.
+    Few new tokens do so little with a key that reading it is what takes time, as in a decode step: on an H200, 120 ns
+    for reading a key of a 7B without grouped heads, and 1 ns for computing with it.
     """
 
     @classmethod
@@ -78,21 +78,21 @@ class PrefillTotals[Real: (float, np.ndarray)]:
         num_tokens: Numbers,
         squared_lens: Numbers,
         new_times_past: Numbers = _ZERO,
-        decode_keys: Numbers = _ZERO,
+        past_keys: Numbers = _ZERO,
     ) -> PrefillTotals[np.ndarray]:
         """Totals from sums in any numeric type; of scalars: arrays [1]."""
         return PrefillTotals(
             num_tokens=per_batch(num_tokens),
             squared_lens=per_batch(squared_lens),
             new_times_past=per_batch(new_times_past),
-            decode_keys=per_batch(decode_keys),
+            past_keys=per_batch(past_keys),
         )
 
     @classmethod
     def of_batch(cls, num_tokens: int, squared_lens: int) -> PrefillTotals[float]:
         """Totals of a single batch of whole prompts, as numbers."""
         return PrefillTotals(
-            num_tokens=float(num_tokens), squared_lens=float(squared_lens), new_times_past=0.0, decode_keys=0.0
+            num_tokens=float(num_tokens), squared_lens=float(squared_lens), new_times_past=0.0, past_keys=0.0
         )
 
     @classmethod
@@ -102,12 +102,12 @@ class PrefillTotals[Real: (float, np.ndarray)]:
             [work.num_tokens for work in works],
             [work.squared_lens for work in works],
             [work.new_times_past for work in works],
-            [work.decode_keys for work in works],
+            [work.past_keys for work in works],
         )
 
     @property
     def twice_num_pairs(self) -> Real:
-        """Twice the query and key pairs of causal attention, the diagonal counted half, those of decodes left out.
+        """Twice the query and key pairs of causal attention, the diagonal counted half.
 
         Without past tokens this is sum(len^2), the third term of the paper's equation 7.
         """
@@ -150,18 +150,16 @@ class PrefillWork:
 
     @property
     def new_times_past(self) -> int:
-        """Of the chunks: see `PrefillTotals.new_times_past`."""
-        return sum(new * past for new, past in zip(self.new_lens, self.past_lens, strict=False) if new > 1)
+        return sum(new * past for new, past in zip(self.new_lens, self.past_lens, strict=False))
 
     @property
-    def decode_keys(self) -> int:
-        """Of the decodes: see `PrefillTotals.decode_keys`."""
-        return sum(past for new, past in zip(self.new_lens, self.past_lens, strict=False) if new == 1)
+    def past_keys(self) -> int:
+        return sum(self.past_lens)
 
     @property
     def totals(self) -> PrefillTotals[np.ndarray]:
         """Totals of this batch alone: arrays [1]."""
-        return PrefillTotals.of_sums(self.num_tokens, self.squared_lens, self.new_times_past, self.decode_keys)
+        return PrefillTotals.of_sums(self.num_tokens, self.squared_lens, self.new_times_past, self.past_keys)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

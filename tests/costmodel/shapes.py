@@ -32,7 +32,9 @@ def refined(sp: int, floor_s: float = 0.008) -> RefinedPrefillTime:
         constant_s=0.002,
         per_padded_token_s=2e-5,
         per_squared_token_s=5e-10 / sp,
+        extend_constant_s=0.001,
         per_new_times_past_s=1.2e-9 / sp,
+        per_past_key_s=3e-7,
         sp=sp,
         token_buckets=PADDING.token_buckets,
     )
@@ -58,7 +60,8 @@ def measurements(strategies: tuple[Strategy, ...], noise: float = 0.0, seed: int
         return seconds * float(np.exp(noise * random.normal()))
 
     prefills = [PrefillWork(new_lens=(n,) * b) for b in (1, 4, 16) for n in (10, 100, 700, 3000, 20_000, 90_000)]
-    prefills += [PrefillWork(new_lens=(n,), past_lens=(p,)) for n in (512, 4096) for p in (8192, 65_536, 200_000)]
+    prefills += [PrefillWork(new_lens=(n,), past_lens=(p,)) for n in (32, 512, 4096) for p in (8192, 65_536, 200_000)]
+    prefills += [PrefillWork(new_lens=(512, *[1] * b), past_lens=(8192, *[3000] * b)) for b in (4, 50)]
     return Measurements(
         provenance=PROVENANCE,
         prefills=tuple(

@@ -20,6 +20,7 @@ def test_points_without_noise_give_back_the_times_they_came_from():
         PrefillWork(new_lens=(1,)),
         PrefillWork(new_lens=(333, 12_000)),
         PrefillWork(new_lens=(2000,), past_lens=(100_000,)),
+        PrefillWork(new_lens=(100, 1, 1), past_lens=(0, 30_000, 700)),
         PrefillWork(new_lens=(300_000,)),
     ])  # fmt: skip
     for strategy in (ONE, FOUR):
@@ -50,73 +51,65 @@ def test_the_papers_coefficients_are_recovered_from_times_in_its_form():
     assert errors.held_out.arithmetic_mean < 1e-8
 
 
-def test_the_papers_form_learns_from_whole_prompts_only():
-    whole = measurements((ONE,))
-    without_chunks = Measurements(
-        provenance=PROVENANCE,
-        prefills=tuple(point for point in whole.prefills if not point.work.past_lens),
-        decodes=whole.decodes,
-    )
-    assert fit(whole, PADDING).times(ONE).paper_prefill == fit(without_chunks, PADDING).times(ONE).paper_prefill
+def without_extends(whole: Measurements) -> Measurements:
+    return dataclasses.replace(whole, prefills=tuple(point for point in whole.prefills if not point.work.is_extend))
 
 
-def test_without_measured_chunks_a_pair_costs_what_it_costs_within_a_prompt():
-    whole = measurements((ONE,))
-    prefills = tuple(point for point in whole.prefills if not point.work.past_lens)
-    model = fit(Measurements(provenance=PROVENANCE, prefills=prefills, decodes=whole.decodes), PADDING)
-    form = model.times(ONE).refined_prefill
-    assert form is not None
-    assert form.per_new_times_past_s == 2.0 * form.per_squared_token_s > 0.0
+def test_the_coefficients_of_extends_are_recovered_from_chunks_with_and_without_decodes():
+    for strategy in (ONE, FOUR):
+        times = fit(measurements((strategy,)), PADDING).times(strategy)
+        true, form = refined(strategy.sp), times.refined_prefill
+        assert form is not None
+        assert form.extend_constant_s == pytest.approx(true.extend_constant_s, rel=1e-6)
+        assert form.per_new_times_past_s == pytest.approx(true.per_new_times_past_s, rel=1e-6)
+        assert form.per_past_key_s == pytest.approx(true.per_past_key_s, rel=1e-6)
+        assert times.extend_errors is not None
+        assert times.extend_errors.held_out is not None
+        assert times.extend_errors.held_out.largest < 1e-6
 
 
-EXTENDS = [
-    PrefillWork(new_lens=(chunk, *[1] * rows), past_lens=(past, *[context] * rows))
-    for chunk in (100, 500)
-    for past in (0, 8192)
-    for rows in (1, 30)
-    for context in (2000, 30_000)
-]
-
-
-def with_extends(per_key_s: float) -> Measurements:
-    """Measurements with extends on one instance, whose decodes take so long a key."""
-    whole = measurements((ONE,))
-    extends = tuple(
-        PrefillPoint(
-            strategy=ONE,
-            work=work,
-            measured_s=refined(1).seconds(work.totals).item() + per_key_s * work.decode_keys,
-        )
-        for work in EXTENDS
-    )
-    return dataclasses.replace(whole, prefills=whole.prefills + extends)
-
-
-def test_what_a_key_of_a_decode_takes_in_an_extend_is_found_without_moving_anything_else():
-    plain, times = (fit(points, PADDING).times(ONE) for points in (measurements((ONE,)), with_extends(7e-7)))
-    assert times.per_extend_key_s == pytest.approx(7e-7, rel=1e-6)
+def test_extends_move_nothing_that_whole_prompts_and_decodes_take():
+    whole = measurements((ONE,), noise=0.1)
+    plain, times = (fit(points, PADDING).times(ONE) for points in (without_extends(whole), whole))
+    assert plain.refined_prefill is not None
+    assert times.refined_prefill is not None
     assert times.extend_errors is not None
-    assert times.extend_errors.held_out is not None
-    assert times.extend_errors.held_out.largest < 1e-6
-    without_extends = dataclasses.replace(times, per_extend_key_s=None, extend_errors=None)
-    assert without_extends == plain
+    assert times.refined_prefill != plain.refined_prefill
+    past = {name: getattr(plain.refined_prefill, name) for name in PAST_COEFFICIENTS}
+    form = dataclasses.replace(times.refined_prefill, **past)
+    assert dataclasses.replace(times, refined_prefill=form, extend_errors=None) == plain
 
 
-def test_without_measured_extends_a_key_of_a_decode_takes_what_it_takes_in_a_decode_step():
-    times = fit(measurements((ONE,)), PADDING).times(ONE)
-    assert times.per_extend_key_s is None
-    extend = PrefillTotals.of([PrefillWork(new_lens=(500, 1), past_lens=(0, 30_000))])
-    expected = refined(1).seconds(extend).item() + 30_000 * decode(1).per_key_s
-    assert times.prefill_s(extend).item() == pytest.approx(expected, rel=1e-6)
+PAST_COEFFICIENTS = ("extend_constant_s", "per_new_times_past_s", "per_past_key_s")
 
 
-def test_extends_that_are_shorter_than_their_chunks_make_keys_cost_nothing_rather_than_less():
-    whole = with_extends(0.0)
+@pytest.mark.parametrize("num_extends", [0, 4])
+def test_without_measured_extends_a_pair_costs_what_it_costs_within_a_prompt_and_a_key_what_in_a_decode_step(
+    num_extends,
+):
+    whole = measurements((ONE,))
+    extends = tuple(point for point in whole.prefills if point.work.is_extend)[:num_extends]
+    fresh = without_extends(whole)
+    times = fit(dataclasses.replace(fresh, prefills=fresh.prefills + extends), PADDING).times(ONE)
+    form = times.refined_prefill
+    assert form is not None
+    assert form.extend_constant_s == 0.0
+    assert form.per_new_times_past_s == 2.0 * form.per_squared_token_s > 0.0
+    assert form.per_past_key_s == times.decode.per_key_s > 0.0
+    assert times.extend_errors is None
+
+
+def test_extends_that_are_shorter_than_their_new_tokens_make_the_past_cost_nothing_rather_than_less():
+    whole = measurements((ONE,))
     fast = tuple(
-        dataclasses.replace(point, measured_s=0.9 * point.measured_s) if point.work.decode_keys else point
+        dataclasses.replace(point, measured_s=0.9 * refined(1).new_tokens_s(point.work.totals).item())
+        if point.work.is_extend
+        else point
         for point in whole.prefills
     )
-    assert fit(dataclasses.replace(whole, prefills=fast), PADDING).times(ONE).per_extend_key_s == 0.0
+    form = fit(dataclasses.replace(whole, prefills=fast), PADDING).times(ONE).refined_prefill
+    assert form is not None
+    assert [getattr(form, name) for name in PAST_COEFFICIENTS] == [0.0, 0.0, 0.0]
 
 
 @settings(max_examples=10, deadline=None)
@@ -124,7 +117,7 @@ def test_extends_that_are_shorter_than_their_chunks_make_keys_cost_nothing_rathe
 def test_with_noise_held_out_points_are_met_about_as_closely_as_the_noise(seed):
     model = fit(measurements((FOUR,), noise=0.02, seed=seed), PADDING)
     times = model.times(FOUR)
-    for errors in (times.refined_prefill_errors, times.decode_errors):
+    for errors in (times.refined_prefill_errors, times.extend_errors, times.decode_errors):
         assert errors is not None
         assert errors.held_out is not None
         assert errors.training.arithmetic_mean <= 0.03

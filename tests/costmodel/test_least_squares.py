@@ -36,6 +36,13 @@ def test_the_solution_is_that_of_lawson_and_hanson(seed, num_terms):
     assert np.linalg.norm(relative @ fitted - 1.0) == pytest.approx(least, rel=1e-9)
 
 
+def test_what_is_known_of_a_time_is_no_longer_to_be_explained():
+    known, truth = 0.1 + 1e-5 * LENS, [0.0, 3e-6, 1e-11]
+    fitted = fit_nonnegative(FEATURES, known + FEATURES @ truth, known)
+    np.testing.assert_allclose(fitted, truth, rtol=1e-6, atol=1e-9)
+    assert fit_nonnegative(FEATURES, 0.5 * known, known).tolist() == [0.0, 0.0, 0.0]
+
+
 def test_a_coefficient_that_would_be_negative_is_zero():
     measured = 1.0 - 1e-7 * LENS
     assert fit_nonnegative(FEATURES, measured)[1:].tolist() == [0.0, 0.0]

@@ -2,6 +2,7 @@ import copy
 import dataclasses
 import json
 import os
+import pathlib
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from loongjax.errors import ConfigError
 from tests.costmodel.shapes import PADDING, measurements
 
 STRATEGIES = (Strategy(1, 2), Strategy(4, 2))
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +44,12 @@ def test_a_loaded_model_predicts_the_same(model, path):
 
 def test_the_file_tells_where_the_times_come_from_and_how_good_they_are(path):
     raw = json.loads(path.read_text())
-    assert (raw["format"], raw["version"]) == ("loongjax cost model", 2)
+    assert (raw["format"], raw["version"]) == ("loongjax cost model", 3)
     assert raw["provenance"]["hardware"] == "4 x NVIDIA H200"
     assert raw["provenance"]["commit"] == "0123abc"
     assert raw["provenance"]["model"]["num_kv_heads"] == 32
     for entry in raw["strategies"]:
-        for name in ("paper_prefill_errors", "refined_prefill_errors", "decode_errors"):
+        for name in ("paper_prefill_errors", "refined_prefill_errors", "extend_errors", "decode_errors"):
             assert 0.0 < entry[name]["held_out"]["arithmetic_mean"] < 1.0
 
 
@@ -66,6 +68,7 @@ def test_a_model_without_migration_and_errors_survives(model, tmp_path):
                 refined_prefill=None,
                 refined_prefill_errors=None,
                 paper_prefill_errors=None,
+                extend_errors=None,
                 decode_errors=None,
             )
             for strategy, times in model.strategies.items()
@@ -96,9 +99,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path):
         ("3", 'no "format"'),
         ('{"format": "another"}', 'no "format"'),
         ('{"format": "loongjax cost model"}', "version is None"),
-        ('{"format": "loongjax cost model", "version": 1}', "version is 1, and this program reads 2: fit again"),
+        ('{"format": "loongjax cost model", "version": 1}', "version is 1, and this program reads 3: fit again"),
         ('{"format": "loongjax cost model", "version": true}', "version is True"),
         ('{"format": "loongjax cost model", "version": 2}', "lacks.*provenance"),
+        ('{"format": "loongjax cost model", "version": 3}', "lacks.*provenance"),
     ],
 )
 def test_a_file_that_is_no_cost_model_is_refused(text, message, tmp_path):
@@ -176,6 +180,59 @@ def test_every_field_is_needed_and_no_other_is_known(path):
         path.write_text(json.dumps(changed))
         with pytest.raises(ConfigError, match=r"\['surprise'\] that is not known"):
             load(path)
+
+
+def as_version_2(raw: dict[str, Any], per_extend_key_s: float | None) -> dict[str, Any]:
+    """The same file as it was written before keys of all requests had a coefficient."""
+    raw = copy.deepcopy(raw) | {"version": 2}
+    for entry in raw["strategies"]:
+        entry["per_extend_key_s"] = per_extend_key_s
+        del entry["refined_prefill"]["extend_constant_s"], entry["refined_prefill"]["per_past_key_s"]
+    return raw
+
+
+@pytest.mark.parametrize("per_extend_key_s", [None, 4e-8])
+def test_a_key_of_a_decode_in_a_file_of_version_2_is_any_past_key(per_extend_key_s, model, path):
+    raw = as_version_2(json.loads(path.read_text()), per_extend_key_s)
+    path.write_text(json.dumps(raw))
+    for strategy, times in load(path).strategies.items():
+        before = model.times(strategy)
+        key_s = before.decode.per_key_s if per_extend_key_s is None else per_extend_key_s
+        form = dataclasses.replace(before.refined_prefill, extend_constant_s=0.0, per_past_key_s=key_s)
+        assert times == dataclasses.replace(before, refined_prefill=form)
+
+
+def test_a_file_of_version_2_is_read_with_as_much_suspicion(path):
+    current = json.loads(path.read_text())
+    for where, value, message in (
+        (["per_extend_key_s"], -1e-9, "per_past_key_s of RefinedPrefillTime .* not negative"),
+        (["decode"], None, r"strategies\[0\]\.decode must be an object"),
+        (["refined_prefill"], 3, r"strategies\[0\]\.refined_prefill must be an object"),
+        (["surprise"], 1, r"\['surprise'\] that is not known"),
+    ):
+        raw = as_version_2(current, None)
+        _place(raw["strategies"][0], where[:-1])[where[-1]] = value
+        path.write_text(json.dumps(raw))
+        with pytest.raises(ConfigError, match=message):
+            load(path)
+
+
+@pytest.mark.parametrize("name", ["cost_model_8b_2xH200.json", "cost_model_8b_tp1_2xH200.json"])
+def test_a_model_that_was_measured_before_predicts_for_prompts_what_its_file_says(name):
+    path = RESULTS / name
+    model, raw = load(path), json.loads(path.read_text())
+    assert len(model.strategies) == len(raw["strategies"]) > 1
+    for entry in raw["strategies"]:
+        strategy, form = Strategy(entry["sp"], entry["tp"]), entry["refined_prefill"]
+        # Beyond the largest bucket nothing is padded.
+        padded, squared = 100_000, (100_000 * strategy.sp) ** 2
+        prompt_s = (
+            form["constant_s"] + form["per_padded_token_s"] * padded + form["per_squared_token_s"] * float(squared)
+        )
+        assert model.prefill_s(strategy, PrefillTotals.of_batch(padded * strategy.sp, squared)) == prompt_s
+        extend = PrefillTotals.of_sums(padded * strategy.sp, squared, new_times_past=10**9, past_keys=10**6)
+        past_s = form["per_new_times_past_s"] * 10**9 + entry["decode"]["per_key_s"] * 10**6 / strategy.sp
+        assert model.prefill_s(strategy, extend).item() == pytest.approx(prompt_s + past_s)
 
 
 def test_a_strategy_that_comes_twice_is_refused(path):

@@ -22,7 +22,9 @@ REFINED = RefinedPrefillTime(
     constant_s=0.004,
     per_padded_token_s=2e-5,
     per_squared_token_s=1e-9,
+    extend_constant_s=0.001,
     per_new_times_past_s=3e-9,
+    per_past_key_s=4e-8,
     sp=2,
     token_buckets=(64, 256, 1024),
 )
@@ -46,43 +48,40 @@ def test_the_papers_form_is_a_constant_tokens_and_squares():
 
 
 def test_the_refined_form_pads_the_tokens_of_one_rank():
-    # 402 tokens on 2 ranks: 201 on one, padded to 256; squares of 400 and 2; 2 x 5e6 pairs with past tokens
-    work = PrefillWork(new_lens=(400, 2), past_lens=(0, 5_000_000))
-    expected = 0.004 + 256 * 2e-5 + 1e-9 * 160_004 + 3e-9 * 10_000_000
+    # 2000 tokens on 2 ranks: 1000 on one, padded to 1024; squares of 1998 and 2
+    work = PrefillWork(new_lens=(1998, 2))
+    expected = 0.004 + 1024 * 2e-5 + 1e-9 * (1998**2 + 4)
     assert REFINED.seconds(work.totals).item() == pytest.approx(expected)
 
 
 EXTEND = PrefillWork(new_lens=(300, 1, 1), past_lens=(1000, 40_000, 60_000))
-"""302 tokens, 151 on one of 2 ranks, padded to 256; 50,000 keys of decodes on each."""
-EXTEND_WITHOUT_KEYS_S = 0.004 + 256 * 2e-5 + 1e-9 * (90_000 + 2) + 3e-9 * 300_000
+"""302 tokens, 151 on one of 2 ranks, padded to 256; 400,000 pairs with past tokens, and 50,500 keys on each rank."""
+PAST_S = 0.001 + 3e-9 * 400_000 + 4e-8 * 50_500
 
 
-@pytest.mark.parametrize(("per_extend_key_s", "key_s"), [(None, 1e-8), (4e-8, 4e-8), (0.0, 0.0)])
-def test_an_extend_is_its_prefill_and_the_keys_of_its_decodes(per_extend_key_s, key_s):
-    times = StrategyTimes(
-        paper_prefill=PAPER, refined_prefill=REFINED, decode=DECODE, per_extend_key_s=per_extend_key_s
-    )
-    # The longer of that and the floor of 0.01, which is reading weights, and then the keys.
-    expected = max(EXTEND_WITHOUT_KEYS_S, 0.01) + 50_000 * key_s
+def test_what_is_past_comes_on_top_of_the_new_tokens():
+    new_s = 0.004 + 256 * 2e-5 + 1e-9 * (90_000 + 2)
+    assert new_s < 0.01, "else the floor, which is reading weights, would not show"
+    assert REFINED.new_tokens_s(EXTEND.totals).item() == 0.01
+    assert REFINED.seconds(EXTEND.totals).item() == pytest.approx(0.01 + PAST_S)
+    long = PrefillWork(new_lens=(2000, 1, 1), past_lens=(150, 40_000, 60_000))
+    expected = 0.004 + 1001 * 2e-5 + 1e-9 * (4e6 + 2) + PAST_S - 4e-8 * 850 / 2
+    unpadded = dataclasses.replace(REFINED, token_buckets=())
+    assert unpadded.seconds(long.totals).item() == pytest.approx(expected)
+
+
+def test_an_extend_in_the_papers_form_reads_a_key_as_long_as_a_decode_step_does():
+    times = StrategyTimes(paper_prefill=PAPER, decode=DECODE)
+    # 0.02 + 1e-4 x 302 + 1e-9 (300^2 + 2 + 2 x 400,000) + 1e-8 x 50,500
+    expected = 0.02 + 0.0302 + 1e-9 * 890_002 + 0.000505
     assert times.prefill_s(EXTEND.totals).item() == pytest.approx(expected)
 
 
-def test_an_extend_in_the_papers_form_takes_the_keys_of_its_decodes_as_well():
-    times = StrategyTimes(paper_prefill=PAPER, decode=dataclasses.replace(DECODE, sp=1))
-    # 0.02 + 1e-4 x 302 + 1e-9 (300^2 + 2 + 2 x 300 x 1000) + 1e-8 x 100,000
-    expected = 0.02 + 0.0302 + 1e-9 * 690_002 + 0.001
-    assert times.prefill_s(EXTEND.totals).item() == pytest.approx(expected)
-
-
-def test_prompts_alone_take_what_their_form_says():
-    times = StrategyTimes(paper_prefill=PAPER, refined_prefill=REFINED, decode=DECODE)
+@pytest.mark.parametrize("refined", [None, REFINED])
+def test_prompts_alone_take_what_their_form_says(refined):
+    times = StrategyTimes(paper_prefill=PAPER, refined_prefill=refined, decode=DECODE)
     totals = PrefillTotals.of_sums([10, 5000, 70_000], [100, 25e6, 49e8])
-    np.testing.assert_array_equal(times.prefill_s(totals), REFINED.seconds(totals))
-
-
-def test_a_negative_time_of_a_key_is_refused():
-    with pytest.raises(ConfigError, match="per_extend_key_s"):
-        StrategyTimes(paper_prefill=PAPER, decode=DECODE, per_extend_key_s=-1e-9)
+    np.testing.assert_array_equal(times.prefill_s(totals), times.prefill.seconds(totals))
 
 
 def test_the_refined_form_is_never_below_its_floor():
@@ -162,8 +161,10 @@ def test_one_instance_exchanges_nothing():
 def test_features_times_coefficients_are_the_seconds():
     totals = PrefillTotals.of([PrefillWork(new_lens=(500, 3)), PrefillWork(new_lens=(9000,), past_lens=(77,))])
     np.testing.assert_allclose(PaperPrefillTime.features(totals) @ [0.02, 1e-4, 1e-9], PAPER.seconds(totals))
-    linear = RefinedPrefillTime.features(totals, 2, REFINED.token_buckets) @ [0.004, 2e-5, 1e-9, 3e-9]
-    np.testing.assert_allclose(np.maximum(linear, 0.01), REFINED.seconds(totals))
+    linear = RefinedPrefillTime.features(totals, 2, REFINED.token_buckets) @ [0.004, 2e-5, 1e-9]
+    np.testing.assert_allclose(np.maximum(linear, 0.01), REFINED.new_tokens_s(totals))
+    past = RefinedPrefillTime.past_features(totals, 2) @ [0.001, 3e-9, 4e-8]
+    np.testing.assert_allclose(np.maximum(linear, 0.01) + past, REFINED.seconds(totals))
     steps = DecodeTotals.of([DecodeWork(rows=(3, 2), keys=(300, 10)), DecodeWork(rows=(20,), keys=(0, 5000))])
     linear = DecodeTime.features(steps, 2, KINKED.row_buckets, 4.0) @ [0.004, 1e-5, 3e-5, 1e-8, 1e-6, 1e-4]
     np.testing.assert_allclose(linear, KINKED.seconds(steps))

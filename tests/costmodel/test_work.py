@@ -20,19 +20,15 @@ def test_totals_of_a_prefill_are_sums_over_its_requests():
     assert work.totals.twice_num_pairs.item() == 34 + 60
 
 
-def test_requests_of_one_token_read_their_keys_and_chunks_compute_with_theirs():
-    work = PrefillWork(new_lens=(512, 1, 2, 1), past_lens=(8192, 4000, 10, 96))
-    assert work.new_times_past == 512 * 8192 + 2 * 10
-    assert work.decode_keys == 4000 + 96
-    assert work.totals.decode_keys.item() == 4096
-    np.testing.assert_array_equal(PrefillTotals.of([work, PrefillWork(new_lens=(1,))]).decode_keys, [4096, 0])
+def test_each_request_reads_its_keys_once_and_computes_with_them_once_a_new_token():
+    work = PrefillWork(new_lens=(512, 1, 2, 1), past_lens=(8192, 4000, 10, 0))
+    assert work.new_times_past == 512 * 8192 + 4000 + 2 * 10
+    assert work.past_keys == 8192 + 4000 + 10
+    assert work.totals.past_keys.item() == 12_202
+    np.testing.assert_array_equal(PrefillTotals.of([work, PrefillWork(new_lens=(1,))]).past_keys, [12_202, 0])
 
 
-def test_a_prompt_of_one_token_reads_no_keys():
-    assert PrefillWork(new_lens=(1, 1), past_lens=(0, 7)).decode_keys == 7
-
-
-def test_an_extend_is_the_work_of_its_chunks_and_the_keys_of_its_decodes():
+def test_an_extend_is_the_work_of_its_chunks_and_its_decodes():
     def item(name: str, num_tokens: int, position: int) -> ExtendInput:
         request = Request(
             request_id=name, prompt_token_ids=(0,) * 8192, sampling=SamplingParams(), max_tokens=9, seed=0

@@ -26,10 +26,6 @@ RUN = Run(
 )
 
 
-EXTEND_KEY_S = 3e-7
-"""Of a key that an extend reads for its decodes."""
-
-
 def timed(case: Case) -> Timing:
     """What an engine takes that has the coefficients of `tests.costmodel.shapes`; decodes with even keys."""
     sp = case.strategy.sp
@@ -37,7 +33,6 @@ def timed(case: Case) -> Timing:
         totals = case.prefill_work.totals
         # Retention's copies, of a hundredth.
         seconds = refined(sp).seconds(totals).item() * (1.01 if case.scales_down else 1.0)
-        seconds += EXTEND_KEY_S * totals.decode_keys.item()
         return Timing(seconds=seconds, stddev_s=0.0, num_rounds=3)
     if case.kind == "migration":
         seconds = MIGRATION.seconds(case.input_len, LLAMA2_7B, case.strategy.tp)

@@ -33,7 +33,7 @@ LIMITS = RuntimeLimits(max_model_len=256, max_num_batched_tokens=64, max_num_seq
 @dataclasses.dataclass(frozen=True)
 class TransparentModel(CostModel):
     """Times that show what they were made of, in seconds: a prefill takes tokens / instances, and more for new x past
-    tokens of chunks / 1000 and for keys of decodes beside them / 10; a step 1 + keys / 1000.
+    tokens / 1000 and for past keys / 10; a step 1 + keys / 1000.
     """
 
     @property
@@ -42,7 +42,7 @@ class TransparentModel(CostModel):
 
     def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         assert strategy.tp == SHAPE.tp
-        return totals.num_tokens / strategy.sp + totals.new_times_past / 1000.0 + totals.decode_keys / 10.0
+        return totals.num_tokens / strategy.sp + totals.new_times_past / 1000.0 + totals.past_keys / 10.0
 
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return 1.0 + totals.busiest_keys / 1000.0 + 0.0 * totals.num_rows
@@ -114,7 +114,7 @@ def test_a_prefill_takes_what_the_cost_model_says_of_its_group():
     assert [token.request_id for token in completion.tokens] == ["0/0", "0/1"]
 
 
-def test_an_extend_takes_what_its_chunks_do_after_their_past_and_reading_the_keys_of_its_decodes():
+def test_an_extend_takes_what_its_new_tokens_do_behind_their_past_keys():
     spans: list[Span] = []
     runtime = simulated(on_span=spans.append)
     inputs = tuple(
@@ -131,7 +131,7 @@ def test_an_extend_takes_what_its_chunks_do_after_their_past_and_reading_the_key
     )
     runtime.submit(ExtendIteration(0, Group((1,)), inputs))
     now_s, completion = next_completion(runtime)
-    assert now_s == pytest.approx(25.0 + 20 * 50 / 1000.0 + 100 / 10.0)
+    assert now_s == pytest.approx(25.0 + (100 + 20 * 50) / 1000.0 + (100 + 50) / 10.0)
     assert [token.request_id for token in completion.tokens] == ["a", "c"]
     assert [(span.kind, span.num_requests, span.num_steps) for span in spans] == [("extend", 3, 1)]
 

@@ -80,7 +80,7 @@ def _forms(model: FittedModel) -> Iterator[tuple[str, str, FitErrors]]:
         for form, errors in (
             ("prefill, paper", times.paper_prefill_errors),
             ("prefill, ours", times.refined_prefill_errors),
-            ("extend, keys", times.extend_errors),
+            ("extend", times.extend_errors),
             ("decode", times.decode_errors),
         ):
             if errors is not None:

@@ -18,7 +18,7 @@ from loongjax_profiling.iteration.database import Database, Point
 from loongjax_profiling.iteration.grids import build_grid
 from loongjax_profiling.iteration.meter import Timing
 from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, decode, measurements, refined
-from tests.profiling.synthetic import EXTEND_KEY_S, RUN, make_database, model_cases, timed
+from tests.profiling.synthetic import RUN, make_database, model_cases, timed
 
 ONE, TWO, FOUR = Strategy(1), Strategy(2), Strategy(4)
 
@@ -40,7 +40,7 @@ def test_the_times_that_points_came_from_are_recovered(tmp_path):
         assert model.migration_s(size, 1) == pytest.approx(MIGRATION.seconds(size, LLAMA2_7B, 1))
 
 
-def test_what_chunks_take_is_recovered_from_their_grid_and_moves_nothing_else(tmp_path):
+def test_what_chunks_take_is_recovered_from_their_grid_and_moves_nothing_else(tmp_path, capsys):
     whole = model_cases((ONE, TWO))
     chunks = [case for case in build_grid("chunks", num_devices=1).cases if case.num_tokens <= 4096]
     plain, model = (
@@ -52,11 +52,14 @@ def test_what_chunks_take_is_recovered_from_their_grid_and_moves_nothing_else(tm
         PrefillWork(new_lens=(480, *[1] * 32), past_lens=(9000, *[2000] * 32)),
     ]
     totals = PrefillTotals.of(works)
-    expected = refined(1).seconds(totals) + EXTEND_KEY_S * totals.decode_keys
+    expected = refined(1).seconds(totals)
     np.testing.assert_allclose(model.prefill_s(ONE, totals), expected, rtol=1e-6)
     assert (np.abs(plain.prefill_s(ONE, totals) / expected - 1) > 0.01).all(), "else there was nothing to learn"
     assert model.times(ONE).paper_prefill == plain.times(ONE).paper_prefill
     assert model.times(TWO) == plain.times(TWO)
+    assert [line[:20].split() for line in capsys.readouterr().out.splitlines() if " tp1   extend" in line] == [
+        ["sp1", "tp1", "extend"]
+    ]
 
 
 def test_chunks_alone_are_not_enough_to_fit(tmp_path):
