@@ -22,11 +22,10 @@ LN_2 = tl.constexpr(0.6931471805599453)
 @triton.jit
 @no_type_check
 def attend_part(
-    arrays,  # pointers: queries, this layer's and KV head's keys and values, the table, and the four results
-    work,  # KV head, share, tile, first query token, query tokens, first entry in the table, keys, the blocks' range
+    arrays,
+    work,
     num_members: tl.constexpr,
     scale: tl.constexpr,
-    tile_queries: tl.constexpr,
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
     head_dim: tl.constexpr,
@@ -34,9 +33,14 @@ def attend_part(
     block: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Attends to some blocks of a tile whose queries are at most `num_members` rows; see `attend_kernel`."""
+    """Attends to some blocks of a tile whose queries are at most `num_members` rows.
+
+    `arrays`: pointers to the queries, to this layer's and KV head's keys and values, to the table and the results.
+    `work`: the KV head; the tile's first query token, and the place of its partial result; its query tokens, first
+    entry in the table, and keys; the blocks, from and to. The rest as in `attend_kernel`.
+    """
     q_ptr, k_ptr, v_ptr, page_indices_ptr, o_ptr, lse_ptr, partial_o_ptr, partial_lse_ptr = arrays
-    head, share, tile, q_start, q_len, page_start, kv_len, first_block, end_block = work
+    head, q_start, partial_start, q_len, page_start, kv_len, first_block, end_block = work
     num_q_heads: tl.constexpr = num_kv_heads * group_size
     member_M = tl.arange(0, num_members)
     query_M = member_M // group_size
@@ -44,7 +48,7 @@ def attend_part(
     dim_H = tl.arange(0, head_dim)
     key_S = tl.arange(0, block)
 
-    is_member = (member_M < tile_queries * group_size) & (query_M < q_len)
+    is_member = query_M < q_len
     row_M = (q_start + query_M) * num_q_heads + q_head_M
     q_offset = row_M[:, None] * head_dim + dim_H[None, :]
     q = tl.load(q_ptr + q_offset, mask=is_member[:, None], other=0.0)
@@ -75,7 +79,7 @@ def attend_part(
         tl.store(o_ptr + q_offset, o.to(o_ptr.dtype.element_ty), mask=is_member[:, None])
         tl.store(lse_ptr + row_M, lse * LN_2, mask=is_member)
     else:
-        partial_M = ((share + tile) * tile_queries + query_M) * num_q_heads + q_head_M
+        partial_M = (partial_start + query_M) * num_q_heads + q_head_M
         tl.store(partial_o_ptr + partial_M[:, None] * head_dim + dim_H[None, :], o, mask=is_member[:, None])
         tl.store(partial_lse_ptr + partial_M, lse, mask=is_member)
 
@@ -147,48 +151,13 @@ def attend_kernel(
             q_len = tl.load(q_lens_ptr + tile)
 
         arrays = q_ptr, k_ptr, v_ptr, page_indices_ptr, o_ptr, lse_ptr, partial_o_ptr, partial_lse_ptr
-        work = head, share, tile, q_start, q_len, page_start, kv_len, first_block, end_block
-        if few_members == padded_members:
-            attend_part(
-                arrays,
-                work,
-                padded_members,
-                scale,
-                tile_queries,
-                num_kv_heads,
-                group_size,
-                head_dim,
-                page_size,
-                block,
-                stages,
-            )
-        elif q_len * group_size <= few_members:
-            attend_part(
-                arrays,
-                work,
-                few_members,
-                scale,
-                tile_queries,
-                num_kv_heads,
-                group_size,
-                head_dim,
-                page_size,
-                block,
-                stages,
-            )
+        partial_start = (share + tile) * tile_queries
+        work = head, q_start, partial_start, q_len, page_start, kv_len, first_block, end_block
+        if q_len * group_size <= few_members:
+            attend_part(arrays, work, few_members, scale, num_kv_heads, group_size, head_dim, page_size, block, stages)
         else:
             attend_part(
-                arrays,
-                work,
-                padded_members,
-                scale,
-                tile_queries,
-                num_kv_heads,
-                group_size,
-                head_dim,
-                page_size,
-                block,
-                stages,
+                arrays, work, padded_members, scale, num_kv_heads, group_size, head_dim, page_size, block, stages
             )
         item += end_block - first_block
 
