@@ -63,9 +63,14 @@ class SchedulingConfig:
             _check_at_least_one(name, getattr(self, name))
 
     @property
+    def cuts_prompts(self) -> bool:
+        """Whether the policy computes prompts in chunks, so that they may be longer than one prefill."""
+        return self.policy == "chunked"
+
+    @property
     def max_extend_tokens(self) -> int | None:
         """Tokens of the largest extend that the policy plans; None: it plans none."""
-        return self.chunk_tokens if self.policy == "chunked" else None
+        return self.chunk_tokens if self.cuts_prompts else None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,8 @@ class EngineConfig(SchedulingConfig):
     max_num_seqs: int = 64
     """Requests that one master decodes at a time, and requests of one prefill."""
     max_num_batched_tokens: int = 8192
-    """Tokens of one prefill on one instance; a group of n takes n times as many."""
+    """Tokens of one prefill on one instance; a group of n takes n times as many. Only under the policy chunked may
+    prompts be longer, unless their log-probabilities are wanted or max_tokens is 0."""
     max_queue_len: int = 1024
     """Requests that may wait; one more is refused for now (HTTP 429)."""
     exchange: Literal["auto", "xla"] = "auto"

@@ -36,12 +36,14 @@ def admit(
         slo: how soon the client wants its tokens.
 
     Raises:
-        ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`.
+        ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`, or the prompt exceeds
+            `max_whole_prompt_len` and cannot be cut.
         RequestError: an empty prompt, token ids outside the vocabulary.
     """
     prompt = tuple(prompt_token_ids)
     _check_token_ids(prompt, sampling, info.vocab_size)
     max_tokens = _resolve_max_tokens(len(prompt), sampling, info.max_model_len)
+    _check_whole_prompt(len(prompt), sampling, info.max_whole_prompt_len)
     seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
     stop_token_ids = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
@@ -67,7 +69,8 @@ def check_capacity(info: ModelInfo, shape: ClusterShape, limits: RuntimeLimits) 
     The last token of a request never gets keys, but it may be a prompt's, and is then prefilled.
 
     Raises:
-        ConfigError: the pool, or the largest prefill, holds less than a request of `info.max_model_len` tokens.
+        ConfigError: the pool holds less than a request of `info.max_model_len` tokens, or the largest prefill less than
+            such a prompt or, if prompts are cut, one of `info.max_whole_prompt_len`.
     """
     num_slots = shape.num_instances * shape.num_slots
     num_batched_tokens = shape.num_instances * limits.max_num_batched_tokens
@@ -76,9 +79,10 @@ def check_capacity(info: ModelInfo, shape: ClusterShape, limits: RuntimeLimits) 
             f"max_model_len is {info.max_model_len}, but all instances together hold the keys of {num_slots} tokens: "
             f"lower --max-model-len to {num_slots + 1}, or raise --num-slots"
         )
-    if info.max_model_len > num_batched_tokens:
+    longest_whole = info.max_model_len if info.max_whole_prompt_len is None else info.max_whole_prompt_len
+    if longest_whole > num_batched_tokens:
         raise ConfigError(
-            f"max_model_len is {info.max_model_len}, but all instances together prefill {num_batched_tokens} tokens: "
+            f"prompts may have {longest_whole} tokens, but all instances together prefill {num_batched_tokens}: "
             f"lower --max-model-len to {num_batched_tokens}, or raise --max-num-batched-tokens"
         )
 
@@ -132,3 +136,19 @@ def _resolve_max_tokens(num_prompt_tokens: int, sampling: SamplingParams, max_mo
             "max_tokens",
         )
     return sampling.max_tokens
+
+
+def _check_whole_prompt(num_prompt_tokens: int, sampling: SamplingParams, max_whole_prompt_len: int | None) -> None:
+    if max_whole_prompt_len is None or num_prompt_tokens <= max_whole_prompt_len:
+        return
+    if sampling.prompt_logprobs is not None:
+        reason, remedy = "whose log-probabilities are wanted", "do without prompt log-probabilities"
+    elif sampling.max_tokens == 0:
+        reason, remedy = "without output (max_tokens is 0)", "ask for a token"
+    else:
+        return
+    raise ContextLengthError(
+        f"A prompt {reason} is computed in one piece, of at most {max_whole_prompt_len} tokens, "
+        f"but this one has {num_prompt_tokens}. Please shorten the prompt or {remedy}.",
+        "prompt",
+    )

@@ -22,7 +22,13 @@ from loongjax.models.tokenizer import load_tokenizer
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.protocol import RuntimeLimits
-from loongjax.scheduler.build import build_policy, keeps_to_one_instance, max_request_tokens, needs_cost_model
+from loongjax.scheduler.build import (
+    build_policy,
+    keeps_to_one_instance,
+    max_request_tokens,
+    max_whole_prompt_len,
+    needs_cost_model,
+)
 from loongjax.scheduler.policy import Policy
 
 logger = logging.getLogger(__name__)
@@ -51,6 +57,7 @@ def build_core(config: EngineConfig) -> EngineCore:
         info = ModelInfo(
             checkpoint=config.checkpoint or SHIPPED_NAME,
             max_model_len=resolve_max_model_len(config, runtime.shape, runtime.limits),
+            max_whole_prompt_len=max_whole_prompt_len(config, runtime.limits.max_num_batched_tokens),
             vocab_size=runtime.limits.vocab_size,
             eos_token_ids=generation.eos_token_ids,
             default_sampling=generation.default_sampling,
@@ -97,8 +104,12 @@ def resolve_max_model_len(config: EngineConfig, shape: ClusterShape, limits: Run
         return limits.max_model_len  # what all instances together cannot hold is refused by the step loop
     if config.max_model_len is None:
         return most
+    if config.cuts_prompts:
+        does, flags = "holds", "--num-slots"
+    else:
+        does, flags = "holds and prefills", "--num-slots and --max-num-batched-tokens"
     raise ConfigError(
         f"max_model_len is {config.max_model_len}, but the policy {config.policy} keeps a request on one instance, "
-        f"which holds and prefills at most {most} tokens: lower --max-model-len to {most}, raise --num-slots and "
-        "--max-num-batched-tokens, or choose another --policy"
+        f"which {does} at most {most} tokens: lower --max-model-len to {most}, raise {flags}, or choose another "
+        "--policy"
     )

@@ -42,6 +42,9 @@ class ModelInfo:
     checkpoint: str
     """Path, or name of the model that ships."""
     max_model_len: int
+    max_whole_prompt_len: int | None = None
+    """Tokens of the longest prompt that can be computed in one piece, as it has to be if its log-probabilities are
+    wanted or `max_tokens` is 0; None: any prompt can."""
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     default_sampling: Mapping[str, float | int]
@@ -101,7 +104,8 @@ class EngineClient(Protocol):
         Closing the iterator, or cancelling the task that reads it, aborts the request and frees its slots.
 
         Raises (at the first `__anext__`, before anything is accepted):
-            ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`.
+            ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`, or the prompt exceeds
+                `max_whole_prompt_len` and cannot be cut.
             RequestError: token ids outside the vocabulary, an empty prompt.
             QueueFullError: too many requests wait.
             EngineDeadError: the engine is dead or draining. Also raised in mid-stream if the engine dies.

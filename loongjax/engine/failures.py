@@ -2,8 +2,8 @@
 
 A failure alone does not tell. So the group is recovered (`RecoverIteration`): it computes something tiny, without any
 request. If that fails too, or does not end in time, the devices are to blame, and the engine ends. If it succeeds, it
-was a request: those that took part are prefilled alone from then on, and one that fails again ends, however many such
-requests come in a row.
+was a request: those that took part are computed alone, in one prefill or in chunks, until they get a token, and one
+that fails again before that ends, however many such requests come in a row.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from loongjax.engine.flights import Flights
 from loongjax.engine.live_request import LiveRequest
 
 MAX_FAILURES = 2
-"""Failed iterations that end a request which got no token in between. After the first it is prefilled alone, so that
+"""Failed iterations that end a request which got no token in between. After the first it is computed alone, so that
 only its own failures are counted from then on."""
 
 RECOVERY_TIMEOUT_S = 120.0

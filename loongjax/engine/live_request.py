@@ -137,11 +137,13 @@ class LiveRequest:
         view = self._running_view
         is_in_flight = self.num_in_flight > num_landed
         num_output_tokens = len(self.output_token_ids) + num_landed
+        is_suspect = self.num_failures > 0 and not num_landed
         if (
             view is None
             or view.kv is not kv
             or view.is_in_flight != is_in_flight
             or view.num_output_tokens != num_output_tokens
+            or view.is_suspect != is_suspect
         ):
             num_held = sum([num_held for _, num_held in kv])
             view = self._running_view = RunningView(
@@ -152,6 +154,7 @@ class LiveRequest:
                 kv=kv,
                 is_in_flight=is_in_flight,
                 num_uncomputed_tokens=max(1, self.num_tokens - num_held),
+                is_suspect=is_suspect,
                 num_output_tokens=num_output_tokens,
                 arrival_s=self._accepted_s,
                 first_token_s=self._first_token_s,

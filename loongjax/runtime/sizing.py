@@ -48,21 +48,21 @@ def pool_shape(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, weights:
 
 
 def runtime_limits(config: EngineConfig, spec: ModelSpec, shape: ClusterShape) -> RuntimeLimits:
-    """What one iteration holds; the context length is capped by the whole pool and by the largest prefill."""
+    """What one iteration holds; the context length is capped by the whole pool and, unless prompts are cut, by the
+    largest prefill."""
     context_len = spec.config.context_len
     wanted = config.max_model_len or context_len
     in_pool = shape.num_instances * shape.num_slots
     in_prefill = shape.num_instances * config.max_num_batched_tokens
-    max_model_len = min(wanted, in_pool, in_prefill)
+    if config.cuts_prompts:
+        max_model_len = min(wanted, in_pool)
+        bound, flags = f"the KV pool holds {in_pool}", "--num-slots and --num-instances raise it"
+    else:
+        max_model_len = min(wanted, in_pool, in_prefill)
+        bound = f"the KV pool holds {in_pool} and one prefill {in_prefill}"
+        flags = "--num-slots, --max-num-batched-tokens and --num-instances raise them"
     if max_model_len < wanted:
-        logger.warning(
-            "requests may have %d tokens, not %d: the KV pool holds %d and one prefill %d "
-            "(--num-slots, --max-num-batched-tokens and --num-instances raise them)",
-            max_model_len,
-            wanted,
-            in_pool,
-            in_prefill,
-        )
+        logger.warning("requests may have %d tokens, not %d: %s (%s)", max_model_len, wanted, bound, flags)
     if wanted > context_len:
         logger.warning("--max-model-len %d exceeds the context that the model was made for, %d", wanted, context_len)
     return RuntimeLimits(

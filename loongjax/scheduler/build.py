@@ -89,7 +89,8 @@ def keeps_to_one_instance(config: SchedulingConfig) -> bool:
 def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_batched_tokens: int) -> int:
     """Tokens of the longest request, prompt and output together, that the policy can always carry to its end.
 
-    Its last token needs no slot, but may be a prompt's, and then has to be prefilled.
+    Its last token needs no slot, but may be a prompt's, and then has to be prefilled. Where prompts are cut, those that
+    cannot be have a limit of their own: see `max_whole_prompt_len`.
 
     Args:
         config: names the policy.
@@ -97,4 +98,16 @@ def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_ba
         max_num_batched_tokens: tokens of one prefill on one instance.
     """
     num_instances = 1 if keeps_to_one_instance(config) else shape.num_instances
-    return min(num_instances * shape.num_slots + 1, num_instances * max_num_batched_tokens)
+    in_pool = num_instances * shape.num_slots + 1
+    return in_pool if config.cuts_prompts else min(in_pool, num_instances * max_num_batched_tokens)
+
+
+def max_whole_prompt_len(config: SchedulingConfig, max_num_batched_tokens: int) -> int | None:
+    """Tokens of the longest prompt that the policy can compute in one piece, where others may be longer; None: there
+    are no longer ones.
+
+    Args:
+        config: names the policy.
+        max_num_batched_tokens: tokens of one prefill on one instance.
+    """
+    return max_num_batched_tokens if config.cuts_prompts else None

@@ -72,6 +72,7 @@ class _Checker:
                 running = self._take_running(request_id)
                 assert running.kv, f"{request_id} holds no keys"
                 assert running.num_uncomputed_tokens == 1, f"{request_id} is partly prefilled: {plan}"
+                assert not running.is_suspect, f"{request_id} has to be computed by an extend of it alone: {plan}"
                 for instance, _ in running.kv:
                     assert instance in plan.group, f"{plan.group} lacks {instance}, which holds keys of {request_id}"
                 self._take_pages(batch.master, self._pages_to_grow(running, batch.master, 1), request_id)
@@ -86,7 +87,8 @@ class _Checker:
         assert plan.num_tokens <= capacity, f"{plan.num_tokens} tokens in an extend of at most {capacity}"
         (instance,) = plan.group.instances
         for chunk in plan.chunks:
-            num_held, num_uncomputed = self._take_to_extend(chunk.request_id, instance)
+            num_held, num_uncomputed, is_suspect = self._take_to_extend(chunk.request_id, instance)
+            assert not is_suspect or len(plan.chunks) == 1, f"{chunk.request_id} has to be alone: {plan}"
             assert 0 < chunk.num_tokens <= num_uncomputed, f"{chunk.num_tokens} tokens of {num_uncomputed}: {chunk}"
             num_pages = self._shape.num_pages_for(num_held + chunk.num_tokens) - self._shape.num_pages_for(num_held)
             self._take_pages(instance, num_pages, chunk.request_id)
@@ -127,16 +129,15 @@ class _Checker:
             assert instance in self._idle, f"instance {instance} is busy or taken: {plan}"
             self._idle.remove(instance)
 
-    def _take_to_extend(self, request_id: str, instance: InstanceId) -> tuple[int, int]:
-        """The keys that the request holds, and the tokens that it may be extended by."""
+    def _take_to_extend(self, request_id: str, instance: InstanceId) -> tuple[int, int, bool]:
+        """The keys that the request holds, the tokens that it may be extended by, and whether it is a suspect."""
         if request_id in self._waiting:
             waiting = self._take_waiting(request_id)
             assert not waiting.needs_whole_prefill, f"{request_id} has to be prefilled whole"
-            assert not waiting.is_suspect, f"{request_id} has to be prefilled alone"
-            return 0, waiting.num_tokens
+            return 0, waiting.num_tokens, waiting.is_suspect
         running = self._take_running(request_id)
         assert [holder for holder, _ in running.kv] == [instance], f"{request_id} holds keys elsewhere: {running.kv}"
-        return running.num_tokens, running.num_uncomputed_tokens
+        return running.num_tokens, running.num_uncomputed_tokens, running.is_suspect
 
     def _take_waiting(self, request_id: str) -> WaitingView:
         assert request_id in self._waiting, f"{request_id} does not wait, or is planned twice"

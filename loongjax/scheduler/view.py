@@ -52,7 +52,8 @@ class WaitingView:
     keeps_kv: bool
     """Whether it will decode after the prefill; False if `max_tokens` is 0."""
     is_suspect: bool = False
-    """Whether the last iteration with it failed: it is prefilled alone, so that no other request shares the blame."""
+    """Whether the last iteration with it failed: it is computed alone until it gets a token, so that no other request
+    shares the blame."""
     needs_whole_prefill: bool = False
     """Whether one `Prefill` has to take all its tokens: it keeps no keys, or wants its prompt's log-probabilities."""
     num_output_tokens: int = 0
@@ -82,6 +83,8 @@ class RunningView:
     num_uncomputed_tokens: int = 1
     """Tokens that it knows and that have no keys, once what is in flight is over. More than 1: it is partly prefilled,
     which only an `Extend` does, and only another goes on with. 1: what comes next is its next token."""
+    is_suspect: bool = False
+    """As of a waiting request: the prompt of this one is partly computed, and each `Extend` with it is of it alone."""
     num_output_tokens: int = 0
     """Tokens generated so far."""
     arrival_s: float = 0.0

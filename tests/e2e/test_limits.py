@@ -56,6 +56,26 @@ def test_a_request_that_fills_the_context_to_the_last_token_is_served(client: op
     assert completion.usage.total_tokens == MAX_MODEL_LEN
 
 
+def test_where_prompts_are_cut_only_those_that_cannot_be_are_too_long_for_a_prefill(serve, golden):
+    server: ServeProcess = serve(policy="chunked", num_instances=1, num_slots=192)
+    prompt = golden[3].prompt  # 150 tokens, and a prefill takes 64
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=ANSWER_TIMEOUT_S) as client:
+        for options, remedy in (
+            ({"max_tokens": 1, "extra_body": {"prompt_logprobs": 0}}, "do without prompt log-probabilities"),
+            ({"max_tokens": 0, "echo": True}, "ask for a token"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=remedy) as refused:
+                client.completions.create(model=MODEL, prompt=prompt, **options)
+            assert refused.value.code == "context_length_exceeded"
+            assert "at most 64 tokens, but this one has 150" in refused.value.message
+        completion = client.completions.create(
+            model=MODEL, prompt=prompt, max_tokens=8, temperature=0, extra_body={"return_token_ids": True}
+        )
+    (choice,) = completion.choices
+    assert choice.model_extra is not None
+    golden[3].check_greedy(choice.model_extra["token_ids"])
+
+
 def test_token_ids_outside_the_vocabulary_are_refused(client: openai.OpenAI):
     with pytest.raises(openai.BadRequestError, match="319"):
         client.completions.create(model=MODEL, prompt=[5, 320], max_tokens=1)

@@ -31,6 +31,7 @@ class Cluster:
     page_size: int = 4
     max_model_len: int = 128
     max_num_batched_tokens: int = 64
+    max_whole_prompt_len: int | None = None
     max_num_seqs: int = 8
     max_queue_len: int = 1000
     run_ahead: bool = True
@@ -48,6 +49,7 @@ class Cluster:
         return ModelInfo(
             checkpoint="fake",
             max_model_len=self.max_model_len,
+            max_whole_prompt_len=self.max_whole_prompt_len,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(EOS,),
             default_sampling={},

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
+import re
 from typing import Any
 
 import pytest
 
 from loongjax.core.request import NO_SLO, Request, ServiceLevel
 from loongjax.core.sampling import MAX_SEED, SamplingParams
-from loongjax.engine.admission import admit, sample_seed
-from loongjax.errors import ContextLengthError, RequestError
+from loongjax.engine.admission import admit, check_capacity, sample_seed
+from loongjax.engine.client import ModelInfo
+from loongjax.errors import ConfigError, ContextLengthError, RequestError
 from tests.engine.cluster import Cluster
 from tests.engine.fake_runtime import EOS, VOCAB_SIZE
 
 INFO = Cluster(max_model_len=100).info
+CUTTING = dataclasses.replace(INFO, max_whole_prompt_len=40)
+"""An engine that computes prompts in chunks, and 40 tokens in one piece."""
 
 
-def admitted(prompt: list[int], **sampling: Any) -> tuple[Request, ...]:
-    return admit(prompt, SamplingParams(**sampling), request_id="r", info=INFO, seeds=random.Random(0))
+def admitted(prompt: list[int], info: ModelInfo = INFO, **sampling: Any) -> tuple[Request, ...]:
+    return admit(prompt, SamplingParams(**sampling), request_id="r", info=info, seeds=random.Random(0))
 
 
 def test_every_sample_becomes_a_request() -> None:
@@ -75,6 +80,34 @@ def test_what_the_context_cannot_hold_is_refused(num_prompt_tokens: int, samplin
     with pytest.raises(ContextLengthError, match="maximum context length is 100 tokens") as caught:
         admitted([1] * num_prompt_tokens, **sampling)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize(
+    ("sampling", "what"),
+    [
+        ({"prompt_logprobs": 0}, "whose log-probabilities are wanted .* do without prompt log-probabilities"),
+        ({"max_tokens": 0}, r"without output \(max_tokens is 0\) .* ask for a token"),
+    ],
+)
+def test_a_long_prompt_that_cannot_be_cut_is_refused(sampling: dict[str, Any], what: str) -> None:
+    admitted([1] * 40, CUTTING, **sampling)
+    admitted([1] * 41, INFO, **sampling)
+    with pytest.raises(ContextLengthError, match="in one piece, of at most 40 tokens, but this one has 41") as caught:
+        admitted([1] * 41, CUTTING, **sampling)
+    assert re.search(what, str(caught.value))
+    assert caught.value.param == "prompt"
+
+
+def test_a_long_prompt_that_can_be_cut_is_not() -> None:
+    admitted([1] * 99, CUTTING, max_tokens=1, logprobs=3)
+
+
+def test_only_prompts_in_one_piece_have_to_fit_a_prefill() -> None:
+    cluster = Cluster(num_instances=1, num_pages=25, page_size=4, max_num_batched_tokens=40)
+    check_capacity(CUTTING, cluster.shape, cluster.runtime().limits)
+    for info in (INFO, dataclasses.replace(CUTTING, max_whole_prompt_len=41)):
+        with pytest.raises(ConfigError, match="all instances together prefill 40"):
+            check_capacity(info, cluster.shape, cluster.runtime().limits)
 
 
 @pytest.mark.parametrize(

@@ -81,6 +81,16 @@ def test_a_context_that_was_asked_for_and_does_not_fit_one_instance_is_refused()
         resolve_max_model_len(config, FOUR, LIMITS)
 
 
+def test_where_prompts_are_cut_the_context_is_what_an_instance_holds_however_small_a_prefill() -> None:
+    limits = dataclasses.replace(LIMITS, max_num_batched_tokens=50)
+    assert resolve_max_model_len(EngineConfig(policy="chunked"), FOUR, limits) == 161
+    config = EngineConfig(policy="chunked", max_model_len=162)
+    with pytest.raises(
+        ConfigError, match=r"holds at most 161 tokens: .* raise --num-slots, or choose another --policy"
+    ):
+        resolve_max_model_len(config, FOUR, limits)
+
+
 def test_a_cost_model_that_nobody_asks_is_told(caplog: pytest.LogCaptureFixture) -> None:
     config = EngineConfig(policy="static", cost_model="model.json")
     assert isinstance(choose_policy(config, FOUR, LIMITS, SPEC), StaticPolicy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
@@ -13,7 +14,10 @@ from loongjax.scheduler.baselines.chunked import ChunkedPolicy
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
 from tests.engine.fake_runtime import FakeRuntime
 
-CLUSTER = Cluster(num_instances=1, num_pages=16, page_size=4, max_model_len=48)
+CLUSTER = Cluster(
+    num_instances=1, num_pages=16, page_size=4, max_model_len=48, max_num_batched_tokens=20, max_whole_prompt_len=20
+)
+"""Prompts may be longer than a prefill."""
 
 
 def core_of(runtime: FakeRuntime, chunk_tokens: int, cluster: Cluster = CLUSTER) -> EngineCore:
@@ -35,16 +39,15 @@ def test_every_request_gets_its_own_tokens(chunk_tokens: int, failure_rate: floa
 
     runtime = CLUSTER.runtime(duration_s=lambda iteration: rng.uniform(0.5, 1.5), fails=fails)
     core, journal = core_of(runtime, chunk_tokens), Journal()
-    requests = [
-        CLUSTER.request(
-            f"r{i}",
-            rng.randint(1, 30),
-            rng.randint(0, 18),
-            prompt_logprobs=0 if i % 7 == 0 else None,
-            ignore_eos=i % 3 > 0,
+    requests = []
+    for i in range(40):
+        max_tokens = rng.randint(0, 18)
+        prompt_logprobs = 0 if i % 7 == 0 else None
+        is_whole = prompt_logprobs is not None or max_tokens == 0
+        length = rng.randint(1, 20 if is_whole else 30)
+        requests.append(
+            CLUSTER.request(f"r{i}", length, max_tokens, prompt_logprobs=prompt_logprobs, ignore_eos=i % 3 > 0)
         )
-        for i in range(40)
-    ]
     for request in requests:
         core.add(request)
         for _ in range(rng.randint(0, 3)):
@@ -104,15 +107,87 @@ def test_an_abort_amid_a_prompt_frees_its_pages_at_once(num_steps: int) -> None:
     assert_nothing_leaks(core)
 
 
-def test_a_request_that_fails_amid_its_prompt_is_prefilled_alone() -> None:
-    count = iter(range(100))
-    runtime = CLUSTER.runtime(fails=lambda iteration: next(count) == 2)
-    core = core_of(runtime, 4)
-    request = CLUSTER.request("a", 20, 4)
+def test_a_prompt_may_be_as_long_as_the_pool_however_small_a_prefill() -> None:
+    runtime = CLUSTER.runtime()
+    core = core_of(runtime, 512)
+    request = CLUSTER.request("long", 47, 1)
     core.add(request)
     run(core).check(request)
-    kinds = [type(iteration) for iteration in runtime.submitted[:5]]
-    assert kinds == [ExtendIteration] * 3 + [RecoverIteration, PrefillIteration]
+    assert [len(item.token_ids) for iteration in extends(runtime) for item in iteration.inputs] == [20, 20, 7]
+
+
+def test_a_prompt_whose_logprobs_are_known_is_cut_after_a_preemption_however_long_it_is() -> None:
+    """It was computed in one piece, and has grown beyond that."""
+    runtime = CLUSTER.runtime()
+    core = core_of(runtime, 8)
+    scored, old = CLUSTER.request("scored", 18, 20, prompt_logprobs=0), CLUSTER.request("old", 17, 31)
+    core.add(old, scored)
+    journal = run(core)
+    journal.check(scored)
+    journal.check(old)
+    assert journal.prompt_logprobs == {"scored/0": 1}
+    assert core.stats().num_preemptions
+    again = [item for iteration in extends(runtime) for item in iteration.inputs if item.request is scored]
+    assert sum(len(item.token_ids) for item in again if len(item.token_ids) > 1) > CLUSTER.max_num_batched_tokens
+
+
+def poison_amid_its_prompt(iteration: Iteration) -> bool:
+    """Whether an iteration computes the 30th token of a request of such a name."""
+    return isinstance(iteration, ExtendIteration) and any(
+        item.request.request_id.startswith("poison") and item.position <= 29 < item.position + len(item.token_ids)
+        for item in iteration.inputs
+    )
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 512])
+def test_a_long_prompt_that_always_fails_ends_alone_and_nobody_else_does(chunk_tokens: int) -> None:
+    runtime = CLUSTER.runtime(fails=poison_amid_its_prompt)
+    core = core_of(runtime, chunk_tokens)
+    poison = [CLUSTER.request(f"poison{i}", 35, 4) for i in range(3)]
+    innocent = [CLUSTER.request(f"innocent{i}", length, 8) for i, length in enumerate([3, 40, 5, 33])]
+    core.add(innocent[0], poison[0], innocent[1], poison[1], innocent[2], poison[2], innocent[3])
+    journal = run(core)
+    for request in innocent:
+        journal.check(request)
+        assert journal.last[request.request_id].finish_reason is FinishReason.LENGTH
+    for request in poison:
+        last = journal.last[request.request_id]
+        assert (last.finish_reason, last.error) == (
+            FinishReason.ERROR,
+            "2 iterations in a row with it failed: injected failure",
+        )
+    assert_nothing_leaks(core)
+
+
+def test_an_innocent_long_prompt_is_computed_alone_after_a_failure_while_decodes_take_turns_with_it() -> None:
+    runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == 8)
+    core = core_of(runtime, 4, dataclasses.replace(CLUSTER, run_ahead=False))
+    short, long = CLUSTER.request("short", 6, 20), CLUSTER.request("long", 26, 3)
+    core.add(short, long)
+    journal = run(core)
+    journal.check(short)
+    journal.check(long)
+    failed = runtime.submitted[8]
+    assert isinstance(failed, ExtendIteration)
+    assert [item.request for item in failed.inputs] == [short, long]
+    assert isinstance(runtime.submitted[9], RecoverIteration)
+    chunks = [iteration for iteration in extends(runtime) if iteration.iteration_id > 8]
+    assert all(len(iteration.inputs) == 1 for iteration in chunks)
+    of_long = [iteration for iteration in chunks if iteration.inputs[0].request is long]
+    assert [len(iteration.inputs[0].token_ids) for iteration in of_long] == [4] * 6 + [2]
+    # The older one was computed anew before that, and decodes.
+    beside = runtime.submitted[of_long[0].iteration_id : of_long[-1].iteration_id + 1]
+    assert [type(iteration) for iteration in beside] == [ExtendIteration, DecodeIteration] * 6 + [ExtendIteration]
+
+
+def test_a_suspect_whose_prompt_cannot_be_cut_is_prefilled() -> None:
+    runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == 0)
+    core = core_of(runtime, 4)
+    request = CLUSTER.request("a", 20, 4, prompt_logprobs=0)
+    core.add(request)
+    run(core).check(request)
+    kinds = [type(iteration) for iteration in runtime.submitted[:3]]
+    assert kinds == [PrefillIteration, RecoverIteration, PrefillIteration]
 
 
 def test_steps_run_ahead_again_once_the_prompt_is_computed() -> None:

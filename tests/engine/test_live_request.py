@@ -63,6 +63,18 @@ def test_a_prompt_that_is_to_be_scored_or_leads_to_nothing_is_not_cut() -> None:
     assert waiting(max_tokens=0)
 
 
+def test_a_request_is_a_suspect_until_it_gets_a_token() -> None:
+    request = live()
+    kv = ((0, 4),)
+    assert not request.running_view(kv).is_suspect
+    request.num_failures = 1
+    assert request.waiting_view().is_suspect
+    assert request.running_view(kv).is_suspect
+    assert not request.running_view(kv, num_landed=1).is_suspect
+    request.num_failures = 0
+    assert not request.running_view(kv).is_suspect
+
+
 def test_reading_the_history_changes_nothing() -> None:
     request = live()
     for num_tokens in (1, 2, 3):

@@ -1,5 +1,6 @@
 """A program that fails costs its group the keys there, and nothing else: the same tokens come all the same."""
 
+import dataclasses
 import gc
 import threading
 import weakref
@@ -16,6 +17,8 @@ from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
 from loongjax.parallel.mesh import DeviceGrid
 from loongjax.runtime.local import LocalRuntime
+from loongjax.scheduler.baselines.chunked import ChunkedPolicy
+from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.simple import SimplePolicy
 from tests.checkpoints import make_checkpoint
 from tests.runtime.driver import GREEDY, Golden, small_runtime
@@ -37,15 +40,16 @@ def core(shared_runtime) -> EngineCore:
     return make_core(shared_runtime)
 
 
-def make_core(runtime: LocalRuntime) -> EngineCore:
+def make_core(runtime: LocalRuntime, policy: Policy | None = None) -> EngineCore:
     info = ModelInfo(
         checkpoint="gqa",
         max_model_len=runtime.limits.max_model_len,
+        max_whole_prompt_len=None if policy is None else runtime.limits.max_num_batched_tokens,
         vocab_size=runtime.limits.vocab_size,
         eos_token_ids=(),
         default_sampling={},
     )
-    return EngineCore(runtime, SimplePolicy(), info=info, checks=True)
+    return EngineCore(runtime, policy or SimplePolicy(), info=info, checks=True)
 
 
 class FailsOnce:
@@ -177,6 +181,53 @@ def test_requests_that_meet_a_bug_end_alone_and_as_many_as_there_are(core, monke
     errors = [event.error for event in run(core)]
     assert errors == ["2 iterations in a row with it failed: TypeError: a bug"] * 4
     assert generate(core, [1, 2]) == expected
+
+
+def test_a_long_prompt_that_meets_a_bug_amid_its_chunks_ends_alone(tmp_path, cache_dir, monkeypatch):
+    """Those that shared an iteration with it are served, prompts longer than a prefill among them."""
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    runtime = small_runtime(
+        checkpoint, cache_dir, num_instances=1, num_slots=512, max_num_batched_tokens=64, policy="chunked"
+    )
+    core = make_core(runtime, ChunkedPolicy(runtime.shape, 64))
+    prompts = {f"r{i}": tuple(Golden("gqa").prompt(i)) for i in (1, 3, 4)} | {"poison": (1,) * 200}
+
+    def serve(*names: str) -> dict[str, list[RequestEvent]]:
+        sampling = dataclasses.replace(GREEDY, prompt_logprobs=None)
+        for name in names:
+            core.add(
+                Request(
+                    request_id=name,
+                    prompt_token_ids=prompts[name],
+                    sampling=sampling,
+                    max_tokens=NUM_TOKENS,
+                    seed=0,
+                )
+            )
+        events = run(core)
+        return {name: [event for event in events if event.request_id == name] for name in names}
+
+    def tokens(events: list[RequestEvent]) -> list[int]:
+        assert [event.error for event in events] == [None] * NUM_TOKENS
+        return [token_id for event in events for token_id in event.token_ids]
+
+    def pack(iteration, *arguments):
+        names = [item.request.request_id for item in iteration.inputs]
+        if any(item.request.request_id == "poison" and item.position > 100 for item in iteration.inputs):
+            failed.append(names)
+            raise TypeError("a bug")
+        return pack_extend(iteration, *arguments)
+
+    expected = serve("r1", "r3", "r4")
+    failed, pack_extend = [], local.pack_extend
+    monkeypatch.setattr(local, "pack_extend", pack)
+    served = serve("r1", "poison", "r3", "r4")
+    for name in expected:
+        assert tokens(served[name]) == tokens(expected[name])
+    (last,) = served["poison"]
+    assert last.error == "2 iterations in a row with it failed: TypeError: a bug"
+    assert failed == [["r1", "poison"], ["poison"]]
+    runtime.close()
 
 
 def test_devices_that_fail_without_a_request_too_end_the_engine(shared_runtime, core, monkeypatch):

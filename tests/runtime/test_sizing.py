@@ -125,6 +125,7 @@ def test_a_context_that_fits_is_the_models(caplog):
         pytest.param(1024, {}, 2048, id="the pool"),
         pytest.param(CONTEXT_LEN, {"max_num_batched_tokens": 512}, 1024, id="the largest prefill"),
         pytest.param(1024, {"max_model_len": 3000}, 2048, id="less than asked for"),
+        pytest.param(1024, {"policy": "chunked", "max_num_batched_tokens": 512}, 2048, id="the pool, prompts are cut"),
     ],
 )
 def test_the_context_is_capped_by_what_all_instances_hold_and_the_log_says_so(num_slots, settings, expected, caplog):

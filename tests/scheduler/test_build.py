@@ -9,7 +9,7 @@ from loongjax.config import POLICIES, EngineConfig, SchedulingConfig
 from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.errors import ConfigError
-from loongjax.scheduler.build import build_policy, max_request_tokens
+from loongjax.scheduler.build import build_policy, max_request_tokens, max_whole_prompt_len
 from loongjax.scheduler.policy import Policy
 from tests.costmodel.shapes import LLAMA2_7B
 from tests.scheduler.views import cluster, waiting
@@ -56,6 +56,12 @@ def test_the_longest_request_is_what_the_instances_that_it_may_use_hold(name: st
     assert max_request_tokens(config(name), FOUR, max_num_batched_tokens=10_000) == expected
     # 160 slots an instance; the last token needs none, but a prefill may have to take it.
     assert max_request_tokens(config(name), FOUR, max_num_batched_tokens=100) == (expected // 160) * 100
+
+
+def test_where_prompts_are_cut_only_the_pool_and_what_cannot_be_cut_have_limits():
+    assert max_request_tokens(config("chunked"), FOUR, max_num_batched_tokens=100) == 161
+    assert max_whole_prompt_len(config("chunked"), max_num_batched_tokens=100) == 100
+    assert all(max_whole_prompt_len(config(name), 100) is None for name in POLICIES if name != "chunked")
 
 
 def test_decisions_are_explained_in_a_file(tmp_path: pathlib.Path):

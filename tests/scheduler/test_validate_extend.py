@@ -17,6 +17,7 @@ VIEW = cluster(
         running("part", 1, (0, 6), num_uncomputed_tokens=9),
         running("spread", 2, (1, 4), (2, 4)),
         running("flying", 3, (2, 4), is_in_flight=True),
+        running("doubted", 7, (1, 4), is_suspect=True),
     ],
     decoding=[2],
     waits=[
@@ -27,7 +28,7 @@ VIEW = cluster(
     max_num_batched_tokens=7,
     max_num_seqs=2,
 )
-"""Free pages: one on 0, four on 1, three on 2, which is busy."""
+"""Free pages: one on 0, three on 1, three on 2, which is busy."""
 
 
 def extend(group: Group = ZERO, **chunks: int) -> Extend:
@@ -41,6 +42,8 @@ def extend(group: Group = ZERO, **chunks: int) -> Extend:
         (extend(part=6),),
         (extend(w=4),),
         (extend(ONE, w=7), extend(decoding=1)),
+        (extend(ONE, suspect=3), extend(decoding=1, part=2)),
+        (extend(ONE, doubted=1),),
         (Preempt(("decoding",)), extend(part=4)),
         (Preempt(("part",)),),
     ],
@@ -64,7 +67,9 @@ def test_extends_that_can_be_executed_pass(plans: tuple[Plan, ...]):
         ((extend(ONE, part=1),), "holds keys elsewhere"),
         ((extend(ONE, spread=1),), "holds keys elsewhere"),
         ((extend(whole=1),), "has to be prefilled whole"),
-        ((extend(suspect=1),), "has to be prefilled alone"),
+        ((extend(suspect=1, part=1),), "suspect has to be alone"),
+        ((extend(ONE, doubted=1, w=1),), "doubted has to be alone"),
+        ((Decode(ONE, (SubBatch(1, ("doubted",)),)),), "doubted has to be computed by an extend of it alone"),
         ((extend(nobody=1),), "does not run"),
         ((extend(Group.of([2]), flying=1),), "instance 2 is busy"),
         ((Extend(ZERO, (Chunk("part", 1), Chunk("part", 1))),), "planned twice"),

@@ -10,6 +10,7 @@ from loongjax.core.cluster import ClusterShape, Group
 from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import NO_SLO, FinishReason, ServiceLevel
 from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
+from loongjax.engine.failures import MAX_FAILURES
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.policy import Policy
@@ -30,6 +31,8 @@ class Job:
     arrival_s: float = 0.0
     first_token_s: float | None = None
     num_generated: int = 0
+    num_failures: int = 0
+    """Failed iterations since its last token."""
     is_aborted: bool = False
 
     @property
@@ -43,6 +46,7 @@ class Job:
             num_tokens=self.num_prompt_tokens + self.num_generated,
             max_total_tokens=self.num_prompt_tokens + self.max_tokens,
             keeps_kv=self.max_tokens > 0,
+            is_suspect=self.num_failures > 0,
             needs_whole_prefill=self.max_tokens == 0,
             num_output_tokens=self.num_generated,
             arrival_s=self.arrival_s,
@@ -131,6 +135,7 @@ class ToyEngine:
                     kv=self.cache.local_lens(job.request_id),
                     is_in_flight=job.request_id in flying,
                     num_uncomputed_tokens=max(1, self._num_uncomputed(job)),
+                    is_suspect=job.num_failures > 0,
                     num_output_tokens=job.num_generated,
                     arrival_s=job.arrival_s,
                     first_token_s=job.first_token_s,
@@ -179,8 +184,23 @@ class ToyEngine:
             is_in_part = isinstance(iteration.plan, Extend) and self._num_uncomputed(job) > 0
             if not isinstance(iteration.plan, Migrate) and not is_in_part:
                 job.num_generated += 1
+                job.num_failures = 0
                 job.first_token_s = self.now_s if job.first_token_s is None else job.first_token_s
             if job.is_over:
+                self._end(job)
+        return iteration
+
+    def fail(self, index: int) -> InFlight:
+        """Ends an iteration in flight without a token: its instances lose all keys, and requests that have failed twice
+        end. Only where no iteration is in flight that shares keys with it."""
+        iteration = self.in_flight.pop(index)
+        lost = [name for name in self.running if set(self.cache.holders(name)) & set(iteration.group.instances)]
+        for request_id in {*lost, *iteration.request_ids}:
+            job = self.running.pop(request_id)
+            self.cache.release(request_id)
+            job.num_failures += request_id in iteration.request_ids
+            self._enqueue(job)
+            if job.is_over or job.num_failures == MAX_FAILURES:
                 self._end(job)
         return iteration
 

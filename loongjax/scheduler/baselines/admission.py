@@ -26,7 +26,7 @@ def next_batch(
         group: has room for any one of the waiting requests while nothing runs.
         waiting: in the order in which they are served.
         running: requests that hold pages of the group; while there are none, the first waiting one is always let in.
-        config: the rule for memory.
+        config: the rule for memory, and whether the last prompt may fit in part.
     """
     num_tokens_left = group.dop * view.max_num_batched_tokens
     num_pages = group.dop * view.shape.num_pages
@@ -34,10 +34,11 @@ def next_batch(
     num_growing = len(running)
     batch: list[WaitingView] = []
     for request in waiting:
-        num_tokens_left -= request.num_tokens
+        least_tokens = 1 if config.cuts_prompts else request.num_tokens
         is_suspicious = bool(batch) and (request.is_suspect or batch[0].is_suspect)
-        if num_tokens_left < 0 or len(batch) == view.max_num_seqs or is_suspicious:
+        if num_tokens_left < least_tokens or len(batch) == view.max_num_seqs or is_suspicious:
             break
+        num_tokens_left -= request.num_tokens
         if request.keeps_kv:
             num_free -= view.shape.num_pages_for(request.num_tokens)
             num_growing += 1

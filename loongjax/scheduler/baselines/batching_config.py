@@ -19,6 +19,8 @@ class BatchingConfig:
     """Let a request in only if everybody could grow to its limit without a preemption; or else if its prompt fits."""
     watermark: float = 0.0
     """Part of the group's pages that must stay free when a request is let in while others run."""
+    cuts_prompts: bool = False
+    """Prompts are computed in chunks: the last one let in may be longer than what the others leave of a prefill."""
     min_decodes: int = 0
     """Decode steps between a prefill and the next, while requests run."""
     max_prefills: int = 64

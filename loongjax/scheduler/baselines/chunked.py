@@ -15,16 +15,17 @@ from loongjax.scheduler.baselines.router import Router
 from loongjax.scheduler.observation import IterationEnded, Observation
 from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
 
-CHUNKED = BatchingConfig(reserves_max_tokens=False, watermark=0.01)
-"""Prompts are let in as `prefill-first` does."""
+CHUNKED = BatchingConfig(reserves_max_tokens=False, watermark=0.01, cuts_prompts=True)
+"""Prompts are let in as `prefill-first` does, however long they are."""
 
 
 class ChunkedPolicy:
     """Iterations of few tokens: the next one of every request that decodes, and pieces of prompts in what is left.
 
-    Each instance is a replica that knows nothing of the others, and a request has to fit one. Prompts are cut in the
-    order of arrival, and nobody is overtaken. While no prompt is there to be cut, iterations are decodes like any
-    other. What needs a prefill in one piece gets it, and then those that run get a token before the next.
+    Each instance is a replica that knows nothing of the others, and a request has to fit one's pool. Prompts are cut in
+    the order of arrival, and nobody is overtaken. While no prompt is there to be cut, iterations are decodes like any
+    other. What needs a prefill in one piece gets it, and a suspect's prompt is cut with nobody beside it. Both wait
+    until no other prompt is in part, let nobody in meanwhile, and take turns with the decodes.
 
     If the tokens of decodes or the oldest prompt find no page, the newest request is preempted. Why every request ends:
     the oldest that runs is never preempted, and goes on as soon as those decodes end which leave it no room; if none
@@ -40,8 +41,8 @@ class ChunkedPolicy:
         self._chunk_tokens = chunk_tokens
         self._config = config
         self._router = Router(shape.all_instances)
-        self._has_prefilled: frozenset[InstanceId] = frozenset()
-        """Instances whose last iteration was a prefill in one piece."""
+        self._went_alone: frozenset[InstanceId] = frozenset()
+        """Instances whose last iteration computed a prompt, or a chunk of one, with nobody beside it."""
 
     def copy(self) -> ChunkedPolicy:
         """See `Policy.copy`."""
@@ -53,9 +54,10 @@ class ChunkedPolicy:
         """See `Policy.observe`."""
         for observation in observations:
             if isinstance(observation, IterationEnded):
-                instances = frozenset(observation.plan.group.instances)
-                is_prefill = isinstance(observation.plan, Prefill)
-                self._has_prefilled = self._has_prefilled - instances | (instances if is_prefill else frozenset())
+                plan = observation.plan
+                instances = frozenset(plan.group.instances)
+                is_alone = isinstance(plan, Prefill) or (isinstance(plan, Extend) and len(plan.chunks) == 1)
+                self._went_alone = self._went_alone - instances | (instances if is_alone else frozenset())
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """See `Policy.plan`."""
@@ -75,24 +77,29 @@ class ChunkedPolicy:
         group = Group((instance,))
         budget = min(self._chunk_tokens, view.max_num_batched_tokens)
         num_free = view.instances[instance].num_free_pages
+        may_go_alone = instance not in self._went_alone
         oldest_first = sorted(running, key=lambda request: request.order)
         preempted: list[str] = []
-        while (chunks := _next_chunks(view.shape, oldest_first, budget, num_free)) is None:
+        while (chunks := _next_chunks(view.shape, oldest_first, budget, num_free, may_go_alone)) is None:
             newest = oldest_first.pop()
             preempted.append(newest.request_id)
             num_free += view.shape.num_pages_for(newest.num_tokens)
         if preempted:
             return (Preempt(tuple(preempted)), _iteration(group, chunks, oldest_first))
+        if any(request.is_suspect for request in running):
+            return (_iteration(group, chunks, oldest_first),)
         admitted = self._admit(view, group, waiting, oldest_first)
-        if admitted and _is_whole(admitted[0]):
-            has_prompts = any(request.num_uncomputed_tokens > 1 for request in running)
-            if not has_prompts and not (running and instance in self._has_prefilled):
-                return (
-                    Prefill(group, spread_keys(admitted[:1], {instance: num_free}, page_size=view.shape.page_size)),
-                )
+        if admitted and _goes_alone(admitted[0]):
+            has_prompts = not all(_is_decoding(request) for request in running)
+            if not has_prompts and (may_go_alone or not running):
+                first = admitted[0]
+                if first.needs_whole_prefill:
+                    kept = spread_keys([first], {instance: num_free}, page_size=view.shape.page_size)
+                    return (Prefill(group, kept),)
+                return (Extend(group, (Chunk(first.request_id, min(budget, first.num_tokens)),)),)
         num_left = budget - sum(chunk.num_tokens for chunk in chunks)
         for request in admitted:
-            if _is_whole(request) or num_left <= 0:
+            if _goes_alone(request) or num_left <= 0:
                 break
             chunks.append(Chunk(request.request_id, min(num_left, request.num_tokens)))
             num_left -= chunks[-1].num_tokens
@@ -115,35 +122,47 @@ class ChunkedPolicy:
 
 
 def _next_chunks(
-    shape: ClusterShape, oldest_first: Sequence[RunningView], budget: int, num_free: int
+    shape: ClusterShape, oldest_first: Sequence[RunningView], budget: int, num_free: int, may_go_alone: bool
 ) -> list[Chunk] | None:
     """A token of each request that decodes, and of the other prompts what `budget` tokens and the free pages leave.
 
+    Where there is a suspect, it is the only prompt, and either it goes on or the decodes do.
+
     None: the decodes lack pages, or nothing can go on.
     """
-    chunks: list[Chunk] = []
-    for request in oldest_first:
-        if request.num_uncomputed_tokens == 1:
-            num_free -= _num_pages_to_grow(shape, request, 1)
-            chunks.append(Chunk(request.request_id, 1))
+    decoding = [request for request in oldest_first if _is_decoding(request)]
+    prompts = [request for request in oldest_first if not _is_decoding(request)]
+    if prompts and prompts[0].is_suspect:
+        if may_go_alone or not decoding:
+            chunks = _cut(shape, prompts, budget, num_free)
+            if chunks:
+                return chunks
+        prompts = []
+    num_free -= sum(_num_pages_to_grow(shape, request, 1) for request in decoding)
     if num_free < 0:
         return None
-    num_left = budget - len(chunks)
-    for request in oldest_first:
-        if request.num_uncomputed_tokens > 1:
-            num_slots = num_free * shape.page_size + -request.num_tokens % shape.page_size
-            num_tokens = min(num_left, num_slots, request.num_uncomputed_tokens)
-            if num_tokens <= 0:
-                break
-            num_left -= num_tokens
-            num_free -= _num_pages_to_grow(shape, request, num_tokens)
-            chunks.append(Chunk(request.request_id, num_tokens))
+    chunks = [Chunk(request.request_id, 1) for request in decoding]
+    chunks += _cut(shape, prompts, budget - len(chunks), num_free)
     return chunks if chunks or not oldest_first else None
+
+
+def _cut(shape: ClusterShape, prompts: Sequence[RunningView], num_left: int, num_free: int) -> list[Chunk]:
+    """The next chunks of these prompts, in this order, of so many tokens and pages together."""
+    chunks: list[Chunk] = []
+    for request in prompts:
+        num_slots = num_free * shape.page_size + -request.num_tokens % shape.page_size
+        num_tokens = min(num_left, num_slots, request.num_uncomputed_tokens)
+        if num_tokens <= 0:
+            break
+        num_left -= num_tokens
+        num_free -= _num_pages_to_grow(shape, request, num_tokens)
+        chunks.append(Chunk(request.request_id, num_tokens))
+    return chunks
 
 
 def _iteration(group: Group, chunks: Sequence[Chunk], running: Sequence[RunningView]) -> Decode | Extend:
     """A decode, which the engine can run ahead of, where no prompt is among the chunks."""
-    decoding = {request.request_id for request in running if request.num_uncomputed_tokens == 1}
+    decoding = {request.request_id for request in running if _is_decoding(request)}
     if all(chunk.request_id in decoding for chunk in chunks):
         (instance,) = group.instances
         return Decode(group, (SubBatch(instance, tuple(chunk.request_id for chunk in chunks)),))
@@ -154,6 +173,11 @@ def _num_pages_to_grow(shape: ClusterShape, request: RunningView, num_tokens: in
     return shape.num_pages_for(request.num_tokens + num_tokens) - shape.num_pages_for(request.num_tokens)
 
 
-def _is_whole(request: WaitingView) -> bool:
-    """Whether a request's tokens have to be computed in one piece, or apart from others."""
+def _is_decoding(request: RunningView) -> bool:
+    """Whether it needs its next token and no more. A suspect's last chunk, be it of one token, is a prompt's."""
+    return request.num_uncomputed_tokens == 1 and not request.is_suspect
+
+
+def _goes_alone(request: WaitingView) -> bool:
+    """Whether nobody is computed beside a request's prompt."""
     return request.needs_whole_prefill or request.is_suspect

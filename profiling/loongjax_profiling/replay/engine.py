@@ -17,7 +17,7 @@ from loongjax.engine.cost_model import cost_shape, resolve_cost_model
 from loongjax.models.shipped import SHIPPED_NAME
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.local import LocalRuntime
-from loongjax.scheduler.build import build_policy
+from loongjax.scheduler.build import build_policy, max_whole_prompt_len
 from loongjax_profiling.padding import buckets_of, warn_of_other_padding
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.replay.config import ReplayConfig
@@ -55,6 +55,7 @@ class ReplayEngine:
         self.info = ModelInfo(
             checkpoint=config.random_weights or config.checkpoint or SHIPPED_NAME,
             max_model_len=resolve_max_model_len(config, shape, limits),
+            max_whole_prompt_len=max_whole_prompt_len(config, limits.max_num_batched_tokens),
             vocab_size=limits.vocab_size,
             eos_token_ids=(),
             default_sampling={},

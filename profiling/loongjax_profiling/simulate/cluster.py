@@ -27,7 +27,7 @@ class ClusterSpec:
     """Tokens that an instance's part of the KV pool holds."""
     page_size: int = 16
     max_model_len: int | None = None
-    """Tokens of a request; None: what the pool and the largest prefill hold."""
+    """Tokens of a request; None: what the pool holds."""
     max_num_batched_tokens: int = 8192
     """Tokens of a prefill on one instance; a group of n takes n times as many."""
     max_num_seqs: int = 64
@@ -55,8 +55,8 @@ class ClusterSpec:
 
     @property
     def limits(self) -> RuntimeLimits:
-        """With `max_model_len` capped by what the pool and the largest prefill hold."""
-        most = min(self.num_slots, self.max_num_batched_tokens) * self.num_instances
+        """With `max_model_len` capped by what the pool holds; a policy may serve less."""
+        most = self.num_slots * self.num_instances
         return RuntimeLimits(
             max_model_len=min(self.max_model_len or most, most),
             max_num_batched_tokens=self.max_num_batched_tokens,

@@ -46,7 +46,8 @@ class SimulateConfig(WorkloadConfig, SchedulingConfig):
     max_model_len: int | None = None
     """Tokens of a request, prompt and output together; None: what fits."""
     max_num_batched_tokens: int | None = None
-    """Tokens of one prefill on one instance; a group of n takes n times as many."""
+    """Tokens of one prefill on one instance; a group of n takes n times as many. Only under the policy chunked may
+    prompts be longer."""
     max_num_seqs: int | None = None
     """Requests that one master decodes at a time, and requests of one prefill."""
     pod_size: int = 16

@@ -46,6 +46,7 @@ class Pod:
         policy: Policy,
         cost_model: CostModel,
         *,
+        max_whole_prompt_len: int | None = None,
         step_by_step: bool = False,
         run_ahead: bool = False,
         host: HostTimes = NO_HOST,
@@ -60,6 +61,7 @@ class Pod:
             cluster: its instances.
             policy: decides.
             cost_model: says how long iterations take.
+            max_whole_prompt_len: see `ModelInfo`.
             step_by_step: whether the policy is asked after every decode step, instead of letting decodes jump.
             run_ahead: whether each decode step is submitted before the one before it has ended, as by a real engine,
                 and step by step therefore; else whoever comes waits for the step in flight alone.
@@ -81,6 +83,7 @@ class Pod:
             info=ModelInfo(
                 checkpoint="simulated",
                 max_model_len=self.limits.max_model_len,
+                max_whole_prompt_len=max_whole_prompt_len,
                 vocab_size=VOCAB_SIZE,
                 eos_token_ids=(),
                 default_sampling={},

@@ -15,7 +15,7 @@ from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
-from loongjax.scheduler.build import build_policy, max_request_tokens
+from loongjax.scheduler.build import build_policy, max_request_tokens, max_whole_prompt_len
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.load import LoadPredictor
@@ -83,6 +83,7 @@ class SimulatedSystem:
             cluster,
             policy,
             self.cost_model,
+            max_whole_prompt_len=max_whole_prompt_len(self.scheduling, cluster.max_num_batched_tokens),
             step_by_step=self.step_by_step,
             run_ahead=self.run_ahead,
             host=self.host,

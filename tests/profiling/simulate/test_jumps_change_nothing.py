@@ -1,5 +1,7 @@
 """Decodes of many steps give the records that single steps give, to the last bit."""
 
+import dataclasses
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,6 +39,15 @@ def test_where_memory_is_short(policy: str, workload: list[WorkloadRequest]):
 def test_where_there_is_room(policy: str, workload: list[WorkloadRequest]):
     expected = records_of(workload, ROOMY, policy, step_by_step=True)
     assert records_of(workload, ROOMY, policy, step_by_step=False) == expected
+
+
+@given(workload=workloads(max_total_len=60))
+@settings(max_examples=3, deadline=None)
+def test_where_prompts_are_longer_than_a_prefill(workload: list[WorkloadRequest]):
+    spec = dataclasses.replace(CROWDED, max_num_batched_tokens=8)
+    expected = records_of(workload, spec, "chunked", step_by_step=True)
+    assert all(record.error is None for record in expected)
+    assert records_of(workload, spec, "chunked", step_by_step=False) == expected
 
 
 @given(workload=workloads(max_total_len=120, max_requests=6), size=st.integers(1, 6))

@@ -135,6 +135,16 @@ def test_a_request_that_the_policy_cannot_carry_to_its_end_is_refused():
     assert [record.error is None for record in simulate(system(spec, "simple"), workload)] == [True, True]
 
 
+def test_where_prompts_are_cut_only_the_pool_limits_them():
+    spec = cluster(2, num_slots=1024, max_num_batched_tokens=100)
+    workload = arriving((0.0, 1000, 20), (0.1, 1000, 30))
+    cutting = system(spec, "chunked", cost_model=RoundModel())
+    served, refused = simulate(cutting, workload)
+    assert served.error is None
+    assert served.first_token_s == pytest.approx(1.0)
+    assert refused.error is not None
+
+
 def test_wishes_reach_the_records():
     wish = ServiceLevel(ttft_s=0.1, tpot_s=1.0)
     (record,) = simulate(system(cost_model=RoundModel()), arriving((0.0, 500, 3)), slo=lambda request: wish)
@@ -154,7 +164,8 @@ def test_a_pod_whose_time_was_not_reached_knows_nothing_of_the_future():
 
 @pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS)
 def test_presets_hold_a_request_of_half_a_million_tokens(spec: ClusterSpec):
-    assert spec.limits.max_model_len >= 500_000
+    pod = system(spec).build_pod(spec.shape.all_instances)
+    assert pod.can_hold(WorkloadRequest(arrival_s=0.0, prompt_len=499_000, output_len=1000))
 
 
 @pytest.mark.parametrize("fields", [{"num_slots": 17}, {"num_slots": 0}, {"num_instances": 0}, {"max_model_len": 0}])

@@ -2,7 +2,7 @@
 
 from loongjax.config import PolicyName, SchedulingConfig
 from loongjax.core.cluster import Group
-from loongjax.core.plan import Decode, Plan, Prefill
+from loongjax.core.plan import Decode, Extend, Plan, Prefill
 from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.scheduler.build import build_policy
 from loongjax.scheduler.observation import IterationEnded
@@ -22,11 +22,10 @@ def ask(name: PolicyName, view: ClusterView, policy: Policy | None = None) -> tu
     return plans
 
 
-def tell(policy: Policy, plan: Prefill | Decode, times: int = 1) -> None:
+def tell(policy: Policy, plan: Prefill | Decode | Extend, times: int = 1) -> None:
     """That such an iteration has ended."""
-    work = (
-        PrefillWork(new_lens=(1,)) if isinstance(plan, Prefill) else DecodeWork(rows=(1,), keys=(1,) * plan.group.dop)
-    )
+    is_decode = isinstance(plan, Decode)
+    work = DecodeWork(rows=(1,), keys=(1,) * plan.group.dop) if is_decode else PrefillWork(new_lens=(1,))
     ended = IterationEnded(plan=plan, strategy=Strategy(plan.group.dop), work=work, elapsed_s=1.0)
     policy.observe([ended] * times)
 

@@ -42,8 +42,8 @@ def test_decodes_come_first_and_prompts_get_the_rest_in_order_of_arrival():
 def test_an_iteration_holds_no_more_than_a_prefill_may():
     view = cluster(1, waits=[waiting("w", 0, 40)], max_num_batched_tokens=24)
     view_of_two = cluster(1, waits=[waiting("w", 0, 20), waiting("v", 1, 20)], max_num_batched_tokens=24)
-    assert ask(view_of_two, 512) == (extend(("w", 20)),)
-    assert ask(view, 512) == ()  # refused when it came: no prefill could hold it
+    assert ask(view_of_two, 512) == (extend(("w", 20), ("v", 4)),)
+    assert ask(view, 512) == (extend(("w", 24)),)
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 2, 512])
@@ -87,11 +87,9 @@ def test_a_prompt_that_lacks_pages_waits_for_decodes_or_takes_them_from_a_newer_
     assert ask(in_part, 32) == (Preempt(("new",)), extend(("old", 8)))
 
 
-@pytest.mark.parametrize("reason", ["needs_whole_prefill", "is_suspect"])
-def test_what_cannot_be_cut_is_prefilled_alone_and_takes_turns_with_decodes(reason: str):
-    whole = waiting(
-        "whole", 1, 9, needs_whole_prefill=reason == "needs_whole_prefill", is_suspect=reason == "is_suspect"
-    )
+@pytest.mark.parametrize("is_suspect", [False, True])
+def test_what_cannot_be_cut_is_prefilled_alone_and_takes_turns_with_decodes(is_suspect: bool):
+    whole = waiting("whole", 1, 9, needs_whole_prefill=True, is_suspect=is_suspect)
     view = cluster(1, runs=[running("a", 0, (0, 9))], waits=[whole, waiting("w", 2, 5)])
     policy = ChunkedPolicy(view.shape, 4)
     (plan,) = ask(view, 4, policy)
@@ -104,10 +102,57 @@ def test_what_cannot_be_cut_is_prefilled_alone_and_takes_turns_with_decodes(reas
     assert ask(view, 4, policy) == (plan,)
 
 
-def test_what_cannot_be_cut_waits_for_prompts_that_are():
+@pytest.mark.parametrize("reason", ["needs_whole_prefill", "is_suspect"])
+def test_what_goes_alone_waits_for_prompts_in_part(reason: str):
+    alone = waiting(
+        "alone", 1, 9, needs_whole_prefill=reason == "needs_whole_prefill", is_suspect=reason == "is_suspect"
+    )
     part = running("part", 0, (0, 8), num_uncomputed_tokens=9)
-    view = cluster(1, runs=[part], waits=[waiting("whole", 1, 9, needs_whole_prefill=True), waiting("w", 2, 5)])
-    assert ask(view, 32) == (extend(("part", 9)),)
+    assert ask(cluster(1, runs=[part], waits=[alone, waiting("w", 2, 5)]), 32) == (extend(("part", 9)),)
+
+
+DECODING = running("a", 0, (0, 9))
+TURN = Decode(ZERO, (SubBatch(0, ("a",)),))
+
+
+def test_a_suspect_is_cut_alone_and_takes_turns_with_decodes():
+    """Until its last chunk, be it of one token; nobody is let in meanwhile."""
+    policy = ChunkedPolicy(cluster(1).shape, 4)
+    late = waiting("w", 2, 5)
+    begins = cluster(1, runs=[DECODING], waits=[waiting("s", 1, 9, is_suspect=True), late])
+    assert ask(begins, 4, policy) == (extend(("s", 4)),)
+    for num_held, num_tokens in ((4, 4), (8, 1)):
+        tell(policy, extend(("s", 4)))
+        suspect = running("s", 1, (0, num_held), num_uncomputed_tokens=9 - num_held, is_suspect=True)
+        view = cluster(1, runs=[DECODING, suspect], waits=[late])
+        assert ask(view, 4, policy) == (TURN,)
+        tell(policy, TURN)
+        assert ask(view, 4, policy) == (extend(("s", num_tokens)),)
+        by_itself = cluster(1, runs=[suspect], waits=[late])
+        assert ask(by_itself, 4, policy) == (extend(("s", num_tokens)),)
+    tell(policy, extend(("s", 1)))
+    cleared = cluster(1, runs=[DECODING, running("s", 1, (0, 9))], waits=[late])
+    assert ask(cleared, 4, policy) == (extend(("a", 1), ("s", 1), ("w", 2)),)
+
+
+def test_a_suspect_goes_on_by_itself_where_nobody_decodes():
+    policy = ChunkedPolicy(cluster(1).shape, 4)
+    tell(policy, extend(("s", 4)))
+    view = cluster(1, runs=[running("s", 1, (0, 4), num_uncomputed_tokens=5, is_suspect=True)])
+    assert ask(view, 4, policy) == (extend(("s", 4)),)
+
+
+def test_a_suspect_that_lacks_pages_waits_for_decodes_which_take_them_from_it():
+    suspect = running("s", 1, (0, 8), num_uncomputed_tokens=5, is_suspect=True)
+    waits_for = cluster(1, num_pages=5, runs=[DECODING, suspect])
+    assert ask(waits_for, 4) == (TURN,)
+    full = cluster(1, num_pages=5, runs=[running("a", 0, (0, 12)), suspect])
+    assert ask(full, 4) == (Preempt(("s",)), TURN)
+
+
+def test_a_prompt_longer_than_a_prefill_is_let_in_behind_another():
+    view = cluster(1, waits=[waiting("w", 0, 3), waiting("long", 1, 60)], max_num_batched_tokens=24)
+    assert ask(view, 8) == (extend(("w", 3), ("long", 5)),)
 
 
 def test_replicas_know_nothing_of_each_other():
@@ -127,24 +172,33 @@ def test_replicas_know_nothing_of_each_other():
 def test_every_request_ends_and_nothing_leaks(
     chunk_tokens: int, page_size: int, num_instances: int, max_num_seqs: int, num_requests: int, seed: int
 ):
-    """Arrivals, aborts and completions in any order, on pools of one longest request and more."""
+    """Arrivals, aborts, failures and completions in any order, on pools of one longest request and more."""
     rng = random.Random(seed)
     num_pages = rng.randint(2, 24 // page_size)
     shape = ClusterShape(num_instances=num_instances, num_pages=num_pages, page_size=page_size)
+    most = rng.choice([2, 5, shape.num_slots])
     engine = ToyEngine(
-        ChunkedPolicy(shape, chunk_tokens), shape, max_num_batched_tokens=shape.num_slots, max_num_seqs=max_num_seqs
+        ChunkedPolicy(shape, chunk_tokens), shape, max_num_batched_tokens=most, max_num_seqs=max_num_seqs
     )
+    failure_rate = rng.choice([0.0, 0.1])
     budget = 0
     while num_requests or engine.in_flight:
         if num_requests and (not engine.in_flight or rng.random() < 0.3):
             num_requests -= 1
             total = rng.randint(2, shape.num_slots)
             num_prompt_tokens = rng.randint(1, total)
+            if num_prompt_tokens == total > most:  # one that asks for no output is computed in one piece
+                num_prompt_tokens = total = most
             engine.add(num_prompt_tokens, total - num_prompt_tokens)
             # Each token may be computed again whenever an older request preempts.
             budget += 10 * (total + 1)
         elif rng.random() < 0.05:
             engine.abort(rng.choice(sorted(engine.jobs)))
+        elif rng.random() < failure_rate:
+            suspects = {name for name, job in engine.jobs.items() if job.num_failures}
+            failed = engine.fail(rng.randrange(len(engine.in_flight)))
+            assert len(failed.request_ids) == 1 or suspects.isdisjoint(failed.request_ids), "others share the blame"
+            budget += 10 * sum(job.num_prompt_tokens + job.max_tokens for job in engine.jobs.values())
         else:
             engine.complete(rng.randrange(len(engine.in_flight)))
         oldest = min(engine.jobs.values(), key=lambda job: job.order, default=None)
