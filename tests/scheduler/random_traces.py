@@ -5,6 +5,7 @@ A test draws clusters, makes engines of its policy on them, says what requests a
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import random
 from collections.abc import Callable, Sequence
@@ -12,8 +13,9 @@ from collections.abc import Callable, Sequence
 from hypothesis import strategies as st
 
 from loongjax.core.cluster import ClusterShape
-from loongjax.core.plan import Plan, Preempt, Prefill
+from loongjax.core.plan import Decode, Plan, Preempt, Prefill
 from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.view import ClusterView
 from tests.scheduler.toy_engine import Job, ToyEngine
 
 AddRequest = Callable[[ToyEngine, random.Random], Job]
@@ -121,6 +123,39 @@ def check_that_these_end(
         engine.complete(rng.randrange(len(engine.in_flight)))
         budget -= 1
         assert budget > 0, [job for job in first if job.request_id in engine.jobs]
+
+
+def check_that_few_prefills_pass(
+    engine: ToyEngine, rng: random.Random, add: AddRequest, *, num_completions: int, most: int
+) -> None:
+    """Of eight requests, none that runs lets more than `most` prefills pass before its next token."""
+    passed: collections.Counter[str] = collections.Counter()
+    for _ in range(num_completions):
+        while len(engine.jobs) < 8:
+            add(engine, rng)
+        view = engine.view()
+        count_passed(view, engine.ask(), passed)
+        assert max(passed.values(), default=0) <= most, passed
+        engine.complete(rng.randrange(len(engine.in_flight)))
+
+
+def count_passed(view: ClusterView, answer: Sequence[Plan], passed: collections.Counter[str]) -> None:
+    """Adds 1 for each request that stands still for a prefill, and forgets those whose group decodes.
+
+    The oldest request of all may pass anybody. Who finds no seat in a decode stands back for older ones in it.
+    """
+    orders = {request.request_id: request.order for request in (*view.waiting, *view.running)}
+    oldest = min(orders, key=orders.__getitem__)
+    preempted = {name for plan in answer if isinstance(plan, Preempt) for name in plan.request_ids}
+    decodes = [set(plan.group.instances) for plan in answer if isinstance(plan, Decode)]
+    prefills = [plan for plan in answer if isinstance(plan, Prefill)]
+    passing = [plan for plan in prefills if oldest not in [request.request_id for request in plan.requests]]
+    for request in view.running:
+        instances = {instance for instance, _ in request.kv}
+        if request.request_id in preempted or any(instances <= group for group in decodes):
+            passed.pop(request.request_id, None)
+        elif not request.is_in_flight and any(not instances.isdisjoint(plan.group.instances) for plan in passing):
+            passed[request.request_id] += 1
 
 
 def check_that_twins_agree(engine: ToyEngine, twin: ToyEngine) -> None:

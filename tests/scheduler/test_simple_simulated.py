@@ -13,6 +13,7 @@ from tests.scheduler.random_traces import (
     RandomCluster,
     check_kinds_of_plans,
     check_that_all_end,
+    check_that_few_prefills_pass,
     check_that_the_oldest_goes_on,
     check_that_these_end,
     check_that_twins_agree,
@@ -78,6 +79,18 @@ def test_every_waiting_and_running_request_ends_under_endless_arrivals(setup: Se
     rng, engine = random.Random(seed), setup.engine()
     first = [add_request(engine, rng) for _ in range(4)]
     check_that_these_end(engine, rng, first, add_short_request, patience=60)
+
+
+@settings(max_examples=20, deadline=None)
+@given(setup=SETUPS, seed=st.integers(0, 2**32))
+def test_a_running_request_lets_few_prefills_pass(setup: Setup, seed: int):
+    check_that_few_prefills_pass(
+        setup.engine(),
+        random.Random(seed),
+        add_request,
+        num_completions=100,
+        most=setup.config.max_prefills_before_decode,
+    )
 
 
 @settings(max_examples=20, deadline=None)

@@ -65,7 +65,7 @@ class Outlook:
     Args:
         draft: the cluster.
         times: predictions.
-        barred: instances that no prefill may have now.
+        barred: instances on which a running request is due its next token.
         lengths: of outputs that have ended.
         groups: what was worked out before; None: nothing.
     """
@@ -80,6 +80,8 @@ class Outlook:
     ) -> None:
         view = draft.view
         groups = GroupMemory() if groups is None else groups
+        self.barred = barred
+        """Instances that no prefill may have now but that of the oldest request of all."""
         self.components = find_components(draft)
         """Every decode group there could be, busy or not."""
         self.until_free_s = times.until_free_s(view)

@@ -8,8 +8,10 @@ Why every request ends: each prefill and each decode gives its requests a token,
 runs and nobody is passed over for ever. The first request of the queue is overtaken a bounded number of times, after
 which nobody is prefilled before it and it is prefilled whatever it costs. The oldest request of all, if it waits,
 counts as the first, and younger ones are preempted for it; it is never preempted itself. Any running one lets a bounded
-number of prefills pass, after which no prefill starts on its instances before it has decoded. Instances are held only
-for others that are busy, so with nothing in flight nothing is held.
+number of prefills pass, after which none starts on its instances before it has decoded, not even that of the first of
+the queue, which nobody overtakes meanwhile. Only the oldest request of all is prefilled there nevertheless, and of
+requests older than one that runs there is an end. Instances are held only for others that are busy, so with nothing in
+flight nothing is held.
 """
 
 from __future__ import annotations

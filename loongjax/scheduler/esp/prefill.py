@@ -85,7 +85,7 @@ class PrefillPlanner:
         started, coming = self._optimise(window, outlook)
         must_start = not is_patient or not view.running
         is_left = 0 not in started and 0 not in coming
-        if must_start and is_left and self._force(first, outlook, may_preempt=senior is not None):
+        if must_start and is_left and self._force(first, outlook, is_oldest=senior is not None):
             started = [*started, 0]
         self._note(window, started, idle_before - draft.idle)
         return outlook.components
@@ -146,10 +146,8 @@ class PrefillPlanner:
         )
         return launched.places, launched.coming
 
-    def _force(self, request: WaitingView, outlook: Outlook, *, may_preempt: bool) -> bool:
-        is_started = SeniorPlanner(self._draft, outlook, self._config.growth_tokens).plan(
-            request, may_preempt=may_preempt
-        )
+    def _force(self, request: WaitingView, outlook: Outlook, *, is_oldest: bool) -> bool:
+        is_started = SeniorPlanner(self._draft, outlook, self._config.growth_tokens).plan(request, is_oldest=is_oldest)
         if self._explain is not None:
             self._explain(
                 Decision(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
@@ -29,8 +29,9 @@ class SeniorPlanner:
     """Prefills a request regardless of gain and cost.
 
     On as few idle instances as hold its tokens and its keys, vacant ones first. Where decodes have to end their step
-    first, the idle instances are held meanwhile. Where memory is short, and only for the oldest request of all, younger
-    ones are preempted, the newest first.
+    first, the idle instances are held meanwhile. Only the oldest request of all may have instances that are barred,
+    where younger ones are due their next token, and only for it, where memory is short, are those preempted, the newest
+    first.
     """
 
     def __init__(self, draft: Draft, outlook: Outlook, growth_tokens: int) -> None:
@@ -38,30 +39,35 @@ class SeniorPlanner:
         self._outlook = outlook
         self._growth_tokens = growth_tokens
 
-    def plan(self, request: WaitingView, *, may_preempt: bool) -> bool:
+    def plan(self, request: WaitingView, *, is_oldest: bool) -> bool:
         """Whether the request is prefilled now."""
         draft = self._draft
+        barred = () if is_oldest else self._outlook.barred
         num_pages = draft.shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0
         min_dop = -(-request.num_tokens // draft.view.max_num_batched_tokens)
-        idle = self._idle()
+        idle = self._idle(barred)
         chosen = self._fewest(idle, num_pages, min_dop)
         if not chosen:
-            soon = sorted(draft.decoding, key=lambda instance: (self._outlook.until_free_s[instance], instance))
+            soon = sorted(
+                draft.decoding.difference(barred),
+                key=lambda instance: (self._outlook.until_free_s[instance], instance),
+            )
             if self._fewest([*idle, *soon], num_pages, min_dop):
                 draft.reserve(idle)
                 return False
-            if may_preempt:
+            if is_oldest:
                 chosen = self._preempting(idle, soon, num_pages, min_dop)
         if not chosen:
             return False
         start(draft, chosen, [request], self._growth_tokens)
         return True
 
-    def _idle(self) -> list[InstanceId]:
+    def _idle(self, barred: Collection[InstanceId]) -> list[InstanceId]:
         """Idle instances, vacant ones first, those with most free pages first."""
         draft = self._draft
         return sorted(
-            draft.idle, key=lambda instance: (bool(draft.residents[instance]), -draft.free[instance], instance)
+            draft.idle.difference(barred),
+            key=lambda instance: (bool(draft.residents[instance]), -draft.free[instance], instance),
         )
 
     def _fewest(self, candidates: Sequence[InstanceId], num_pages: int, min_dop: int) -> list[InstanceId]:

@@ -202,8 +202,10 @@ def test_the_oldest_request_is_prefilled_whatever_it_costs_once_it_was_overtaken
     assert prefilled(ask(view)[0]) == []
 
 
-def test_decodes_that_let_enough_prefills_pass_come_first() -> None:
-    policy = policy_of(HandModel(step_s=1e6), max_prefills_before_decode=2)
+@pytest.mark.parametrize("max_overtakes", [16, 0])
+def test_decodes_that_let_enough_prefills_pass_come_first(max_overtakes: int) -> None:
+    """Also before requests that may be overtaken no more."""
+    policy = policy_of(HandModel(step_s=1e6), max_prefills_before_decode=2, max_overtakes=max_overtakes)
     answers = []
     for attempt in range(4):
         runs = [running("a", 0, (0, 50), num_output_tokens=4)]

@@ -1,26 +1,33 @@
 """The ESP policy under random clusters, requests, completion orders and aborts: everything ends, nothing leaks."""
 
+import collections
 import dataclasses
 import random
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loongjax.core.cluster import ClusterShape
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill
 from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.costmodel.work import PrefillWork
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.policy import EspPolicy
+from loongjax.scheduler.view import FlightView
 from tests.costmodel.shapes import LLAMA2_7B
+from tests.scheduler.esp.hand_model import HandModel
 from tests.scheduler.random_traces import (
     RandomCluster,
     check_kinds_of_plans,
     check_that_all_end,
+    check_that_few_prefills_pass,
     check_that_the_oldest_goes_on,
     check_that_these_end,
     check_that_twins_agree,
     clusters,
+    count_passed,
 )
 from tests.scheduler.toy_engine import Job, ToyEngine
 
@@ -92,8 +99,10 @@ def add_wishing_request(engine: ToyEngine, rng: random.Random) -> Job:
     return engine.add(*draw_lengths(engine, rng), priority=priority, slo=slo)
 
 
-def add_short_request(engine: ToyEngine, rng: random.Random) -> Job:
-    return engine.add(rng.randint(1, min(4, engine.shape.num_slots)), 1)
+def add_one_token_request(engine: ToyEngine, rng: random.Random, share: float) -> Job:
+    """A prompt of up to this share of all pools, or of four tokens, and one token to generate."""
+    most = max(min(4, engine.shape.num_slots), int(share * engine.shape.num_instances * engine.shape.num_slots))
+    return engine.add(rng.randint(1, most), 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -115,13 +124,58 @@ def test_the_oldest_request_is_never_preempted_and_never_stands_still(setup: Set
     )
 
 
-@settings(max_examples=10, deadline=None)
-@given(setup=SETUPS, seed=st.integers(0, 2**32))
-def test_every_waiting_and_running_request_ends_under_endless_arrivals(setup: Setup, seed: int):
+@settings(max_examples=20, deadline=None)
+@given(setup=SETUPS, share=st.sampled_from([0.0, 0.2, 0.5, 0.8]), seed=st.integers(0, 2**32))
+def test_every_waiting_and_running_request_ends_under_endless_arrivals(setup: Setup, share: float, seed: int):
     rng, engine = random.Random(seed), setup.engine()
     num_slots = engine.shape.num_instances * engine.shape.num_slots
-    first = [engine.add(rng.randint(1, num_slots), rng.randint(0, 1), priority=rng.choice([0, 1])) for _ in range(4)]
-    check_that_these_end(engine, rng, first, add_short_request, patience=60)
+    first = []
+    for _ in range(4):
+        prompt_len = rng.randint(1, num_slots)
+        max_tokens = min(rng.randint(0, 3), num_slots + 1 - prompt_len)
+        first.append(engine.add(prompt_len, max_tokens, priority=rng.choice([0, 1])))
+    check_that_these_end(engine, rng, first, lambda engine, rng: add_one_token_request(engine, rng, share), patience=60)
+
+
+@settings(max_examples=40, deadline=None)
+@given(setup=SETUPS, seed=st.integers(0, 2**32))
+def test_a_running_request_lets_few_prefills_pass(setup: Setup, seed: int):
+    check_that_few_prefills_pass(
+        setup.engine(),
+        random.Random(seed),
+        add_wishing_request,
+        num_completions=100,
+        most=setup.config.max_prefills_before_decode,
+    )
+
+
+def test_a_decode_goes_on_among_long_prompts_that_may_be_overtaken_no_more():
+    """Prompts of 32 s fit only where it is; while one of them runs, the next is overtaken by short ones elsewhere."""
+    model, config = HandModel(step_s=0.3), EspConfig()
+
+    def duration_s(flight: FlightView) -> float:
+        if isinstance(flight.work, PrefillWork):
+            return model.token_s * sum(flight.work.new_lens) / flight.group.dop
+        return model.step_s
+
+    shape = ClusterShape(num_instances=2, num_pages=250, page_size=16)
+    engine = ToyEngine(EspPolicy(config, model), shape, duration_s=duration_s)
+    engine.add(2001, 2000)
+    engine.ask()
+    small = engine.add(1, 1000)
+    engine.ask()
+    while small.num_generated == 0:
+        engine.complete_next()
+        engine.ask()
+    passed: collections.Counter[str] = collections.Counter()
+    while engine.now_s < 100.0:
+        for prompt_len in (3200, 1):
+            while sum(request.num_tokens == prompt_len for request in engine.waiting) < 2:
+                engine.add(prompt_len, 1)
+        view = engine.view()
+        count_passed(view, engine.ask(), passed)
+        assert passed[small.request_id] <= config.max_prefills_before_decode
+        engine.complete_next()
 
 
 @settings(max_examples=10, deadline=None)
