@@ -41,8 +41,8 @@ VARIANTS = {
     "reference": reference_extend_attention,
     "triton": _triton,
 }
-LEAST_QUERIES_ALONE = 32
-"""As `LEAST_QUERIES`, of one request on pages that Hopper's kernel fetches: it shares its blocks with nobody."""
+LEAST_ROWS = 2 * LEAST_QUERIES
+"""Query tokens from which it pays to call two kernels, or to bring pages into order for one request."""
 logger = logging.getLogger(__name__)
 
 
@@ -141,10 +141,10 @@ def default_variant(
         return "blockwise"
     has_triton = is_triton_usable() and has_triton_kernel(dtype, head_dim)
     if compute_capability == "9.0" and has_mosaic_kernel(dtype, head_dim, page_size):
-        if num_requests > 1 and num_rows > LEAST_QUERIES and has_triton:
-            return "by_length"
-        is_alone = num_requests == 1 and not brings_into_order(page_size, num_rows=1)
-        if num_rows >= (LEAST_QUERIES_ALONE if is_alone else LEAST_QUERIES * num_requests):
+        if has_triton and num_requests > 1:
+            return "by_length" if num_rows > LEAST_ROWS else "triton"
+        least = LEAST_ROWS if brings_into_order(page_size, num_rows=1) else LEAST_QUERIES
+        if num_rows >= least * num_requests:
             return "mosaic_gpu"
     if has_triton:
         return "triton"

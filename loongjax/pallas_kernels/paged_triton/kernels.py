@@ -21,71 +21,6 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 @no_type_check
-def attend_part(
-    arrays,
-    work,
-    num_members: tl.constexpr,
-    scale: tl.constexpr,
-    num_kv_heads: tl.constexpr,
-    group_size: tl.constexpr,
-    head_dim: tl.constexpr,
-    page_size: tl.constexpr,
-    block: tl.constexpr,
-    stages: tl.constexpr,
-):
-    """Attends to some blocks of a tile whose queries are at most `num_members` rows.
-
-    `arrays`: pointers to the queries, to this layer's and KV head's keys and values, to the table and the results.
-    `work`: the KV head; the tile's first query token, and the place of its partial result; its query tokens, first
-    entry in the table, and keys; the blocks, from and to. The rest as in `attend_kernel`.
-    """
-    q_ptr, k_ptr, v_ptr, page_indices_ptr, o_ptr, lse_ptr, partial_o_ptr, partial_lse_ptr = arrays
-    head, q_start, partial_start, q_len, page_start, kv_len, first_block, end_block = work
-    num_q_heads: tl.constexpr = num_kv_heads * group_size
-    member_M = tl.arange(0, num_members)
-    query_M = member_M // group_size
-    q_head_M = head * group_size + member_M % group_size
-    dim_H = tl.arange(0, head_dim)
-    key_S = tl.arange(0, block)
-
-    is_member = query_M < q_len
-    row_M = (q_start + query_M) * num_q_heads + q_head_M
-    q_offset = row_M[:, None] * head_dim + dim_H[None, :]
-    q = tl.load(q_ptr + q_offset, mask=is_member[:, None], other=0.0)
-    maximum = tl.full([num_members], float("-inf"), tl.float32)
-    denominator = tl.zeros([num_members], tl.float32)
-    weighted = tl.zeros([num_members, head_dim], tl.float32)
-    for i in tl.range(first_block, end_block, num_stages=stages):
-        token_S = i * block + key_S
-        is_key = token_S < kv_len
-        page_S = tl.load(page_indices_ptr + page_start + token_S // page_size, mask=is_key, other=0)
-        slot_S = page_S.to(tl.int64) * page_size + token_S % page_size
-        offset = slot_S[:, None] * (num_kv_heads * head_dim) + dim_H[None, :]
-
-        k = tl.load(k_ptr + offset, mask=is_key[:, None], other=0.0)
-        scores = tl.dot(q, tl.trans(k)) * scale
-        scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, 1))
-        rescale = tl.exp2(maximum - new_maximum)
-        weights = tl.exp2(scores - new_maximum[:, None])
-        denominator = denominator * rescale + tl.sum(weights, 1)
-        v = tl.load(v_ptr + offset, mask=is_key[:, None], other=0.0)
-        weighted = weighted * rescale[:, None] + tl.dot(weights.to(v.dtype), v)
-        maximum = new_maximum
-
-    o = weighted / denominator[:, None]
-    lse = maximum + tl.log2(denominator)
-    if end_block - first_block == (kv_len + block - 1) // block:
-        tl.store(o_ptr + q_offset, o.to(o_ptr.dtype.element_ty), mask=is_member[:, None])
-        tl.store(lse_ptr + row_M, lse * LN_2, mask=is_member)
-    else:
-        partial_M = (partial_start + query_M) * num_q_heads + q_head_M
-        tl.store(partial_o_ptr + partial_M[:, None] * head_dim + dim_H[None, :], o, mask=is_member[:, None])
-        tl.store(partial_lse_ptr + partial_M, lse, mask=is_member)
-
-
-@triton.jit
-@no_type_check
 def attend_kernel(
     q_ptr,  # [T, N, H]
     kv_pool_ptr,  # [L, 2, P, page_size, K, H]
@@ -108,23 +43,18 @@ def attend_kernel(
     num_kv_heads: tl.constexpr,
     group_size: tl.constexpr,
     padded_members: tl.constexpr,
-    few_members: tl.constexpr,  # what tiles of one query are padded to
     head_dim: tl.constexpr,
     page_size: tl.constexpr,
     block: tl.constexpr,
     stages: tl.constexpr,
 ):
-    """Grid: KV heads, shares.
-
-    Rows that a tile is padded with are computed, too, so tiles of few queries take fewer.
-    """
+    """Grid: KV heads, shares."""
     head = tl.program_id(0)
     share = tl.program_id(1)
     all_tiles = tl.arange(0, padded_tiles)
     all_lens = tl.load(kv_lens_ptr + all_tiles, mask=all_tiles < num_tiles, other=0)
     all_starts = tl.load(page_starts_ptr + all_tiles, mask=all_tiles < num_tiles, other=0)
     layer = tl.load(layer_ptr).to(tl.int64)
-
     all_blocks = (tl.maximum(all_lens, 0) + block - 1) // block
     all_ends = tl.cumsum(all_blocks, 0)
     num_items = tl.sum(all_blocks, 0)
@@ -132,9 +62,14 @@ def attend_kernel(
     item = share * quota
     end = tl.minimum(item + quota, num_items)
 
+    num_q_heads: tl.constexpr = num_kv_heads * group_size
+    member_M = tl.arange(0, padded_members)
+    query_M = member_M // group_size
+    q_head_M = head * group_size + member_M % group_size
+    dim_H = tl.arange(0, head_dim)
+    key_S = tl.arange(0, block)
     k_ptr = kv_pool_ptr + 2 * layer * num_pages * (page_size * num_kv_heads * head_dim) + head * head_dim
     v_ptr = k_ptr + num_pages * (page_size * num_kv_heads * head_dim)
-
     while item < end:
         tile = tl.sum((all_ends <= item).to(tl.int32), 0)
         is_tile = all_tiles == tile
@@ -143,22 +78,46 @@ def attend_kernel(
         tile_blocks = (kv_len + block - 1) // block
         first_block = item - (tl.sum(tl.where(is_tile, all_ends, 0), 0) - tile_blocks)
         end_block = tl.minimum(first_block + end - item, tile_blocks)
+
         if tile_queries == 1:
             q_start = tile
             q_len = 1
         else:
             q_start = tl.load(q_starts_ptr + tile)
             q_len = tl.load(q_lens_ptr + tile)
+        is_member = (member_M < tile_queries * group_size) & (query_M < q_len)
+        row_M = (q_start + query_M) * num_q_heads + q_head_M
+        q_offset = row_M[:, None] * head_dim + dim_H[None, :]
+        q = tl.load(q_ptr + q_offset, mask=is_member[:, None], other=0.0)
+        maximum = tl.full([padded_members], float("-inf"), tl.float32)
+        denominator = tl.zeros([padded_members], tl.float32)
+        weighted = tl.zeros([padded_members, head_dim], tl.float32)
+        for i in tl.range(first_block, end_block, num_stages=stages):
+            token_S = i * block + key_S
+            is_key = token_S < kv_len
+            page_S = tl.load(page_indices_ptr + page_start + token_S // page_size, mask=is_key, other=0)
+            slot_S = page_S.to(tl.int64) * page_size + token_S % page_size
+            offset = slot_S[:, None] * (num_kv_heads * head_dim) + dim_H[None, :]
+            k = tl.load(k_ptr + offset, mask=is_key[:, None], other=0.0)
+            scores = tl.dot(q, tl.trans(k)) * scale
+            scores = tl.where(is_key[None, :], scores, float("-inf"))
+            new_maximum = tl.maximum(maximum, tl.max(scores, 1))
+            rescale = tl.exp2(maximum - new_maximum)
+            weights = tl.exp2(scores - new_maximum[:, None])
+            denominator = denominator * rescale + tl.sum(weights, 1)
+            v = tl.load(v_ptr + offset, mask=is_key[:, None], other=0.0)
+            weighted = weighted * rescale[:, None] + tl.dot(weights.to(v.dtype), v)
+            maximum = new_maximum
 
-        arrays = q_ptr, k_ptr, v_ptr, page_indices_ptr, o_ptr, lse_ptr, partial_o_ptr, partial_lse_ptr
-        partial_start = (share + tile) * tile_queries
-        work = head, q_start, partial_start, q_len, page_start, kv_len, first_block, end_block
-        if q_len * group_size <= few_members:
-            attend_part(arrays, work, few_members, scale, num_kv_heads, group_size, head_dim, page_size, block, stages)
+        o = weighted / denominator[:, None]
+        lse = maximum + tl.log2(denominator)
+        if end_block - first_block == tile_blocks:
+            tl.store(o_ptr + q_offset, o.to(o_ptr.dtype.element_ty), mask=is_member[:, None])
+            tl.store(lse_ptr + row_M, lse * LN_2, mask=is_member)
         else:
-            attend_part(
-                arrays, work, padded_members, scale, num_kv_heads, group_size, head_dim, page_size, block, stages
-            )
+            partial_M = ((share + tile) * tile_queries + query_M) * num_q_heads + q_head_M
+            tl.store(partial_o_ptr + partial_M[:, None] * head_dim + dim_H[None, :], o, mask=is_member[:, None])
+            tl.store(partial_lse_ptr + partial_M, lse, mask=is_member)
         item += end_block - first_block
 
 

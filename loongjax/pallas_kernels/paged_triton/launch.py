@@ -70,11 +70,6 @@ def check_supported(op: str, dtype: str, head_dim: int) -> None:
         )
 
 
-def padded_members(num_members: int) -> int:
-    """Rows of a matrix product that takes so many."""
-    return max(LEAST_MEMBERS, 1 << (num_members - 1).bit_length())
-
-
 def attend_tiles(
     q: Float[Array, "T N H"],
     kv_pool: Float[Array, "L 2 P page_size K H"],
@@ -137,8 +132,7 @@ def attend_tiles(
         num_pages=num_pages,
         num_kv_heads=K,
         group_size=group_size,
-        padded_members=padded_members(tile_queries * group_size),
-        few_members=padded_members(group_size),
+        padded_members=max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length()),
         page_size=page_size,
         stages=tuning.stages,
         **shape,

@@ -10,7 +10,7 @@ from loongjax.pallas_kernels.extend_attention.gather_pages import TOKENS, gather
 from loongjax.pallas_kernels.extend_attention.triton_variant import cut_into_tiles, row_kv_lens
 from loongjax.pallas_kernels.kv_update.triton_variant import update_kernel
 from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
-from loongjax.pallas_kernels.paged_triton.launch import Tiles, padded_members
+from loongjax.pallas_kernels.paged_triton.launch import Tiles
 from tests.pallas_kernels.brute_force import attend_requests, attend_row
 from tests.pallas_kernels.paged_case import PagedCase, make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
@@ -45,8 +45,7 @@ def attend(
         num_pages=num_pages,
         num_kv_heads=num_kv_heads,
         group_size=group_size,
-        padded_members=padded_members(tile_queries * group_size),
-        few_members=padded_members(group_size),
+        padded_members=max(16, 1 << (tile_queries * group_size - 1).bit_length()),
         page_size=page_size,
         stages=2,
         **shape,
@@ -99,7 +98,6 @@ def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, nu
         pytest.param([17], [200], (1, 16), 3, id="one request, MQA of three heads"),
         pytest.param([3, 40, 1], [21, 0, 5], (1, 16), 2, id="a long request whose keys are others' matter"),
         pytest.param([0, 0], [5, 9], (2, 16), 2, id="no queries"),
-        pytest.param([1, 9, 4, 5, 1], [70, 33, 40, 9, 100], (1, 16), 4, id="tiles that take few rows beside full ones"),
     ],
 )
 def test_extend_attention_is_float64s_however_the_work_is_cut(
