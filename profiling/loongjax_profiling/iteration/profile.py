@@ -9,7 +9,6 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from typing import Protocol
 
 import jax
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.program_calls import ProgramKey
 from loongjax.runtime.protocol import Runtime
 from loongjax.runtime.sizing import resolve_dtype
+from loongjax_profiling.compiling_runtime import CompilingRuntime
 from loongjax_profiling.iteration.agenda import Agenda
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
@@ -41,14 +41,6 @@ from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import named_shape
 
 logger = logging.getLogger(__name__)
-
-
-class CompilingRuntime(Runtime, Protocol):
-    """A runtime that can be told ahead what it will need; see `loongjax.runtime.local.LocalRuntime.compile`."""
-
-    def compile(self, keys: Sequence[ProgramKey], *, timeout_s: float | None = None) -> set[ProgramKey]:
-        """Programs among these that were compiled in time."""
-        ...
 
 
 def profile_iteration(command: IterationCommand, command_line: str) -> int:

@@ -26,9 +26,9 @@ from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.errors import EngineError
 from loongjax.runtime.buckets import Buckets, fit
-from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.packing import sample_capacity
 from loongjax.runtime.program_calls import ProgramKey
+from loongjax_profiling.compiling_runtime import CompilingRuntime
 from loongjax_profiling.padding import buckets_of
 
 TIMEOUT_S = 600.0
@@ -42,7 +42,7 @@ REQUEST = Request(
 )
 
 
-def rehearse(runtime: LocalRuntime, *, max_extend_tokens: int | None, progress: bool = False) -> int:
+def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progress: bool = False) -> int:
     """Runs iterations of every bucket on every group, on a pool that nobody uses yet.
 
     On GPUs one compilation serves all groups of a size, so these come first and side by side.
@@ -60,7 +60,8 @@ def rehearse(runtime: LocalRuntime, *, max_extend_tokens: int | None, progress: 
     """
     buckets = buckets_of(runtime)
     num_instances = runtime.shape.num_instances
-    runtime.compile([key for dop in range(1, num_instances + 1) for key in _programs(dop, buckets)])
+    sizes = range(1, num_instances + 1)
+    runtime.compile([key for dop in sizes for key in _programs(dop, buckets, max_extend_tokens)])
     scenes = _Scenes(runtime.shape, buckets, runtime.limits.max_num_seqs, max_extend_tokens)
     groups = [
         Group.of(chosen)
@@ -80,7 +81,7 @@ def rehearse(runtime: LocalRuntime, *, max_extend_tokens: int | None, progress: 
     return num_iterations
 
 
-def _programs(dop: int, buckets: Buckets) -> Iterator[ProgramKey]:
+def _programs(dop: int, buckets: Buckets, max_extend_tokens: int | None) -> Iterator[ProgramKey]:
     for num_tokens in buckets.num_tokens:
         yield ProgramKey("prefill", dop, num_tokens)
     for num_rows in buckets.num_rows:
@@ -90,6 +91,19 @@ def _programs(dop: int, buckets: Buckets) -> Iterator[ProgramKey]:
         yield ProgramKey("decode", dop, num_rows)
     if dop == 2:
         yield ProgramKey("migrate", dop)
+    if dop == 1 and max_extend_tokens is not None:
+        for num_tokens, num_requests in _extend_sizes(buckets, max_extend_tokens):
+            yield ProgramKey("extend", dop, num_tokens, fit(num_requests, buckets.num_rows))
+
+
+def _extend_sizes(buckets: Buckets, max_extend_tokens: int) -> Iterator[tuple[int, int]]:
+    """Tokens and requests of an extend for each of its programs."""
+    largest = fit(min(max_extend_tokens, buckets.num_tokens[-1]), buckets.num_tokens)
+    for num_tokens in buckets.num_tokens[: buckets.num_tokens.index(largest) + 1]:
+        for num_rows in buckets.num_rows:
+            num_requests = min(num_rows, num_tokens)
+            if fit(num_requests, buckets.num_rows) == num_rows:
+                yield num_tokens, num_requests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,15 +129,8 @@ class _Scenes:
             slots = np.zeros(1, np.int32)
             yield MigrateIteration(0, source, target, slots, slots)
         if dop == 1 and self.max_extend_tokens is not None:
-            yield from self._extends(group, self.max_extend_tokens)
-
-    def _extends(self, group: Group, max_extend_tokens: int) -> Iterator[Iteration]:
-        largest = fit(min(max_extend_tokens, self.buckets.num_tokens[-1]), self.buckets.num_tokens)
-        for num_tokens in self.buckets.num_tokens[: self.buckets.num_tokens.index(largest) + 1]:
-            for num_rows in self.buckets.num_rows:
-                num_requests = min(num_rows, num_tokens)
-                if fit(num_requests, self.buckets.num_rows) == num_rows:
-                    yield _extend(group, num_requests, num_tokens - num_requests + 1)
+            for num_tokens, num_requests in _extend_sizes(self.buckets, self.max_extend_tokens):
+                yield _extend(group, num_requests, num_tokens - num_requests + 1)
 
 
 def _prefill(group: Group, num_requests: int, num_tokens: int) -> PrefillIteration:
