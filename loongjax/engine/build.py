@@ -102,12 +102,21 @@ def resolve_max_model_len(config: EngineConfig, shape: ClusterShape, limits: Run
     most = max_request_tokens(config, shape, limits.max_num_batched_tokens)
     if limits.max_model_len <= most or not keeps_to_one_instance(config):
         return limits.max_model_len  # what all instances together cannot hold is refused by the step loop
-    if config.max_model_len is None:
-        return most
     if config.cuts_prompts:
         does, flags = "holds", "--num-slots"
     else:
         does, flags = "holds and prefills", "--num-slots and --max-num-batched-tokens"
+    if config.max_model_len is None:
+        logger.warning(
+            "requests may have %d tokens, not %d: the policy %s keeps a request on one instance, which %s no more "
+            "(raise %s, or choose another --policy)",
+            most,
+            limits.max_model_len,
+            config.policy,
+            does,
+            flags,
+        )
+        return most
     raise ConfigError(
         f"max_model_len is {config.max_model_len}, but the policy {config.policy} keeps a request on one instance, "
         f"which {does} at most {most} tokens: lower --max-model-len to {most}, raise {flags}, or choose another "

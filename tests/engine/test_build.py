@@ -70,9 +70,13 @@ SPEC = ModelSpec(
 FOUR = ClusterShape(num_instances=4, num_pages=10, page_size=16)
 
 
-def test_a_policy_of_one_instance_a_request_shortens_the_context() -> None:
+def test_a_policy_of_one_instance_a_request_shortens_the_context_and_the_log_says_so(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     assert resolve_max_model_len(EngineConfig(), FOUR, LIMITS) == 600
+    assert not caplog.records
     assert resolve_max_model_len(EngineConfig(policy="replicated"), FOUR, LIMITS) == 161
+    assert "requests may have 161 tokens, not 600: the policy replicated keeps a request on one inst" in caplog.text
 
 
 def test_a_context_that_was_asked_for_and_does_not_fit_one_instance_is_refused() -> None:

@@ -42,7 +42,8 @@ VARIANTS = {
     "triton": _triton,
 }
 LEAST_ROWS = 2 * LEAST_QUERIES
-"""Query tokens from which it pays to call two kernels, or to bring pages into order for one request."""
+"""Query tokens beyond which it pays to call two kernels, and from which on to bring pages into order for one request.
+"""
 logger = logging.getLogger(__name__)
 
 

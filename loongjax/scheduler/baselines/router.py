@@ -10,7 +10,10 @@ from loongjax.scheduler.view import ClusterView, WaitingView
 
 
 class Router:
-    """Gives each new request to the replica with the fewest tokens in queue and pool, and never changes its mind."""
+    """Gives each new request to the replica with the fewest tokens in queue and pool, and never changes its mind.
+
+    Of a prompt that is partly computed all tokens count, as those of one that waits do.
+    """
 
     def __init__(self, replicas: Sequence[InstanceId]) -> None:
         self._replicas = tuple(replicas)
@@ -29,7 +32,7 @@ class Router:
         for request in view.running:
             for instance, num_tokens in request.kv:
                 if instance in loads:
-                    loads[instance] += num_tokens
+                    loads[instance] += num_tokens + request.num_uncomputed_tokens - 1
         for request in view.waiting:
             if request.request_id in self._replica_of:
                 loads[self._replica_of[request.request_id]] += request.num_tokens

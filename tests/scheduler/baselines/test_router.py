@@ -16,6 +16,12 @@ def test_tokens_in_the_pool_count_like_those_that_wait():
     assert names(Router([0, 1]).route(view)) == {0: [], 1: ["a", "b"]}
 
 
+def test_a_prompt_that_is_partly_computed_counts_like_one_that_waits():
+    part = running("part", 0, (0, 8), num_uncomputed_tokens=90)
+    view = cluster(2, runs=[part, running("r", 1, (1, 40))], waits=[waiting("a", 2, 30), waiting("b", 3, 5)])
+    assert names(Router([0, 1]).route(view)) == {0: [], 1: ["a", "b"]}
+
+
 def test_keys_on_other_instances_do_not_count():
     view = cluster(4, runs=[running("r", 0, (3, 99))], waits=[waiting("a", 1, 30), waiting("b", 2, 5)])
     assert names(Router([0, 1]).route(view)) == {0: ["a"], 1: ["b"]}
