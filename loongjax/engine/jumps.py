@@ -6,6 +6,9 @@ been left out of what is in flight. What the policy would say between two steps 
 of the first step and before the last: a copy is asked, on the cluster as it will be then. In between things only grow,
 so an answer that is the same at both ends is taken to be the same everywhere.
 
+Of a jump's tokens only the time of the last is told. So nobody's first token is among them: a decode gives it to a
+request whose prompt was computed in chunks up to its last token.
+
 Whenever one of these conditions fails, all jumps end with the step that they are in.
 """
 
@@ -86,7 +89,7 @@ def longest_jump(flight: Flight, kv_cache: KVCache, would_repeat: Callable[[int]
         kv_cache: accounts for the pages.
         would_repeat: whether the policy would plan the same decode again, and nothing else, after so many steps.
     """
-    if any(live.has_ended for live in flight.requests):
+    if any(live.has_ended or not live.output_token_ids for live in flight.requests):
         return 1
     num_steps = min(MAX_STEPS, 1 + min(live.num_tokens_left for live in flight.requests))
     if num_steps < 2 or not would_repeat(1):

@@ -50,6 +50,15 @@ def test_where_prompts_are_longer_than_a_prefill(workload: list[WorkloadRequest]
     assert records_of(workload, spec, "chunked", step_by_step=False) == expected
 
 
+def test_where_a_decode_computes_the_last_token_of_a_prompt():
+    spec = dataclasses.replace(CROWDED, max_num_batched_tokens=8)
+    workload = [WorkloadRequest(arrival_s=0.0, prompt_len=17, output_len=20)]
+    [expected] = records_of(workload, spec, "chunked", step_by_step=True)
+    assert records_of(workload, spec, "chunked", step_by_step=False) == [expected]
+    assert expected.first_token_s is not None
+    assert expected.first_token_s < expected.complete_s / 2
+
+
 @given(workload=workloads(max_total_len=120, max_requests=6), size=st.integers(1, 6))
 @settings(max_examples=3, deadline=None)
 def test_on_one_instance_as_in_vllm(workload: list[WorkloadRequest], size: int):
