@@ -6,10 +6,10 @@ been left out of what is in flight. What the policy would say between two steps 
 of the first step and before the last: a copy is asked, on the cluster as it will be then. In between things only grow,
 so an answer that is the same at both ends is taken to be the same everywhere.
 
+Whenever one of these conditions fails, all jumps end with the step that they are in.
+
 Of a jump's tokens only the time of the last is told. So nobody's first token is among them: a decode gives it to a
 request whose prompt was computed in chunks up to its last token.
-
-Whenever one of these conditions fails, all jumps end with the step that they are in.
 """
 
 from __future__ import annotations
