@@ -67,9 +67,11 @@ class DecodePlanner:
 
         Requests beyond what all masters together may decode stand back, the newest ones.
         """
+        cap = min(self._max_num_seqs, self._rules.rows_per_master(component))
+        if (alone := self._assign_to_only_one(component, cap)) is not None:
+            return alone, []
         free = {instance: self._draft.free[instance] for instance in component.instances}
         batches: dict[InstanceId, list[str]] = {instance: [] for instance in sorted(component.instances)}
-        cap = min(self._max_num_seqs, self._rules.rows_per_master(component))
         page_size = self._page_size
         short: list[RunningView] = []
         for request in component.requests:
@@ -87,6 +89,17 @@ class DecodePlanner:
                 free[master] -= 1
             batch.append(request.request_id)
         return batches, short
+
+    def _assign_to_only_one(self, component: Component, cap: int) -> dict[InstanceId, list[str]] | None:
+        """The only instance as the master of all requests, if it has seats and pages for them, as it mostly has."""
+        if len(component.instances) > 1 or len(component.requests) > cap:
+            return None
+        (master,) = component.instances
+        page_size = self._page_size
+        num_new_pages = [request.num_tokens % page_size for request in component.requests].count(0)
+        if num_new_pages > self._draft.free[master]:
+            return None
+        return {master: [request.request_id for request in component.requests]}
 
     def _other_master(
         self, request: RunningView, batches: dict[InstanceId, list[str]], free: dict[InstanceId, int], cap: int
@@ -215,7 +228,12 @@ class DecodePlanner:
 
     def _commit(self, component: Component, batches: dict[InstanceId, list[str]]) -> None:
         sub_batches = [SubBatch(master, tuple(names)) for master, names in batches.items() if names]
-        holders = {instance for request in component.requests for instance, _ in request.kv}
-        group = Group.of(holders.union(batch.master for batch in sub_batches))
+        group = Group.of(self._holders(component).union([batch.master for batch in sub_batches]))
         self._draft.decode(group, sub_batches)
         self._fairness.note_decoded(component.requests)
+
+    def _holders(self, component: Component) -> set[InstanceId]:
+        """Instances with keys of the group's requests; who has joined for its computing or its pages may have none."""
+        if len(component.instances) == 1:
+            return component.instances
+        return {instance for request in component.requests for instance, _ in request.kv}

@@ -7,7 +7,6 @@ import operator
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
-from loongjax.scheduler.queue import order_of
 from loongjax.scheduler.view import RunningView
 
 _NO_HOME: InstanceId = -1
@@ -25,7 +24,7 @@ class Residents:
         self.running = running
         self.straddling: tuple[RunningView, ...] = tuple([request for request in running if len(request.kv) > 1])
         """Requests with keys on more than one instance."""
-        self._orders = list(map(order_of, running))
+        self._orders = _orders(running)
         self._homes = _homes(running)
         self._places: list[list[int]] = [[] for _ in range(num_instances)]
         """In `running`, of those with keys on each instance."""
@@ -60,7 +59,7 @@ class Residents:
         is_as_before = (
             _NO_HOME not in homes
             and homes == list(itertools.compress(self._homes, is_new))
-            and list(map(order_of, changed)) == list(itertools.compress(self._orders, is_new))
+            and _orders(changed) == list(itertools.compress(self._orders, is_new))
         )
         if not is_as_before:
             return Residents(running, len(self.by_instance))
@@ -70,6 +69,10 @@ class Residents:
         for instance in set(homes):
             following.by_instance[instance] = tuple(map(running.__getitem__, self._places[instance]))
         return following
+
+
+def _orders(running: Sequence[RunningView]) -> list[int]:
+    return [request.order for request in running]
 
 
 def _homes(running: Sequence[RunningView]) -> list[InstanceId]:
