@@ -25,7 +25,7 @@ class Arrivals:
     """
 
     weight: float = 0.0
-    """Of a second's waiting, summed over arrivals (`objective.prefill_weight` when they arrive)."""
+    """Of a second's waiting, summed over arrivals (`objective.prefill_weight`)."""
     tokens: float = 0.0
     """Weight times length, so that `tokens / weight` is the length of what weighs."""
     squared_tokens: float = 0.0
@@ -55,7 +55,7 @@ class Arrivals:
                 seconds += arrival_s - last_s
                 last_s = arrival_s
             if seconds > 0.0:
-                own, length = prefill_weight(request, arrival_s), request.num_tokens
+                own, length = prefill_weight(request), request.num_tokens
                 weight = weight * _KEPT + own
                 tokens = tokens * _KEPT + own * length
                 squared_tokens = squared_tokens * _KEPT + own * length**2

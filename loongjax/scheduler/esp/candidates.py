@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 
 from loongjax.scheduler.esp.objective import priority_factor
+from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.view import ClusterView, WaitingView
 
@@ -22,7 +23,7 @@ class Candidates:
 
     Args:
         count: how many to look at.
-        implied_ttft_s: see `objective.prefill_weight`.
+        implied_ttft_s: see `objective.PrefillWeights`.
     """
 
     def __init__(self, count: int, implied_ttft_s: float) -> None:
@@ -32,6 +33,7 @@ class Candidates:
         self._lens = np.empty(0)
         """Of the first `MAX_SEEN` of it."""
         self._found: list[WaitingView] = []
+        self._sizes: Sizes | None = None
         self._window: Window | None = None
 
     def of(self, queue: tuple[WaitingView, ...]) -> list[WaitingView]:
@@ -53,11 +55,11 @@ class Candidates:
 
     def window_of(self, requests: list[WaitingView], view: ClusterView, *, is_patient: bool) -> Window:
         """Of these candidates. Shared: not to be changed."""
-        window = self._window
-        if window is None or not window.still_holds(requests, view.now_s, is_patient=is_patient):
-            window = Window(requests, view.shape, view.now_s, self._implied_ttft_s, is_patient=is_patient)
-            self._window = window
-        return window
+        if self._sizes is None or self._sizes.requests is not requests:
+            self._sizes, self._window = Sizes(requests, view.shape, self._implied_ttft_s), None
+        if self._window is None or not self._window.still_holds(view.now_s, is_patient=is_patient):
+            self._window = Window(self._sizes, view.now_s, is_patient=is_patient)
+        return self._window
 
 
 def shortest(waiting: Sequence[WaitingView], lens: Float[np.ndarray, " requests"], count: int) -> list[WaitingView]:

@@ -54,11 +54,11 @@ class MemoryAdmission:
         self._lengths = lengths
         self._admission: Admission = admission
         self._capacity = view.shape.num_instances * view.shape.num_slots
-        self.most = candidates.most
+        self.most = candidates.sizes.most
         """Slots that each candidate may take in the end, and if there is room for all of them, no less than that."""
         self._most = residents.max_total_tokens + self._page_size * residents.num_requests
         # Nobody takes more than its full length and the rest of a page; mostly that is all there is to know.
-        if self._most + candidates.sum_of_most > self._capacity:
+        if self._most + candidates.sizes.sum_of_most > self._capacity:
             self._look_closer([request for request in view.running if request.kv], candidates.requests)
 
     def _look_closer(self, running: Sequence[RunningView], candidates: Sequence[WaitingView]) -> None:

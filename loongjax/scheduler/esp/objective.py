@@ -24,6 +24,9 @@ import math
 import operator
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Float
+
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView, WaitingView
 
@@ -38,25 +41,50 @@ MAX_PRIORITY_STEPS = 32
 _priority = operator.attrgetter("priority")
 
 
-def prefill_weight(request: WaitingView, now_s: float, implied_ttft_s: float = math.inf) -> float:
-    """What a second until a waiting request's next token costs.
+class PrefillWeights:
+    """What a second until their next token costs waiting requests, at any time.
+
+    Args:
+        requests: they wait.
+        implied_ttft_s: what a short prompt without a wish is taken to wish for; inf: nothing.
+    """
+
+    def __init__(self, requests: Sequence[WaitingView], implied_ttft_s: float = math.inf) -> None:
+        self._weights = np.array([prefill_weight(request, implied_ttft_s) for request in requests])
+        """Without pressure."""
+        wishes = [request.slo.ttft_s if request.num_output_tokens == 0 else None for request in requests]
+        self.are_steady = wishes.count(None) == len(wishes)
+        """Whether they do not depend on the time."""
+        if not self.are_steady:
+            self._arrivals_s = np.array([request.arrival_s for request in requests])
+            self._ttfts_s = np.array([math.inf if ttft_s is None else ttft_s for ttft_s in wishes])
+            late = [priority_factor(request.priority) / request.num_tokens for request in requests]
+            self._late_weights = np.minimum(self._weights, late)
+            """Once what is wished for cannot be met."""
+
+    def at(self, now_s: float) -> Float[np.ndarray, " requests"]:
+        """By the engine's clock. Shared: not to be written to."""
+        if self.are_steady:
+            return self._weights
+        used = (now_s - self._arrivals_s) / self._ttfts_s
+        pressures = 1.0 / np.minimum(np.maximum(1.0 - used, 1.0 / MAX_PRESSURE), 1.0)
+        return np.where(used < 1.0, self._weights * pressures, self._late_weights)
+
+
+def prefill_weight(request: WaitingView, implied_ttft_s: float = math.inf) -> float:
+    """What a second until a waiting request's next token costs, without pressure: when it arrives.
 
     Args:
         request: it waits.
-        now_s: the engine's clock.
         implied_ttft_s: what a short prompt without a wish is taken to wish for; inf: nothing.
     """
     length = request.num_tokens
     ttft_s = request.slo.ttft_s
     if ttft_s is not None and request.num_output_tokens == 0:
-        used = (now_s - request.arrival_s) / ttft_s
-        wished = TOKEN_S / ttft_s
-        weight = wished * _pressure(used) if used < 1.0 else min(1.0 / length, wished)
+        weight = TOKEN_S / ttft_s
     else:
         weight = max(1.0 / length, TOKEN_S / (implied_ttft_s * max(1.0, length / IMPLIED_TTFT_TOKENS)))
-    if request.priority:
-        weight *= priority_factor(request.priority)
-    return weight
+    return weight * priority_factor(request.priority) if request.priority else weight
 
 
 def decode_weights(

@@ -1,16 +1,15 @@
-"""The waiting requests that one answer looks at, and what each of them takes and weighs."""
+"""The waiting requests that one answer looks at, and what each of them weighs."""
 
 from __future__ import annotations
 
 import bisect
-import itertools
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float
 
-from loongjax.core.cluster import ClusterShape
-from loongjax.scheduler.esp.objective import prefill_weight
+from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.view import WaitingView
 
 
@@ -18,67 +17,39 @@ class Window:
     """Some waiting requests, by their place in the order in which they are tried.
 
     Args:
-        requests: in that order.
-        shape: the cluster's.
+        sizes: of the requests, in that order.
         now_s: the engine's clock.
-        implied_ttft_s: see `objective.prefill_weight`.
         is_patient: whether the first request may still be overtaken.
     """
 
-    def __init__(
-        self,
-        requests: Sequence[WaitingView],
-        shape: ClusterShape,
-        now_s: float,
-        implied_ttft_s: float,
-        *,
-        is_patient: bool,
-    ) -> None:
-        self.requests = requests
+    def __init__(self, sizes: Sizes, now_s: float, *, is_patient: bool) -> None:
+        self.sizes = sizes
         self.is_patient = is_patient
         self._now_s = now_s
-        self._has_wishes = any(request.slo.ttft_s is not None for request in requests)
-        self.lens = [request.num_tokens for request in requests]
-        self.squared_lens = [length * length for length in self.lens]
-        self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
-        """Pages that each prefill leaves filled."""
-        self.most = [(request.max_total_tokens + shape.page_size) * request.keeps_kv for request in requests]
-        """Slots that each may take in the end."""
-        self.sum_of_most = sum(self.most)
-        self.weights = [prefill_weight(request, now_s, implied_ttft_s) for request in requests]
+        self.requests = sizes.requests
+        self.lens = sizes.lens
+        self.pages = sizes.pages
+        weights = sizes.weights.at(now_s)
+        self.weights: list[float] = weights.tolist()
         """What a second of waiting costs."""
-        self.urgencies = [weight / length for weight, length in zip(self.weights, self.lens, strict=True)]
-        """Weight over length: in descending order of it, one after the other costs least."""
-        self.order = sorted(range(len(requests)), key=self.urgencies.__getitem__, reverse=True)
-        """Places in that order, behind the first request where it may be overtaken no more."""
+        self._loads = sizes.loads(weights)
+        order = np.argsort(-weights / self._loads[0], kind="stable")
         if not is_patient:
-            self.order.remove(0)
-            self.order.insert(0, 0)
-        self.rank = [0] * len(requests)
+            order = np.concatenate(([0], order[order != 0]))
+        self._order = order
+        self.order: list[int] = order.tolist()
+        """Places in descending order of weight over length, in which one after the other costs least; behind the first
+        request where it may be overtaken no more."""
+        self.rank: list[int] = np.argsort(order).tolist()
         """Of each place in that order."""
-        for rank, place in enumerate(self.order):
-            self.rank[place] = rank
-        self._tokens_upto = _sums_upto([self.lens[place] for place in self.order])
-        self._pages_upto = _sums_upto([self.pages[place] for place in self.order])
-        self._most_upto = _sums_upto([self.most[place] for place in self.order])
-        suspects = [rank for rank, place in enumerate(self.order) if requests[place].is_suspect]
-        self._num_before_suspects = suspects[0] if suspects else len(requests)
-        self._loads = np.array(
-            (
-                self.lens,
-                self.squared_lens,
-                self.weights,
-                [pages * shape.page_size for pages in self.pages],
-            ),
-            np.float64,
+        self._tokens_upto, self._pages_upto, self._slots_upto = (
+            sizes.limited.take(order, axis=1).cumsum(axis=1).tolist()
         )
-        self._by_length = sorted(range(len(requests)), key=self.lens.__getitem__, reverse=True)
-        self._growing = self._sums_growing(self.order)
+        self._num_before_suspects = min([self.rank[place] for place in sizes.suspects], default=len(self.requests))
 
-    def still_holds(self, requests: Sequence[WaitingView], now_s: float, *, is_patient: bool) -> bool:
-        """Whether it would be the same if it were made of this list now. Without wishes nobody's weight changes."""
-        is_as_urgent = not self._has_wishes or now_s == self._now_s
-        return requests is self.requests and is_patient == self.is_patient and is_as_urgent
+    def still_holds(self, now_s: float, *, is_patient: bool) -> bool:
+        """Whether it would be the same if it were made now."""
+        return is_patient == self.is_patient and (now_s == self._now_s or self.sizes.weights.are_steady)
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -89,9 +60,9 @@ class Window:
     def num_first_within(self, num_tokens: int, num_pages: int, num_slots: int) -> int:
         """How many of the first in order, none of them suspect, together take no more tokens, pages and slots."""
         return min(
-            bisect.bisect_right(self._tokens_upto, num_tokens) - 1,
-            bisect.bisect_right(self._pages_upto, num_pages) - 1,
-            bisect.bisect_right(self._most_upto, num_slots) - 1,
+            bisect.bisect_right(self._tokens_upto, num_tokens),
+            bisect.bisect_right(self._pages_upto, num_pages),
+            bisect.bisect_right(self._slots_upto, num_slots),
             self._num_before_suspects,
         )
 
@@ -104,12 +75,12 @@ class Window:
 
     def sums(self, places: Sequence[int]) -> tuple[int, int]:
         """The sum of these requests' lengths, and that of their squares."""
-        return sum(map(self.lens.__getitem__, places)), sum(map(self.squared_lens.__getitem__, places))
+        return sum(map(self.lens.__getitem__, places)), sum(map(self.sizes.squared_lens.__getitem__, places))
 
     def longest_first(self, places: Sequence[int]) -> list[int]:
         """The same, those of equal lengths in the order of the queue."""
         chosen = set(places)
-        return [place for place in self._by_length if place in chosen]
+        return [place for place in self.sizes.by_length if place in chosen]
 
     def loads(self, places: Sequence[int]) -> Float[np.ndarray, "4 places"]:
         """Length, squared length, weight, and slots that the prefill leaves filled, of each of these requests."""
@@ -119,12 +90,9 @@ class Window:
         """Sums of lengths, squared lengths and weights of the first of these requests, of the first two, and so on."""
         if places == self.order[: len(places)]:
             return self._growing[:, : len(places)]
-        return self._sums_growing(places)
-
-    def _sums_growing(self, places: Sequence[int]) -> Float[np.ndarray, "3 places"]:
         return self.loads(places)[:3].cumsum(axis=1)
 
-
-def _sums_upto(numbers: Sequence[int]) -> list[int]:
-    """Of the first 0, 1, ... of them."""
-    return [*itertools.accumulate(numbers, initial=0)]
+    @functools.cached_property
+    def _growing(self) -> Float[np.ndarray, "3 requests"]:
+        """Of all requests in order."""
+        return self._loads[:3].take(self._order, axis=1).cumsum(axis=1)

@@ -12,6 +12,7 @@ from loongjax.core.plan import Prefill
 from loongjax.core.request import FinishReason
 from loongjax.scheduler.esp.memory import MemoryAdmission, peak_tokens
 from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.residents import Residents
@@ -76,7 +77,7 @@ def test_an_aborted_request_teaches_nothing() -> None:
 
 def worst_case(view: ClusterView) -> MemoryAdmission:
     residents = Residents(view.running, len(view.instances))
-    candidates = Window(view.waiting, view.shape, 0.0, math.inf, is_patient=True)
+    candidates = Window(Sizes(view.waiting, view.shape, math.inf), 0.0, is_patient=True)
     return MemoryAdmission(view, residents, candidates, OutputLengths(), "worst-case")
 
 

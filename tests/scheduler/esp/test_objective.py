@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from loongjax.core.request import ServiceLevel
-from loongjax.scheduler.esp.objective import MAX_PRESSURE, TOKEN_S, decode_weights, prefill_weight, step_weights
+from loongjax.scheduler.esp.objective import (
+    MAX_PRESSURE,
+    TOKEN_S,
+    PrefillWeights,
+    decode_weights,
+    prefill_weight,
+    step_weights,
+)
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView
 from tests.scheduler.views import running, waiting
@@ -24,15 +31,15 @@ def decode_weight(request: RunningView, now_s: float, lengths: OutputLengths | N
 
 
 def test_a_waiting_request_weighs_one_over_its_length() -> None:
-    assert prefill_weight(waiting("w", 0, 50), 3.0) == pytest.approx(1 / 50)
+    assert prefill_weight(waiting("w", 0, 50)) == pytest.approx(1 / 50)
 
 
 @pytest.mark.parametrize(
     ("num_tokens", "weight"), [(20, 1 / 20), (80, 1 / 80), (100, 0.05 / 4), (640, 0.05 / 4), (6400, 0.05 / 40)]
 )
 def test_a_prompt_without_a_wish_is_taken_to_wish_for_a_time_to_its_first_token(num_tokens: int, weight: float) -> None:
-    assert prefill_weight(waiting("w", 0, num_tokens), 3.0, 4.0) == pytest.approx(weight)
-    assert prefill_weight(waiting("w", 0, num_tokens, priority=1), 3.0, 4.0) == pytest.approx(weight / 2)
+    assert prefill_weight(waiting("w", 0, num_tokens), 4.0) == pytest.approx(weight)
+    assert prefill_weight(waiting("w", 0, num_tokens, priority=1), 4.0) == pytest.approx(weight / 2)
 
 
 @pytest.mark.parametrize("num_output_tokens", [1, 8, 500])
@@ -73,7 +80,7 @@ def test_a_long_output_is_cheap_to_pause_from_its_first_token_on() -> None:
 
 @pytest.mark.parametrize(("priority", "factor"), [(0, 1.0), (1, 0.5), (3, 0.125), (-2, 4.0), (10**6, 2.0**-32)])
 def test_each_step_of_priority_halves_or_doubles(priority: int, factor: float) -> None:
-    assert prefill_weight(waiting("w", 0, 50, priority=priority), 0.0) == pytest.approx(factor / 50)
+    assert prefill_weight(waiting("w", 0, 50, priority=priority)) == pytest.approx(factor / 50)
     request = running("r", 0, (0, 50), num_output_tokens=8, priority=priority)
     assert decode_weight(request, 0.0) == pytest.approx(factor / 16)
 
@@ -83,13 +90,13 @@ def test_each_step_of_priority_halves_or_doubles(priority: int, factor: float) -
 def test_whoever_wishes_for_a_time_is_measured_by_that_time(num_tokens: int, waited_s: float, pressure: float) -> None:
     """And presses the more the nearer it is."""
     request = waiting("w", 0, num_tokens, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
-    assert prefill_weight(request, 100.0 + waited_s) == pytest.approx(pressure * TOKEN_S / 10.0)
+    assert PrefillWeights([request]).at(100.0 + waited_s) == pytest.approx(pressure * TOKEN_S / 10.0)
 
 
 @pytest.mark.parametrize(("num_tokens", "weight"), [(5, TOKEN_S / 10.0), (50_000, 1 / 50_000)])
 def test_a_deadline_that_is_missed_presses_no_more(num_tokens: int, weight: float) -> None:
     request = waiting("w", 0, num_tokens, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
-    assert prefill_weight(request, 110.0) == pytest.approx(weight)
+    assert PrefillWeights([request]).at(110.0) == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(
@@ -128,3 +135,18 @@ def test_longer_steps_cost_a_request_its_weight_for_each_token_that_is_left() ->
     ]
     weights = step_weights(requests, 3.0, lengths_of(2, 8, 10, 40, 160), step_s=0.0, implied_tpot_s=0.2)
     assert weights == pytest.approx([left / 4, left / 8, left / 2, 1 / 4])
+
+
+def test_weights_of_many_are_those_of_each_without_pressure_when_they_arrive() -> None:
+    wishing = ServiceLevel(ttft_s=10.0)
+    requests = [
+        waiting("calm", 0, 700, arrival_s=3.0),
+        waiting("urgent", 1, 50, arrival_s=3.0, priority=-2),
+        waiting("wishing", 2, 50, arrival_s=3.0, slo=wishing, priority=1),
+    ]
+    weights = PrefillWeights(requests, 4.0)
+    assert not weights.are_steady
+    assert PrefillWeights(requests[:2], 4.0).are_steady
+    assert weights.at(3.0).tolist() == [prefill_weight(request, 4.0) for request in requests]
+    # Half of the time is used up.
+    assert weights.at(8.0).tolist() == [prefill_weight(requests[0], 4.0), prefill_weight(requests[1], 4.0), 0.005]

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.batching import SplitMemory
+from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.splitter import Splitter
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
@@ -20,7 +21,7 @@ from tests.scheduler.views import cluster, waiting
 
 
 def splitter_of(view: ClusterView) -> Splitter:
-    window = Window(view.waiting, view.shape, view.now_s, math.inf, is_patient=True)
+    window = Window(Sizes(view.waiting, view.shape, math.inf), view.now_s, is_patient=True)
     return Splitter(Draft(view, 0), window, Times(HandModel(constant_s=0.1), 1), SplitMemory())
 
 
@@ -57,7 +58,7 @@ def test_on_fewer_instances_the_same_requests_cost_no_less_than_is_said_beforeha
 ) -> None:
     waits = [waiting(f"w{order}", order, length) for order, length in enumerate(lens)]
     view = dataclasses.replace(cluster(4, num_pages=num_pages, waits=waits), max_num_batched_tokens=most_tokens)
-    splitter, window = splitter_of(view), Window(waits, view.shape, 0.0, math.inf, is_patient=True)
+    splitter, window = splitter_of(view), Window(Sizes(waits, view.shape, math.inf), 0.0, is_patient=True)
     batches = splitter.split(list(range(len(lens))), [0, 1, 2, 3])
     if not batches:
         return

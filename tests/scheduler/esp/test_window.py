@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loongjax.core.cluster import ClusterShape
+from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.window import Window
 from tests.scheduler.views import waiting
 
@@ -22,7 +23,7 @@ def window_of(requests: list[tuple[int, bool, int]], *, is_patient: bool = True)
         waiting(f"w{order}", order, length, keeps_kv=keeps, is_suspect=suspect == 0)
         for order, (length, keeps, suspect) in enumerate(requests)
     ]
-    return Window(views, SHAPE, 0.0, math.inf, is_patient=is_patient)
+    return Window(Sizes(views, SHAPE, math.inf), 0.0, is_patient=is_patient)
 
 
 @given(
@@ -38,10 +39,10 @@ def test_the_first_that_fit_together(
 
     def fits(count: int) -> bool:
         some = window.order[:count]
-        taken = [sum(numbers[place] for place in some) for numbers in (window.lens, window.pages, window.most)]
+        taken = [sum(numbers[place] for place in some) for numbers in (window.lens, window.pages, window.sizes.most)]
         return all(map(int.__le__, taken, limits)) and not any(window[place].is_suspect for place in some)
 
-    if number >= 0:
+    if number:
         assert fits(number)
     assert number == len(requests) or not fits(number + 1)
 
