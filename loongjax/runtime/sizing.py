@@ -56,7 +56,7 @@ def runtime_limits(config: EngineConfig, spec: ModelSpec, shape: ClusterShape) -
     in_prefill = shape.num_instances * config.max_num_batched_tokens
     if config.cuts_prompts:
         max_model_len = min(wanted, in_pool)
-        bound, flags = f"the KV pool holds {in_pool}", "--num-slots and --num-instances raise it"
+        bound, flags = f"the KV pool holds {in_pool}", "--num-slots raises it"
     else:
         max_model_len = min(wanted, in_pool, in_prefill)
         bound = f"the KV pool holds {in_pool} and one prefill {in_prefill}"
