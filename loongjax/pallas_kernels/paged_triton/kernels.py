@@ -71,20 +71,24 @@ def attend_kernel(
     k_ptr = kv_pool_ptr + 2 * layer * num_pages * (page_size * num_kv_heads * head_dim) + head * head_dim
     v_ptr = k_ptr + num_pages * (page_size * num_kv_heads * head_dim)
     while item < end:
-        tile = tl.sum((all_ends <= item).to(tl.int32), 0)
-        is_tile = all_tiles == tile
-        kv_len = tl.sum(tl.where(is_tile, all_lens, 0), 0)
-        page_start = tl.sum(tl.where(is_tile, all_starts, 0), 0)
-        tile_blocks = (kv_len + block - 1) // block
-        first_block = item - (tl.sum(tl.where(is_tile, all_ends, 0), 0) - tile_blocks)
-        end_block = tl.minimum(first_block + end - item, tile_blocks)
-
+        is_before = all_ends <= item
+        tile = tl.sum(is_before.to(tl.int32), 0)
+        first_block = item - tl.max(tl.where(is_before, all_ends, 0), 0)
         if tile_queries == 1:
+            is_tile = all_tiles == tile
+            kv_len = tl.sum(tl.where(is_tile, all_lens, 0), 0)
+            page_start = tl.sum(tl.where(is_tile, all_starts, 0), 0)
             q_start = tile
             q_len = 1
         else:
+            # Of many tiles, lengths and starts would take the registers that programs beside this one need.
+            kv_len = tl.load(kv_lens_ptr + tile)
+            page_start = tl.load(page_starts_ptr + tile)
             q_start = tl.load(q_starts_ptr + tile)
             q_len = tl.load(q_lens_ptr + tile)
+        tile_blocks = (kv_len + block - 1) // block
+        end_block = tl.minimum(first_block + end - item, tile_blocks)
+
         is_member = (member_M < tile_queries * group_size) & (query_M < q_len)
         row_M = (q_start + query_M) * num_q_heads + q_head_M
         q_offset = row_M[:, None] * head_dim + dim_H[None, :]
