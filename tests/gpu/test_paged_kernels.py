@@ -47,6 +47,7 @@ EXTENSIONS = {
     "a mix": ([70, 1, 0, 29, 200], [300, 17, 40, 0, 1025]),
     "one long request": ([512], [9000]),
     "few rows over many keys": ([40], [30_001]),
+    "around what Hopper's kernel takes in a batch": ([31, 1, 32, 33, 0, 1], [300, 1025, 17, 640, 9, 2000]),
     "many short ones": ([3] * 60, [(37 * i) % 500 for i in range(60)]),
 }
 
