@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
+from loongjax.pallas_kernels.decode_attention.triton_variant import TUNING, triton_decode_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax_profiling.kernels.device_trace import device_times
 from loongjax_profiling.kernels.timing import copy_bytes_per_second, device_seconds
@@ -67,7 +67,7 @@ MIXES: dict[str, tuple[list[int], tuple[int, int]]] = {
 TUNED_ON = (("32 x 16K, 32/8", 16), ("256 x 1K, 32/8", 16), ("32 x 16K, 32/8", 1), ("1 x 1K, 32/8", 16))
 TUNINGS = [
     PagedTuning(block=block, stages=stages, num_warps=warps, programs_per_processor=programs)
-    for block, stages, warps, programs in [(64, 2, 4, 3), (64, 3, 4, 2), (32, 3, 4, 4), (32, 2, 4, 6), (64, 2, 8, 3)]
+    for block, stages, warps, programs in [(64, 3, 4, 3), (64, 2, 4, 3), (64, 2, 4, 4), (32, 3, 4, 5), (32, 2, 4, 6)]
 ]
 
 
@@ -168,7 +168,7 @@ def main() -> None:
                 record(mix, page_size, tuning)
     for page_size in args.page_sizes:
         for mix in args.mixes:
-            record(mix, page_size, PagedTuning())
+            record(mix, page_size, TUNING)
     result = {
         "command": "python -m benchmarks.decode_kernel " + " ".join(sys.argv[1:]),
         "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",

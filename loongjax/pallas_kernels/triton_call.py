@@ -29,6 +29,7 @@ def triton_call(
     grid: tuple[int, ...],
     num_warps: int = 4,
     num_stages: int = 2,
+    max_registers: int | None = None,
     aliases: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> Sequence[jax.Array]:
@@ -42,6 +43,7 @@ def triton_call(
         grid: one to three dimensions.
         num_warps: of one program.
         num_stages: of the kernel's software pipelines.
+        max_registers: of one thread; None: as many as the kernel wants.
         aliases: operands whose memory becomes that of a result: place among the operands to place among the results.
         constants: the kernel's `tl.constexpr` parameters; Triton does not know numpy's numbers, so they are converted.
 
@@ -59,6 +61,7 @@ def triton_call(
         tuple((k, x.item() if isinstance(x, np.generic) else x) for k, x in constants.items()),
         num_warps=num_warps,
         num_stages=num_stages,
+        max_registers=max_registers,
         capability=(capability := compute_capability()),
     )
     library = triton_lib.triton_kernel_call_lib

@@ -37,6 +37,7 @@ def compile_kernel(
     *,
     num_warps: int,
     num_stages: int,
+    max_registers: int | None,
     capability: int,
 ) -> CompiledKernel:
     """Compiles a kernel for some types and constants, once.
@@ -48,6 +49,7 @@ def compile_kernel(
         constants: its `tl.constexpr` parameters.
         num_warps: of one program.
         num_stages: of the kernel's software pipelines.
+        max_registers: of one thread; None: as many as it wants.
         capability: such as 90.
     """
     numbers = dict(integers)
@@ -59,7 +61,7 @@ def compile_kernel(
     source = ASTSource(kernel, signature, constexprs, attributes)
     target = GPUTarget("cuda", capability, WARP_SIZE)
     backend: Any = make_backend(target)
-    options = backend.parse_options({"num_warps": num_warps, "num_stages": num_stages})
+    options = backend.parse_options({"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers})
     stages: dict[str, Any] = {}
     backend.add_stages(stages, options, Language.TRITON)
     context: Any = ir.context()

@@ -17,6 +17,10 @@ LEAST_MAJOR = 8
 """Ampere's compute capability: the oldest GPUs that Triton compiles for, and whose shared memory the blocks fit."""
 
 
+SHARED_KIB = {80: 164, 86: 100, 87: 164, 89: 100, 90: 228, 100: 228, 103: 228, 120: 100}
+"""Shared memory of a multiprocessor by compute capability: CUDA C++ Programming Guide, technical specifications."""
+
+
 def num_multiprocessors() -> int:
     """Streaming multiprocessors of a GPU of this process; an H200's where there is none, for lowering alone."""
     gpu = _any_gpu()
@@ -27,6 +31,11 @@ def compute_capability() -> int:
     """Such as 90 for Hopper; that of a GPU of this process, else Hopper's."""
     gpu = _any_gpu()
     return 90 if gpu is None else int(str(gpu.compute_capability).replace(".", ""))
+
+
+def shared_memory_bytes() -> int:
+    """Of one multiprocessor of a GPU of this process, else of an H200's; of an unknown one, the least of all."""
+    return SHARED_KIB.get(compute_capability(), min(SHARED_KIB.values())) << 10
 
 
 def _missing_packages() -> list[str]:

@@ -24,8 +24,10 @@ from loongjax.pallas_kernels import (
     triton_gpu,
 )
 from loongjax.pallas_kernels.decode_attention import api as decode_api
+from loongjax.pallas_kernels.decode_attention import triton_variant as decode_variant
 from loongjax.pallas_kernels.decode_attention.triton_variant import triton_decode_attention
 from loongjax.pallas_kernels.extend_attention import api as extend_api
+from loongjax.pallas_kernels.extend_attention import triton_variant as extend_variant
 from loongjax.pallas_kernels.extend_attention.triton_variant import triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention import api as prefill_api
@@ -158,8 +160,20 @@ def test_the_paged_kernels_blocks_fit_shared_memory(monkeypatch, compiled, op, h
     else:
         q, cu_q_lens = Shape((600, 4, head_dim), "bfloat16"), Shape((5,), "int32")
         lower(functools.partial(inspect.unwrap(triton_extend_attention), **settings), q, cu_q_lens, *operands)
-    assert len(compiled) == 2
-    assert max(kernel.shared_bytes for kernel in compiled) <= SHARED_MEMORY_KIB[capability] * 1024
+    attend, merge = compiled
+    assert max(attend.shared_bytes, merge.shared_bytes) <= SHARED_MEMORY_KIB[capability] * 1024
+    module = {"decode": decode_variant, "extend": extend_variant}[op]
+    members = {"decode": 16, "extend": 128}[op]
+    assert attend.shared_bytes <= module.default_tuning(head_dim).shared_bytes(head_dim, members)
+
+
+@pytest.mark.parametrize(
+    ("capability", "head_dim", "num_programs"),
+    [("9.0", 128, 3), ("9.0", 64, 3), ("8.0", 128, 2), ("8.0", 64, 3), ("8.6", 128, 1), ("7.7", 128, 1), ("9.0", 256, 2)],
+)
+def test_so_many_programs_are_launched_as_run_at_once(gpu_machine, capability, head_dim, num_programs):
+    gpu_machine.compute_capability = capability
+    assert decode_variant.default_tuning(head_dim).num_programs(head_dim, members=16) == num_programs
 
 
 @pytest.mark.parametrize("check_vma", [False, True])

@@ -13,6 +13,8 @@ from loongjax.pallas_kernels.paged_triton.launch import PagedTuning, Tiles, atte
 from loongjax.pallas_kernels.varying import vary_as
 
 TUNING = PagedTuning()
+WIDE_TUNING = PagedTuning(stages=2)
+"""For head dim 256: see `extend_attention`."""
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
@@ -26,7 +28,7 @@ def triton_decode_attention(
     *,
     sm_scale: float,
     out_dtype: np.dtype,
-    tuning: PagedTuning = TUNING,
+    tuning: PagedTuning | None = None,
 ) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
     """See `decode_attention`. Forward only.
 
@@ -50,6 +52,11 @@ def triton_decode_attention(
         tile_queries=1,
         sm_scale=sm_scale,
         out_dtype=out_dtype,
-        tuning=tuning,
+        tuning=default_tuning(H) if tuning is None else tuning,
     )
     return vary_as(out, operands)
+
+
+def default_tuning(head_dim: int) -> PagedTuning:
+    """The tuning for this head dim."""
+    return WIDE_TUNING if head_dim > 128 else TUNING

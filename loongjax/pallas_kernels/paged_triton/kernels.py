@@ -96,10 +96,15 @@ def attend_kernel(
         maximum = tl.full([padded_members], float("-inf"), tl.float32)
         denominator = tl.zeros([padded_members], tl.float32)
         weighted = tl.zeros([padded_members, head_dim], tl.float32)
+        # Pages are known a block ahead: what is loaded from them could not be on its way otherwise.
+        next_S = first_block * block + key_S
+        next_page_S = tl.load(page_indices_ptr + page_start + next_S // page_size, mask=next_S < kv_len, other=0)
         for i in tl.range(first_block, end_block, num_stages=stages):
             token_S = i * block + key_S
             is_key = token_S < kv_len
-            page_S = tl.load(page_indices_ptr + page_start + token_S // page_size, mask=is_key, other=0)
+            page_S = next_page_S
+            next_S = token_S + block
+            next_page_S = tl.load(page_indices_ptr + page_start + next_S // page_size, mask=next_S < kv_len, other=0)
             slot_S = page_S.to(tl.int64) * page_size + token_S % page_size
             offset = slot_S[:, None] * (num_kv_heads * head_dim) + dim_H[None, :]
             k = tl.load(k_ptr + offset, mask=is_key[:, None], other=0.0)

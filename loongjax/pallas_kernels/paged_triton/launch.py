@@ -14,10 +14,17 @@ from jaxtyping import Array, Float, Float32, Int32
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
 from loongjax.pallas_kernels.triton_call import triton_call
-from loongjax.pallas_kernels.triton_gpu import num_multiprocessors
+from loongjax.pallas_kernels.triton_compile import WARP_SIZE
+from loongjax.pallas_kernels.triton_gpu import num_multiprocessors, shared_memory_bytes
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (32, 64, 128, 256)
+REGISTERS = 65_536
+"""Of a multiprocessor, of all GPUs that there are kernels for."""
+MOST_REGISTERS = 255
+"""Of a thread."""
+RESERVED_SHARED_BYTES = 1024
+"""Of each program, for CUDA itself."""
 LEAST_MEMBERS = 16
 """Rows that a matrix product of tensor cores takes at least."""
 MERGED_SHARES = 32
@@ -32,15 +39,24 @@ class PagedTuning:
 
     block: int = 64
     """Keys of one item of work: a power of two, at least 16."""
-    stages: int = 2
-    """Blocks in flight."""
+    stages: int = 3
+    """One block is computed on, the others are on their way."""
     num_warps: int = 4
     programs_per_processor: int = 3
-    """As many as fit, so that all run at once."""
+    """At most: all programs have to run at once."""
 
     def __post_init__(self) -> None:
         if self.block < 16 or self.block & (self.block - 1):
             raise ConfigError(f"block must be a power of two of at least 16, got {self.block}")
+
+    def shared_bytes(self, head_dim: int, members: int) -> int:
+        """Of one program at most: keys and values on their way; queries, also while their layout changes; weights."""
+        return (self.stages - 1) * self.block * head_dim * 4 + members * (4 * head_dim + 2 * self.block)
+
+    def num_programs(self, head_dim: int, members: int) -> int:
+        """Of one multiprocessor of this process's GPU: as many as its shared memory holds, at most those wanted."""
+        each = self.shared_bytes(head_dim, members) + RESERVED_SHARED_BYTES
+        return max(1, min(self.programs_per_processor, shared_memory_bytes() // each))
 
 
 class Tiles(NamedTuple):
@@ -101,7 +117,9 @@ def attend_tiles(
     _, _, num_pages, page_size, K, _ = kv_pool.shape
     (num_tiles,) = tiles.kv_lens.shape
     group_size = N // K
-    num_shares = max(1, num_multiprocessors() * tuning.programs_per_processor // K)
+    members = max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length())
+    num_programs = tuning.num_programs(H, members)
+    num_shares = max(1, num_multiprocessors() * num_programs // K)
     shape: dict[str, Any] = {
         "num_shares": num_shares,
         "padded_tiles": max(2, 1 << (num_tiles - 1).bit_length()),
@@ -128,11 +146,12 @@ def attend_tiles(
         grid=(K, num_shares),
         num_warps=tuning.num_warps,
         num_stages=tuning.stages,
+        max_registers=min(MOST_REGISTERS, REGISTERS // (num_programs * tuning.num_warps * WARP_SIZE) // 8 * 8),
         scale=sm_scale * math.log2(math.e),
         num_pages=num_pages,
         num_kv_heads=K,
         group_size=group_size,
-        padded_members=max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length()),
+        padded_members=members,
         page_size=page_size,
         stages=tuning.stages,
         **shape,
