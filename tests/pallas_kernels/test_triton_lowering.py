@@ -169,7 +169,15 @@ def test_the_paged_kernels_blocks_fit_shared_memory(monkeypatch, compiled, op, h
 
 @pytest.mark.parametrize(
     ("capability", "head_dim", "num_programs"),
-    [("9.0", 128, 3), ("9.0", 64, 3), ("8.0", 128, 2), ("8.0", 64, 3), ("8.6", 128, 1), ("7.7", 128, 1), ("9.0", 256, 2)],
+    [
+        ("9.0", 128, 3),
+        ("9.0", 64, 3),
+        ("8.0", 128, 2),
+        ("8.0", 64, 3),
+        ("8.6", 128, 1),
+        ("7.7", 128, 1),
+        ("9.0", 256, 2),
+    ],
 )
 def test_so_many_programs_are_launched_as_run_at_once(gpu_machine, capability, head_dim, num_programs):
     gpu_machine.compute_capability = capability

@@ -63,6 +63,8 @@ def attend_kernel(
     end = tl.minimum(item + quota, num_items)
 
     num_q_heads: tl.constexpr = num_kv_heads * group_size
+    # Pages that are known a block ahead let keys and values be on their way for longer. They cost registers.
+    reads_ahead: tl.constexpr = stages > 2
     member_M = tl.arange(0, padded_members)
     query_M = member_M // group_size
     q_head_M = head * group_size + member_M % group_size
@@ -96,15 +98,20 @@ def attend_kernel(
         maximum = tl.full([padded_members], float("-inf"), tl.float32)
         denominator = tl.zeros([padded_members], tl.float32)
         weighted = tl.zeros([padded_members, head_dim], tl.float32)
-        # Pages are known a block ahead: what is loaded from them could not be on its way otherwise.
-        next_S = first_block * block + key_S
-        next_page_S = tl.load(page_indices_ptr + page_start + next_S // page_size, mask=next_S < kv_len, other=0)
+        if reads_ahead:
+            next_S = first_block * block + key_S
+            next_page_S = tl.load(page_indices_ptr + page_start + next_S // page_size, mask=next_S < kv_len, other=0)
         for i in tl.range(first_block, end_block, num_stages=stages):
             token_S = i * block + key_S
             is_key = token_S < kv_len
-            page_S = next_page_S
-            next_S = token_S + block
-            next_page_S = tl.load(page_indices_ptr + page_start + next_S // page_size, mask=next_S < kv_len, other=0)
+            if reads_ahead:
+                page_S = next_page_S
+                next_S = token_S + block
+                next_page_S = tl.load(
+                    page_indices_ptr + page_start + next_S // page_size, mask=next_S < kv_len, other=0
+                )
+            else:
+                page_S = tl.load(page_indices_ptr + page_start + token_S // page_size, mask=is_key, other=0)
             slot_S = page_S.to(tl.int64) * page_size + token_S % page_size
             offset = slot_S[:, None] * (num_kv_heads * head_dim) + dim_H[None, :]
             k = tl.load(k_ptr + offset, mask=is_key[:, None], other=0.0)

@@ -21,6 +21,8 @@ DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (32, 64, 128, 256)
 REGISTERS = 65_536
 """Of a multiprocessor, of all GPUs that there are kernels for."""
+REGISTER_UNIT = 8
+"""What a thread's registers are given out in."""
 MOST_REGISTERS = 255
 """Of a thread."""
 RESERVED_SHARED_BYTES = 1024
@@ -146,7 +148,7 @@ def attend_tiles(
         grid=(K, num_shares),
         num_warps=tuning.num_warps,
         num_stages=tuning.stages,
-        max_registers=min(MOST_REGISTERS, REGISTERS // (num_programs * tuning.num_warps * WARP_SIZE) // 8 * 8),
+        max_registers=_max_registers(num_programs * tuning.num_warps * WARP_SIZE),
         scale=sm_scale * math.log2(math.e),
         num_pages=num_pages,
         num_kv_heads=K,
@@ -179,3 +181,9 @@ def attend_tiles(
         **shape,
     )
     return merged_o, merged_lse
+
+
+def _max_registers(num_threads: int) -> int | None:
+    """With which so many threads fit a multiprocessor; None: with any number."""
+    each = REGISTERS // num_threads // REGISTER_UNIT * REGISTER_UNIT
+    return None if each > MOST_REGISTERS else each
