@@ -38,6 +38,7 @@ from loongjax.pallas_kernels.exchange.launch import (
     triton_exchange_and_merge,
 )
 from loongjax.pallas_kernels.exchange.reference import reference_exchange_and_merge
+from loongjax_profiling.kernels.mesh import attend_stand_in, by_reduce_scatter
 from loongjax_profiling.provenance import checked_out_commit
 
 AXIS = "tp"
@@ -92,33 +93,23 @@ def reduce_by_kernel(tuning: ExchangeTuning, peers: jax.Array, x: jax.Array, fac
     return triton_all_reduce(x * factor, group_of(peers, AXIS), tuning=tuning)
 
 
-def attend(all_q: jax.Array, factor: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Stands for attention: [n, B, N, H] to float32 partial outputs [n, B, N, H] and log-sum-exps."""
-    o = (all_q * factor).astype(jnp.float32)
-    return o, o[..., 0]
-
-
 def multiply_alone(_: ExchangeTuning, peers: jax.Array, q: jax.Array, factor: jax.Array) -> jax.Array:
-    o, lse = attend(jnp.broadcast_to(q, (jax.lax.axis_size(AXIS), *q.shape)), factor)
+    o, lse = attend_stand_in(jnp.broadcast_to(q, (jax.lax.axis_size(AXIS), *q.shape)), factor)
     return (o * lse[..., None]).mean(axis=0).astype(q.dtype)
 
 
 def all_to_all(_: ExchangeTuning, peers: jax.Array, q: jax.Array, factor: jax.Array) -> jax.Array:
-    o, lse = attend(jax.lax.all_gather(q, AXIS), factor)
+    o, lse = attend_stand_in(jax.lax.all_gather(q, AXIS), factor)
     return reference_exchange_and_merge(o, lse, AXIS, q.dtype)[0]
 
 
 def psum_scatter(_: ExchangeTuning, peers: jax.Array, q: jax.Array, factor: jax.Array) -> jax.Array:
-    """Right only where exp(lse) does not overflow, but as little work as can be."""
-    o, lse = attend(jax.lax.all_gather(q, AXIS), factor)
-    weight = jnp.exp(lse)[..., None]
-    total = jax.lax.psum_scatter(jnp.concatenate([o * weight, weight], axis=-1), AXIS)
-    return (total[..., :-1] / total[..., -1:]).astype(q.dtype)
+    return by_reduce_scatter(q, factor, axis_name=AXIS)
 
 
 def exchange_by_kernels(tuning: ExchangeTuning, peers: jax.Array, q: jax.Array, factor: jax.Array) -> jax.Array:
     group = group_of(peers, AXIS)
-    o, lse = attend(triton_all_gather(q, group, tuning=tuning), factor)
+    o, lse = attend_stand_in(triton_all_gather(q, group, tuning=tuning), factor)
     return triton_exchange_and_merge(o, lse, group, out_dtype=q.dtype, tuning=tuning)[0]
 
 

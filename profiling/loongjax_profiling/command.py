@@ -12,21 +12,24 @@ from typing import Literal, get_args
 
 import tyro
 
+from loongjax.config import CPU_NUM_DEVICES, EngineConfig
 from loongjax.errors import ConfigError
 from loongjax.runtime.environment import device_environment
 from loongjax_profiling.iteration.command import IterationCommand
 
-Op = Literal["decode", "extend", "kv_update", "prefill"]
+Op = Literal["decode", "extend", "kv_update", "prefill", "exchange", "ring"]
 USAGE = """usage: loongjax profile kernels|iteration [OPTIONS]
 
-  kernels      time the ops on one device, each beside its rival and its target
+  kernels      time the ops, each beside its rival and its target
   iteration    time prefills, decode steps and migrations on all devices, for `loongjax fit` and `loongjax plot`
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KernelsCommand:
-    """Times the ops on one device, each beside its rival: a copy, cuDNN, tokamax, or another op over the same pairs.
+    """Times the ops, each beside its rival: a copy, cuDNN, tokamax, XLA's collectives, or an op over the same pairs.
+
+    Exchanges and the ring need two devices or more, and take two, four and eight, as far as there are so many.
 
     Raises:
         ConfigError: a number that cannot work.
@@ -40,6 +43,8 @@ class KernelsCommand:
     """Times only work whose description holds this."""
     implementation: str | None = None
     """Variant of every op; None: the fastest that there is for it."""
+    num_cpu_devices: int = CPU_NUM_DEVICES
+    """Virtual devices to make when there is no GPU."""
     out: pathlib.Path | None = None
     """JSON file for the rows; None: they are only printed."""
     commit: str | None = None
@@ -66,7 +71,9 @@ def main(argv: Sequence[str]) -> int:
     match list(argv):
         case ["kernels", *rest]:
             command = tyro.cli(KernelsCommand, prog="loongjax profile kernels", args=rest)
-            from loongjax_profiling.kernels.profile import profile_kernels  # here: `--help` needs no JAX
+            # Before JAX is imported.
+            os.environ.update(device_environment(EngineConfig(num_cpu_devices=command.num_cpu_devices)))
+            from loongjax_profiling.kernels.profile import profile_kernels
 
             return profile_kernels(command)
         case ["iteration", *rest]:

@@ -23,9 +23,11 @@ class Case:
     amount: float
     """Bytes to be moved, or floating-point operations of visible pairs, of one repetition."""
     unit: str
-    """"B", compared with a copy, or "FLOP", compared with rivals."""
+    """"B", compared with a copy where there is no rival, or "FLOP"."""
     build: Callable[[], Repeat]
     """Makes the data; this, or the program that comes of it, raises where the case cannot run."""
+    num_devices: int = 1
+    """That work together."""
     is_rival: bool = False
     baseline: tuple[str, str] | None = None
     """Work and variant of the same op whose rate this one's is compared with, where there is no rival for it."""
@@ -70,6 +72,7 @@ def as_record(row: Row, comparison: Comparison | None) -> dict[str, Any]:
         "op": case.op,
         "work": case.work,
         "variant": case.variant,
+        "devices": case.num_devices if case.num_devices > 1 else None,
         "unit": case.unit,
         "seconds": row.seconds,
         "method": row.method,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -39,7 +39,12 @@ def chain(attend: Attend, keys: Any, q: jax.Array, *, keeps_queries: bool = Fals
 
 
 def repeat_step(
-    step: Callable[[Any, jax.Array, Any], jax.Array], operands: Any, carried: jax.Array, *, as_loop: bool = False
+    step: Callable[[Any, jax.Array, Any], jax.Array],
+    operands: Any,
+    carried: jax.Array,
+    *,
+    as_loop: bool = False,
+    compiler_options: Mapping[str, Any] | None = None,
 ) -> Repeat:
     """Repetitions of carried = step(operands, carried, i). Programs are compiled once for each number of them.
 
@@ -51,6 +56,7 @@ def repeat_step(
         carried: what the first one of the first call is given.
         as_loop: on a GPU, too, where a loop launches kernels of its own to count. Steps on the same operands need one:
             side by side, XLA could make one of them.
+        compiler_options: of the program, for XLA.
     """
     step = jax.jit(step)  # to be traced once
 
@@ -63,7 +69,8 @@ def repeat_step(
                 carried = step(operands, carried, i)
             return carried
 
-        program = jax.jit(run, donate_argnums=1).lower(operands, carried).compile()
+        options = None if compiler_options is None else dict(compiler_options)
+        program = jax.jit(run, donate_argnums=1).lower(operands, carried).compile(compiler_options=options)
         last: jax.Array | None = None
 
         def call() -> jax.Array:

@@ -57,11 +57,11 @@ class Program:
 
 
 def _plan(case: Case) -> Program:
-    """On a GPU what moves bytes is traced, as the copy is timed by events: slopes hold launches."""
+    """On a GPU what moves bytes in its memory is traced, as the copy is timed by events: slopes hold launches."""
     is_gpu = jax.default_backend() == "gpu"
     expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
     repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
-    is_traced = is_gpu and case.unit == "B"
+    is_traced = is_gpu and case.unit == "B" and case.num_devices == 1
     program = Program(
         case=case,
         repetitions=max(MIN_TRACED_REPETITIONS, repetitions) if is_traced else repetitions,
@@ -113,7 +113,7 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
 
 
 def compare(rows: Sequence[Row], copy_rate: float) -> list[Comparison | None]:
-    """Bytes with the copy; operations with the fastest rival at the same work, or else with the row's baseline."""
+    """With the fastest rival at the same work, or else bytes with the copy and operations with the row's baseline."""
     return [_compare(row, rows, copy_rate) for row in rows]
 
 
@@ -121,8 +121,6 @@ def _compare(row: Row, rows: Sequence[Row], copy_rate: float) -> Comparison | No
     case, rate = row.case, row.rate
     if rate is None or case.is_rival:
         return None
-    if case.unit == "B":
-        return Comparison(share=rate / copy_rate, beside="a copy")
     rivals = [
         (other.rate, other.case.variant)
         for other in rows
@@ -139,7 +137,7 @@ def _compare(row: Row, rows: Sequence[Row], copy_rate: float) -> Comparison | No
         if compared:
             best, name = max(compared)
             return Comparison(share=rate / best, beside=name)
-    return None
+    return Comparison(share=rate / copy_rate, beside="a copy") if case.unit == "B" and case.num_devices == 1 else None
 
 
 def format_table(rows: Sequence[Row], copy_rate: float) -> str:
