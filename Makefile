@@ -17,7 +17,8 @@ test:
 	$(RUN) pytest
 
 test-gpu:
-	$(RUN) --extra gpu pytest -m gpu -n 0
+	$(RUN) --extra gpu pytest -m "gpu and not alone" -n 8 --dist load
+	$(RUN) --extra gpu pytest -m "gpu and alone" -n 0
 
 bench:
 	$(RUN) --extra gpu python -m benchmarks.first_numbers

@@ -13,6 +13,8 @@ which go through the batching of equation 5.
 Times are of the wall clock, of the thread (`cpu`: what the answer takes on a machine that nobody else uses; where the
 two differ by milliseconds, the operating system ran somebody else meanwhile), and of garbage collections within
 answers. What lives before a sample is frozen for the collector, as in an engine's process when it is built.
+`yardstick_ns` is how long a step of a plain loop took at the time, in the mean over the case: a machine that others use
+is now fast and now slow.
 """
 
 from __future__ import annotations
@@ -236,7 +238,7 @@ def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str
     policy = make_policy(case, random)
     clock = CollectorClock()
     gc.callbacks.append(clock)
-    wall_ms, cpu_ms, collector_ms, num_prefilled = [], [], [], []
+    wall_ms, cpu_ms, collector_ms, num_prefilled, yardsticks_ns = [], [], [], [], []
     for index in range(num_samples + 3):
         view = make_view(case, random)
         asked = policy.copy()
@@ -252,6 +254,7 @@ def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str
         cpu_s, wall_s = time.thread_time() - begin_cpu_s, time.perf_counter() - begin_s
         gc.unfreeze()
         if index >= 3:
+            yardsticks_ns.append(yardstick_ns())
             wall_ms.append(1e3 * wall_s)
             cpu_ms.append(1e3 * cpu_s)
             collector_ms.append(1e3 * clock.seconds)
@@ -264,7 +267,20 @@ def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str
         **_percentiles("cpu_", cpu_ms),
         "max_collector_ms": round(max(collector_ms), 3),
         "mean_prefilled": float(np.mean(num_prefilled)),
+        "yardstick_ns": round(float(np.mean(yardsticks_ns)), 1),
     }
+
+
+YARDSTICK_STEPS = 2000
+
+
+def yardstick_ns() -> float:
+    """Of one step of a loop of a few bytecodes, in CPU time."""
+    begin_s = time.thread_time()
+    total = 0
+    for i in range(YARDSTICK_STEPS):
+        total += i * i % 7
+    return 1e9 * (time.thread_time() - begin_s) / YARDSTICK_STEPS
 
 
 def _percentiles(kind: str, samples_ms: list[float]) -> dict[str, float]:
@@ -285,7 +301,10 @@ def main(argv: list[str] | None = None) -> int:
         case = CASES[name]
         num_samples = arguments.samples if case.num_instances < 100 else max(1, arguments.samples // 10)
         results[name] = measure(case, num_samples, arguments.seed, arguments.pause_s)
-        tqdm.write(f"{name}: " + ", ".join(f"{key} {value}" for key, value in results[name].items() if "_ms" in key))
+        tqdm.write(
+            f"{name}: "
+            + ", ".join(f"{key} {value}" for key, value in results[name].items() if key.endswith(("_ms", "_ns")))
+        )
     report = {
         "commit": checked_out_commit(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",

@@ -17,7 +17,7 @@ from tests.pallas_kernels.brute_force import attend_row
 from tests.pallas_kernels.paged_case import make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 AXIS = "sp"
 ORDERS = [(0, 1), (1, 0), (0, 1, 2, 3), (2, 0, 3), (3, 1)]

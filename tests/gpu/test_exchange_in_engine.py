@@ -18,7 +18,7 @@ from loongjax.runtime.local import LocalRuntime
 from tests.checkpoints import make_checkpoint
 from tests.runtime.driver import Driver, Golden, poison_pool, small_runtime
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from loongjax.models.checkpoint_files import tensor_shapes
 from loongjax.models.config import ModelConfig
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 ALLOWED_BYTES = 2 << 30
 FILE_BYTES = 4_900_000_000

@@ -17,7 +17,7 @@ from loongjax.runtime.build import assemble_runtime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.scheduler.simple import SimplePolicy
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 
 def test_a_7b_serves_a_prompt_of_4096_tokens_in_the_memory_that_sizing_gave_it():

@@ -22,7 +22,7 @@ from loongjax.runtime.local import LocalRuntime
 from loongjax.runtime.model_spec import ModelSpec
 from tests.runtime.driver import Driver
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.alone]
 
 NUM_PREFILL_TOKENS = 65_536
 LEAST_SHARE = 0.8
