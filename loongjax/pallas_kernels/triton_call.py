@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import ShapedArray
 from jax_triton import triton_lib
 
-from loongjax.pallas_kernels.triton_compile import ALIGNMENT, compile_kernel
+from loongjax.pallas_kernels.triton_compile import ALIGNMENT, CompiledKernel, compile_kernel
 from loongjax.pallas_kernels.triton_gpu import compute_capability
 
 TARGET = "triton_kernel_call_ffi"
@@ -50,29 +50,32 @@ def triton_call(
     Raises:
         NotImplementedError: a gradient is asked for.
     """
-    arrays = [x for x in operands if not isinstance(x, int)]
-    integers = [(i, x) for i, x in enumerate(operands) if isinstance(x, int)]
-    assert all(i >= len(arrays) for i, _ in integers), "arrays come first"
-    types = [_pointer_type(x) for x in arrays] + [triton_lib.get_triton_type(x) for _, x in integers]
-    compiled = compile_kernel(
-        kernel,
-        (*types, *map(_pointer_type, out_shape)),
-        tuple(integers),
-        tuple((k, x.item() if isinstance(x, np.generic) else x) for k, x in constants.items()),
+    compiled = compile_for(
+        *operands,
+        kernel=kernel,
+        out_shape=out_shape,
         num_warps=num_warps,
         num_stages=num_stages,
         max_registers=max_registers,
-        capability=(capability := compute_capability()),
+        **constants,
     )
+    arrays = [x for x in operands if not isinstance(x, int)]
+    integers = [x for x in operands if isinstance(x, int)]
     library = triton_lib.triton_kernel_call_lib
     num_blocks_per_cluster, no_source = 1, ""
     loadable = library.TritonKernel(
-        compiled.name, num_warps, num_blocks_per_cluster, compiled.shared_bytes, compiled.ptx, no_source, capability
+        compiled.name,
+        num_warps,
+        num_blocks_per_cluster,
+        compiled.shared_bytes,
+        compiled.ptx,
+        no_source,
+        compute_capability(),
     )
     parameters = [
         *(library.create_array_parameter(0, ALIGNMENT) for _ in arrays),
         # Triton makes a constant of an argument that is 1.
-        *(library.create_scalar_parameter(x, triton_lib.get_triton_type(x)) for _, x in integers if x != 1),
+        *(library.create_scalar_parameter(x, triton_lib.get_triton_type(x)) for x in integers if x != 1),
         *(library.create_array_parameter(0, ALIGNMENT) for _ in out_shape),
     ]
     call = library.TritonKernelCall(loadable, *grid, *(1,) * (3 - len(grid)), parameters)
@@ -81,6 +84,32 @@ def triton_call(
     forward = jax.custom_jvp(lambda *arrays: launch(*arrays, opaque=opaque))
     forward.defjvp(functools.partial(_refuse_gradient, name))
     return forward(*arrays)
+
+
+def compile_for(
+    *operands: jax.Array | int,
+    kernel: Any,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    num_warps: int = 4,
+    num_stages: int = 2,
+    max_registers: int | None = None,
+    **constants: Any,
+) -> CompiledKernel:
+    """What `triton_call` would run with these arguments. Compiled once."""
+    arrays = [x for x in operands if not isinstance(x, int)]
+    integers = [(i, x) for i, x in enumerate(operands) if isinstance(x, int)]
+    assert all(i >= len(arrays) for i, _ in integers), "arrays come first"
+    types = [_pointer_type(x) for x in arrays] + [triton_lib.get_triton_type(x) for _, x in integers]
+    return compile_kernel(
+        kernel,
+        (*types, *map(_pointer_type, out_shape)),
+        tuple(integers),
+        tuple((k, x.item() if isinstance(x, np.generic) else x) for k, x in constants.items()),
+        num_warps=num_warps,
+        num_stages=num_stages,
+        max_registers=max_registers,
+        capability=compute_capability(),
+    )
 
 
 def _refuse_gradient(name: str, *_: Any) -> Any:

@@ -10,11 +10,15 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning, Tiles, attend_tiles, check_supported
+from loongjax.pallas_kernels.triton_gpu import shared_memory_bytes
 from loongjax.pallas_kernels.varying import vary_as
 
 TUNING = PagedTuning()
-WIDE_TUNING = PagedTuning(stages=2)
-"""For head dim 256: see `extend_attention`."""
+SMALL_TUNING = PagedTuning(stages=2)
+"""Where a multiprocessor has 100 KiB of shared memory, which two programs of three stages do not fit."""
+WIDE_TUNING = PagedTuning(stages=2, programs_per_processor=2)
+"""For head dim 256, whose threads want more than 200 registers."""
+LEAST_SHARED_BYTES = 160 << 10
 
 
 @functools.partial(jax.jit, static_argnames=("sm_scale", "out_dtype", "tuning"))
@@ -58,5 +62,7 @@ def triton_decode_attention(
 
 
 def default_tuning(head_dim: int) -> PagedTuning:
-    """The tuning for this head dim."""
-    return WIDE_TUNING if head_dim > 128 else TUNING
+    """The tuning for this head dim on this process's GPU."""
+    if head_dim > 128:
+        return WIDE_TUNING
+    return TUNING if shared_memory_bytes() >= LEAST_SHARED_BYTES else SMALL_TUNING

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.paged_triton.kernels import attend_kernel, merge_kernel
-from loongjax.pallas_kernels.triton_call import triton_call
+from loongjax.pallas_kernels.triton_call import compile_for, triton_call
 from loongjax.pallas_kernels.triton_compile import WARP_SIZE
 from loongjax.pallas_kernels.triton_gpu import num_multiprocessors, shared_memory_bytes
 
@@ -45,20 +45,11 @@ class PagedTuning:
     """One block is computed on, the others are on their way."""
     num_warps: int = 4
     programs_per_processor: int = 3
-    """At most: all programs have to run at once."""
+    """Fewer if no more fit, for all have to run at once."""
 
     def __post_init__(self) -> None:
         if self.block < 16 or self.block & (self.block - 1):
             raise ConfigError(f"block must be a power of two of at least 16, got {self.block}")
-
-    def shared_bytes(self, head_dim: int, members: int) -> int:
-        """Of one program at most: keys and values on their way; queries, also while their layout changes; weights."""
-        return (self.stages - 1) * self.block * head_dim * 4 + members * (4 * head_dim + 2 * self.block)
-
-    def num_programs(self, head_dim: int, members: int) -> int:
-        """Of one multiprocessor of this process's GPU: as many as its shared memory holds, at most those wanted."""
-        each = self.shared_bytes(head_dim, members) + RESERVED_SHARED_BYTES
-        return max(1, min(self.programs_per_processor, shared_memory_bytes() // each))
 
 
 class Tiles(NamedTuple):
@@ -119,45 +110,44 @@ def attend_tiles(
     _, _, num_pages, page_size, K, _ = kv_pool.shape
     (num_tiles,) = tiles.kv_lens.shape
     group_size = N // K
-    members = max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length())
-    num_programs = tuning.num_programs(H, members)
-    num_shares = max(1, num_multiprocessors() * num_programs // K)
-    shape: dict[str, Any] = {
-        "num_shares": num_shares,
-        "padded_tiles": max(2, 1 << (num_tiles - 1).bit_length()),
-        "tile_queries": tile_queries,
-        "head_dim": H,
-        "block": tuning.block,
-    }
     results = (jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32))
-    partials = (num_shares + num_tiles, tile_queries, N)
-    o, lse, partial_o, partial_lse = triton_call(
-        q,
-        kv_pool,
-        layer[None],
-        page_indices,
-        *tiles,
-        num_tiles,
-        kernel=attend_kernel,
-        name="paged_attend",
-        out_shape=(
-            *results,
-            jax.ShapeDtypeStruct((*partials, H), jnp.float32),
-            jax.ShapeDtypeStruct(partials, jnp.float32),
-        ),
-        grid=(K, num_shares),
-        num_warps=tuning.num_warps,
-        num_stages=tuning.stages,
-        max_registers=_max_registers(num_programs * tuning.num_warps * WARP_SIZE),
-        scale=sm_scale * math.log2(math.e),
-        num_pages=num_pages,
-        num_kv_heads=K,
-        group_size=group_size,
-        padded_members=members,
-        page_size=page_size,
-        stages=tuning.stages,
-        **shape,
-    )
+    operands = (q, kv_pool, layer[None], page_indices, *tiles, num_tiles)
+
+    def settings(num_programs: int) -> dict[str, Any]:
+        """Of the first kernel, with so many programs a multiprocessor."""
+        num_shares = max(1, num_multiprocessors() * num_programs // K)
+        partials = (num_shares + num_tiles, tile_queries, N)
+        return {
+            "kernel": attend_kernel,
+            "out_shape": (
+                *results,
+                jax.ShapeDtypeStruct((*partials, H), jnp.float32),
+                jax.ShapeDtypeStruct(partials, jnp.float32),
+            ),
+            "num_warps": tuning.num_warps,
+            "num_stages": tuning.stages,
+            "max_registers": _max_registers(num_programs * tuning.num_warps * WARP_SIZE),
+            "scale": sm_scale * math.log2(math.e),
+            "num_shares": num_shares,
+            "padded_tiles": max(2, 1 << (num_tiles - 1).bit_length()),
+            "tile_queries": tile_queries,
+            "num_pages": num_pages,
+            "num_kv_heads": K,
+            "group_size": group_size,
+            "padded_members": max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length()),
+            "head_dim": H,
+            "page_size": page_size,
+            "block": tuning.block,
+            "stages": tuning.stages,
+        }
+
+    def fit(num_programs: int) -> bool:
+        each = compile_for(*operands, **settings(num_programs)).shared_bytes + RESERVED_SHARED_BYTES
+        return num_programs * each <= shared_memory_bytes()
+
+    chosen = settings(next(filter(fit, range(tuning.programs_per_processor, 1, -1)), 1))
+    num_shares = chosen["num_shares"]
+    o, lse, partial_o, partial_lse = triton_call(*operands, name="paged_attend", grid=(K, num_shares), **chosen)
     merged_o, merged_lse = triton_call(
         tiles.q_starts,
         tiles.q_lens,
@@ -178,7 +168,7 @@ def attend_tiles(
         num_q_heads=N,
         shares_per_step=MERGED_SHARES,
         rows_per_program=MERGED_ROWS,
-        **shape,
+        **{name: chosen[name] for name in ("num_shares", "padded_tiles", "tile_queries", "head_dim", "block")},
     )
     return merged_o, merged_lse
 

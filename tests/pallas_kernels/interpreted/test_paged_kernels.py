@@ -20,7 +20,13 @@ BLOCK = 16
 
 
 def attend(
-    q: np.ndarray, case: PagedCase, tiles: Tiles, row_kv_lens: np.ndarray, tile_queries: int, num_shares: int
+    q: np.ndarray,
+    case: PagedCase,
+    tiles: Tiles,
+    row_kv_lens: np.ndarray,
+    tile_queries: int,
+    num_shares: int,
+    stages: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What `attend_tiles` does. Everything that no program writes is NaN."""
     (num_rows, num_q_heads, head_dim), (num_pages, page_size, num_kv_heads, _) = q.shape, case.kv_pool.shape[2:]
@@ -47,7 +53,7 @@ def attend(
         group_size=group_size,
         padded_members=max(16, 1 << (tile_queries * group_size - 1).bit_length()),
         page_size=page_size,
-        stages=2,
+        stages=stages,
         **shape,
     )
     lens = (tiles.q_starts, tiles.q_lens, tiles.kv_lens, row_kv_lens)
@@ -63,12 +69,13 @@ def attend(
     return o, lse
 
 
-def decode(q: np.ndarray, case: PagedCase, num_shares: int) -> tuple[np.ndarray, np.ndarray]:
+def decode(q: np.ndarray, case: PagedCase, num_shares: int, stages: int) -> tuple[np.ndarray, np.ndarray]:
     tiles = Tiles(case.page_starts, case.kv_lens, case.page_starts, case.kv_lens)
-    return attend(q, case, tiles, case.kv_lens, 1, num_shares)
+    return attend(q, case, tiles, case.kv_lens, 1, num_shares, stages)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
+@pytest.mark.parametrize("stages", [2, 3], ids=["pages as needed", "pages a block ahead"])
 @pytest.mark.parametrize("num_shares", [1, 2, 7, 40])
 @pytest.mark.parametrize(
     ("kv_lens", "heads", "num_q_heads", "page_size"),
@@ -80,16 +87,18 @@ def decode(q: np.ndarray, case: PagedCase, num_shares: int) -> tuple[np.ndarray,
         pytest.param([0, 0], (2, 16), 2, 16, id="no keys at all"),
     ],
 )
-def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, num_q_heads, page_size, num_shares):
+def test_decode_attention_is_float64s_however_the_work_is_cut(
+    kv_lens, heads, num_q_heads, page_size, num_shares, stages
+):
     case = make_case(len(kv_lens), kv_lens, page_size=page_size, heads=heads)
     q = np.asarray(random_queries(1, len(kv_lens), num_q_heads, heads[1]))
     rows = [attend_row(*row) for row in zip(q, case.keys, case.values, strict=True)]
     expected = np.array([o for o, _ in rows]), np.array([lse for _, lse in rows])
-    assert_matches(decode(q, case, num_shares), expected)
+    assert_matches(decode(q, case, num_shares, stages), expected)
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("num_shares", [1, 3, 20])
+@pytest.mark.parametrize(("num_shares", "stages"), [(1, 3), (3, 2), (20, 3)])
 @pytest.mark.parametrize("tile_queries", [2, 8])
 @pytest.mark.parametrize(
     ("q_lens", "kv_lens", "heads", "num_q_heads"),
@@ -101,7 +110,7 @@ def test_decode_attention_is_float64s_however_the_work_is_cut(kv_lens, heads, nu
     ],
 )
 def test_extend_attention_is_float64s_however_the_work_is_cut(
-    q_lens, kv_lens, heads, num_q_heads, tile_queries, num_shares
+    q_lens, kv_lens, heads, num_q_heads, tile_queries, num_shares, stages
 ):
     num_padding = 3
     case = make_case(len(kv_lens), kv_lens, page_size=4, heads=heads)
@@ -114,7 +123,7 @@ def test_extend_attention_is_float64s_however_the_work_is_cut(
     tiles = Tiles(*(np.array(array) for array in cut))
     seen = np.array(row_kv_lens(cu_q_lens, lens, num_rows=len(q)))
     expected = attend_requests(q, q_lens, case.keys, case.values)
-    assert_matches(attend(q, case, tiles, seen, tile_queries, num_shares), expected)
+    assert_matches(attend(q, case, tiles, seen, tile_queries, num_shares, stages), expected)
 
 
 def test_kv_update_writes_its_slots_and_nothing_else():
