@@ -38,7 +38,7 @@ class KernelsCommand:
     ops: tuple[Op, ...] = get_args(Op)
     """What to time."""
     shrink: int | None = None
-    """Divides all lengths; None: 1 on a GPU, 256 elsewhere."""
+    """Divides all lengths, but those of exchanges; None: 1 on a GPU, 256 elsewhere. Other than 1: no targets."""
     only: str = ""
     """Times only work whose description holds this."""
     implementation: str | None = None
@@ -72,7 +72,9 @@ def main(argv: Sequence[str]) -> int:
         case ["kernels", *rest]:
             command = tyro.cli(KernelsCommand, prog="loongjax profile kernels", args=rest)
             # Before JAX is imported.
-            os.environ.update(device_environment(EngineConfig(num_cpu_devices=command.num_cpu_devices)))
+            environment = device_environment(EngineConfig(num_cpu_devices=command.num_cpu_devices))
+            del environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]  # an engine's; copies are timed beside JAX's memory
+            os.environ.update(environment)
             from loongjax_profiling.kernels.profile import profile_kernels
 
             return profile_kernels(command)

@@ -1,8 +1,10 @@
 """`loongjax profile kernels --ops exchange ring`: which rows there are, and that they time what they say."""
 
+import dataclasses
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -19,6 +21,7 @@ from loongjax_profiling.kernels.case import Case, Row
 from loongjax_profiling.kernels.mesh import exchange_cases, exchanges_of, mesh_sizes, on_every_rank, ring_cases
 from loongjax_profiling.kernels.profile import possible_ops, select
 from loongjax_profiling.kernels.table import format_table, format_target
+from loongjax_profiling.kernels.timing import SizeTimer, SlopeTimer, sample_in_turn
 from tests.pallas_kernels.brute_force import attend_sequences
 
 LOONGJAX = Path(sys.executable).with_name("loongjax")
@@ -37,11 +40,12 @@ def test_the_command_stores_rows_of_two_devices_and_what_they_are_compared_with(
     result = json.loads(out.read_text())
     assert result["hardware"] == "2 x cpu"
     rows = {(row["op"], row["work"], row["variant"]): row for row in result["rows"]}
-    assert len(rows) == 14
+    assert len(rows) == 11
     assert all(work in finished.stdout for _, work, _ in rows)
-    reduced = rows["all_reduce", "32 x 4096, 2 devices", "xla"]
-    assert (reduced["devices"], reduced["beside"]) == (2, "psum")
-    assert "share" not in rows["all_reduce", "32 x 4096, 2 devices", "psum"]
+    assert "share" not in rows["all_reduce", "32 x 4096, 2 devices", "xla"], "what psum is, too"
+    exchanged = rows["multi_master", "32 a master, 32 heads, 2 devices", "reference"]
+    assert (exchanged["devices"], exchanged["beside"]) == (2, "reduce-scatter")
+    assert "share" not in rows["multi_master", "32 a master, 32 heads, 2 devices", "reduce-scatter"]
     ring = rows["ring_attention", "128K causal, 32/8, 2 devices", "blockwise"]
     assert (ring["devices"], ring["beside"]) == (2, "128K causal, 32/8, 1 device")
     assert "devices" not in rows["ring_attention", "128K causal, 32/8, 1 device", "blockwise"]
@@ -105,7 +109,7 @@ def case_of(cases, op: str, work: str, variant: str) -> Case:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("variant", ["reference", "xla", "psum"])
 def test_two_repetitions_of_an_all_reduce_are_two_sums(variant, size):
-    implementation = None if variant == "psum" else variant
+    implementation = "reference" if variant == "psum" else variant
     case = case_of(
         exchange_cases(implementation, size, has_targets=False), "all_reduce", f"1 x 4096, {size} devices", variant
     )
@@ -139,7 +143,8 @@ def test_a_repetition_of_the_ring_is_causal_attention_of_the_whole_prompt(size):
     length = 32
     work = f"128K causal, 32/8, {size} devices" if size > 1 else "128K causal, 32/8, 1 device"
     case = case_of(ring_cases("blockwise", 4, 131072 // length), "ring_attention", work, "blockwise")
-    found = np.asarray(case.build()(1)(), np.float64)
+    *_, o = case.build()(1)()
+    found = np.asarray(o, np.float64)
     shapes = [(size, length // size, heads, 128) for heads in (32, 8, 8)]
     packed = [np.asarray(mesh._random(seed, *shape), np.float64) for seed, shape in enumerate(shapes)]
     q, k, v = (x.swapaxes(0, 1).reshape(length, *x.shape[2:]) for x in packed)
@@ -167,6 +172,7 @@ def test_ops_of_meshes_are_left_out_where_there_is_one_device(monkeypatch, capsy
     one_device = jax.devices()[:1]
     monkeypatch.setattr(jax, "devices", lambda: one_device)
     monkeypatch.setattr(profile, "measure", lambda cases: iter(()))
+    monkeypatch.setattr(profile, "copy_bytes_per_second", lambda num_bytes: 4e12)
     assert profile.profile_kernels(KernelsCommand(ops=("decode", "exchange"), only="1 x 1K")) == 0
     assert "left out, since there is one device and they need two: exchange" in capsys.readouterr().err
 
@@ -176,17 +182,71 @@ def test_a_variant_that_exchanges_do_not_have_is_refused():
         profile.profile_kernels(KernelsCommand(ops=("exchange",), implementation="xla"))
 
 
-def test_rows_of_exchanges_that_gave_up_are_not_believed(monkeypatch):
+def test_every_repetition_of_the_ring_attends_and_sends_its_keys(monkeypatch):
+    made = {}
+
+    def record(step, operands, carried, **settings):
+        made.update(step=step, operands=operands, carried=carried, settings=settings)
+        return lambda num: None
+
+    monkeypatch.setattr(mesh, "repeat_step", record)
+    mesh._ring("blockwise", 64, (2, 1), 2)
+    assert made["settings"]["as_loop"]
+
+    @jax.jit
+    def run(operands, carried):
+        return jax.lax.fori_loop(0, 3, lambda i, carried: made["step"](operands, carried, i), carried)
+
+    text = run.lower(made["operands"], made["carried"]).compile().as_text()
+    assert text is not None
+    entry = text[text.index("\nENTRY ") :]
+    assert "collective-permute(" in text
+    assert "collective-permute(" not in entry
+    assert entry.count(" while(") == 1, "nothing attends before the repetitions begin"
+
+
+def test_an_exchange_is_timed_by_programs_of_two_sizes():
+    calls = []
+
+    def repeat(num):
+        def call():
+            calls.append(num)
+            time.sleep(1e-3 + num * 1e-4)  # what a call costs, and each repetition
+            return jnp.zeros(1)
+
+        return call
+
+    timer = SizeTimer(repeat, 10)
+    sample_in_turn([timer], 5)
+    assert set(calls) == {10, 20}
+    assert timer.seconds == pytest.approx(1e-4, rel=0.5)
+    one_size = SlopeTimer(repeat, 10)
+    sample_in_turn([one_size], 5)
+    assert one_size.seconds > 1.5e-4, "a tenth of what a call costs is in it"
+
+
+def test_times_of_exchanges_that_gave_up_are_not_believed(monkeypatch, tmp_path):
     memory = object.__new__(PeerMemory)
-    monkeypatch.setattr(profile, "measure", lambda cases: iter(()))
+    decode, exchange = make_cases()
+    monkeypatch.setattr(profile, "copy_bytes_per_second", lambda num_bytes: 4e12)
+    monkeypatch.setattr(profile, "measure", lambda cases: (Row(case=case, seconds=1e-5) for case in (decode, exchange)))
     monkeypatch.setattr(PeerMemory, "check", lambda self: (_ for _ in ()).throw(EngineError("gave up waiting")))
     monkeypatch.setattr(mesh, "PeerMemory", lambda devices: memory)
-    command = KernelsCommand(ops=("exchange",), only="2 devices")
+    out = tmp_path / "kernels.json"
+    command = KernelsCommand(ops=("exchange",), only="2 devices", out=out)
     mesh.peer_memory.cache_clear()
     try:
         assert profile.profile_kernels(command) == 0, "nobody has exchanged anything"
         assert mesh.peer_memory() is memory
-        with pytest.raises(EngineError, match="gave up waiting"):
-            profile.profile_kernels(command)
+        assert profile.profile_kernels(command) == 1
     finally:
         mesh.peer_memory.cache_clear()
+    believed, void = json.loads(out.read_text())["rows"]
+    assert "error" not in believed
+    assert void["error"] == "gave up waiting"
+    assert "seconds" not in void
+
+
+def make_cases() -> tuple[Case, Case]:
+    exchange, *_ = exchange_cases("triton", 2, has_targets=True)
+    return dataclasses.replace(exchange, op="decode_attention", num_devices=1), exchange

@@ -6,9 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
-Repeat = Callable[[int], Callable[[], jax.Array]]
+Repeat = Callable[[int], Callable[[], Any]]
 """Given a number, makes a call of so many dependent repetitions, which is compiled and has not run."""
 
 
@@ -36,6 +34,11 @@ class Case:
     most_seconds: float | None = None
     """The target of work that is too short for a rate."""
 
+    @property
+    def is_exchange(self) -> bool:
+        """Whether its bytes go from device to device, a few at a time: what it takes is no matter of memory."""
+        return self.unit == "B" and self.num_devices > 1
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -45,8 +48,8 @@ class Row:
     seconds: float | None = None
     """Of one repetition; None if it failed, or was over too soon to be told from nothing."""
     method: str | None = None
-    """"slope" between one call and three of a program of repetitions, or "trace": from a repetition's first kernel to
-    the next one's."""
+    """"slope" between one call and three of a program of repetitions; "sizes": between programs of so many repetitions
+    and of twice as many; "trace": from a repetition's first kernel to the next one's."""
     error: str | None = None
 
     @property

@@ -39,9 +39,9 @@ def chain(attend: Attend, keys: Any, q: jax.Array, *, keeps_queries: bool = Fals
 
 
 def repeat_step(
-    step: Callable[[Any, jax.Array, Any], jax.Array],
+    step: Callable[[Any, Any, Any], Any],
     operands: Any,
-    carried: jax.Array,
+    carried: Any,
     *,
     as_loop: bool = False,
     compiler_options: Mapping[str, Any] | None = None,
@@ -53,7 +53,7 @@ def repeat_step(
     Args:
         step: one repetition.
         operands: what does not change.
-        carried: what the first one of the first call is given.
+        carried: what the first one of the first call is given, arrays in any structure.
         as_loop: on a GPU, too, where a loop launches kernels of its own to count. Steps on the same operands need one:
             side by side, XLA could make one of them.
         compiler_options: of the program, for XLA.
@@ -61,8 +61,8 @@ def repeat_step(
     step = jax.jit(step)  # to be traced once
 
     @functools.cache
-    def repeat(num: int) -> Callable[[], jax.Array]:
-        def run(operands: Any, carried: jax.Array) -> jax.Array:
+    def repeat(num: int) -> Callable[[], Any]:
+        def run(operands: Any, carried: Any) -> Any:
             if as_loop or jax.default_backend() != "gpu":
                 return jax.lax.fori_loop(0, num, lambda i, carried: step(operands, carried, i), carried)
             for i in range(num):
@@ -71,11 +71,11 @@ def repeat_step(
 
         options = None if compiler_options is None else dict(compiler_options)
         program = jax.jit(run, donate_argnums=1).lower(operands, carried).compile(compiler_options=options)
-        last: jax.Array | None = None
+        last: Any = None
 
-        def call() -> jax.Array:
+        def call() -> Any:
             nonlocal last
-            last = result = program(operands, jnp.copy(carried) if last is None else last)
+            last = result = program(operands, jax.tree.map(jnp.copy, carried) if last is None else last)
             return result
 
         return call

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Float32
 
+from loongjax.errors import EngineError
 from loongjax.pallas_kernels.exchange import PeerMemory, all_gather, all_reduce, exchange_and_merge
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable
 from loongjax.parallel import RING_COMPILER_OPTIONS, ring_attention
-from loongjax_profiling.kernels.case import Case, Repeat
+from loongjax_profiling.kernels.case import Case, Repeat, Row
 from loongjax_profiling.kernels.chain import repeat_step
 from loongjax_profiling.kernels.dense import causal, num_pairs
 from loongjax_profiling.kernels.paged import HEAD_DIM
@@ -63,6 +63,8 @@ class Exchange:
     """The implementation where there are no kernels of our own."""
     rival: str
     rival_step: Step
+    rival_implementation: str | None = None
+    """What the op calls the rival, if it is one of its own."""
     factor: float = 1.0
     """By which each step multiplies, in the mean."""
 
@@ -81,6 +83,7 @@ def exchanges_of(size: int) -> Iterator[Exchange]:
             without_kernels="xla",
             rival="psum",
             rival_step=functools.partial(_reduce, "xla"),
+            rival_implementation="xla",
             factor=1.0 / size,
         )
     for num_requests in MASTER_REQUESTS:
@@ -113,9 +116,10 @@ def exchange_cases(implementation: str | None, num_devices: int, *, has_targets:
                 build=functools.partial(_repeat_exchange, exchange, exchange.step(chosen), size, chosen == "triton"),
                 most_seconds=exchange.most_seconds if has_targets else None,
             )
-            build_rival = functools.partial(_repeat_exchange, exchange, exchange.rival_step, size, False)
             yield ours
-            yield dataclasses.replace(ours, variant=exchange.rival, is_rival=True, most_seconds=None, build=build_rival)
+            if chosen != exchange.rival_implementation:
+                build = functools.partial(_repeat_exchange, exchange, exchange.rival_step, size, False)
+                yield dataclasses.replace(ours, variant=exchange.rival, is_rival=True, most_seconds=None, build=build)
 
 
 def ring_cases(implementation: str, num_devices: int, shrink: int) -> Iterator[Case]:
@@ -139,10 +143,17 @@ def ring_cases(implementation: str, num_devices: int, shrink: int) -> Iterator[C
             )
 
 
-def check_exchanges() -> None:
-    """Raises EngineError if a device gave up waiting for another in any program so far: then no time holds."""
-    if peer_memory.cache_info().currsize:
+def checked(row: Row) -> Row:
+    """The row of an exchange, or of one that failed if a device has given up waiting for another: then no time holds,
+    and none that follows.
+    """
+    if not row.case.is_exchange or not peer_memory.cache_info().currsize:
+        return row
+    try:
         peer_memory().check()
+    except EngineError as error:
+        return Row(case=row.case, error=str(error))
+    return row
 
 
 @functools.cache
@@ -208,21 +219,22 @@ def _ring(implementation: str, length: int, heads: tuple[int, int], size: int) -
     qkv = tuple(jax.device_put(_random(seed, *shape), by_rank) for seed, shape in enumerate(shapes))
     row_starts = jnp.zeros(shapes[0][:2], jnp.int32, device=by_rank)
 
-    def body(q: jax.Array, k: jax.Array, v: jax.Array, row_starts: jax.Array) -> jax.Array:
+    def body(row_starts: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, o: jax.Array) -> tuple[jax.Array, ...]:
+        # Queries, keys and values wait for the repetition before, or XLA would attend once for all; no bit changes.
+        q, k, v = (x.at[0, 0, 0, 0].add(o[0, 0, 0, 0] * jnp.asarray(1e-30, o.dtype)) for x in (q, k, v))
+        # All of the output is carried: partial outputs of rows that nobody sees would not be merged.
         operands = q[0], k[0], v[0], row_starts[0]
         o, _, _ = ring_attention(*operands, axis_name=AXIS, variant="ring", implementation=implementation)
-        return o[None]
+        return q, k, v, o[None]
 
     mapped = jax.shard_map(body, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
-
-    def step(operands: Any, o: jax.Array, i: Any) -> jax.Array:
-        q, *others = operands
-        # All of the output is carried: partial outputs of rows that nobody sees would not be merged.
-        awaited, _ = jax.lax.optimization_barrier((q, o))
-        return mapped(awaited, *others)
-
-    operands = (*qkv, row_starts)
-    return repeat_step(step, operands, jnp.zeros_like(qkv[0]), as_loop=True, compiler_options=RING_COMPILER_OPTIONS)
+    return repeat_step(
+        lambda row_starts, carried, i: mapped(row_starts, *carried),
+        row_starts,
+        (*qkv, jnp.zeros_like(qkv[0])),
+        as_loop=True,
+        compiler_options=RING_COMPILER_OPTIONS,
+    )
 
 
 def _mesh(size: int) -> Mesh:

@@ -17,7 +17,7 @@ from loongjax.pallas_kernels.triton_gpu import is_triton_usable
 from loongjax_profiling.command import KernelsCommand
 from loongjax_profiling.kernels.case import Case, Row
 from loongjax_profiling.kernels.dense import prefill_cases
-from loongjax_profiling.kernels.mesh import check_exchanges, exchange_cases, ring_cases
+from loongjax_profiling.kernels.mesh import checked, exchange_cases, ring_cases
 from loongjax_profiling.kernels.paged import HEAD_DIM, decode_cases, extend_cases, update_cases
 from loongjax_profiling.kernels.rivals import installed_rivals
 from loongjax_profiling.kernels.table import format_rate, format_table, measure, to_json
@@ -43,7 +43,6 @@ def profile_kernels(command: KernelsCommand) -> int:
 
     Raises:
         ConfigError: no case is left, or no op has such a variant.
-        EngineError: a device gave up waiting for another in an exchange: no row is to be believed.
         KeyboardInterrupt: Ctrl-C ended it; the rows that were measured by then are printed and stored.
     """
     is_gpu = jax.devices()[0].platform == "gpu"
@@ -59,13 +58,12 @@ def profile_kernels(command: KernelsCommand) -> int:
     rows: list[Row] = []
     try:
         for row in measure(cases):
-            rows.append(row)
+            rows.append(checked(row))
     except KeyboardInterrupt:
         _report(command, rows, copy_rate)
         print(f"ended by Ctrl-C after {len(rows)} of {len(cases)} rows", file=sys.stderr)
         raise
     _report(command, rows, copy_rate)
-    check_exchanges()
     return int(any(row.error is not None for row in rows))
 
 

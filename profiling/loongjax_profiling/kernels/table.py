@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from loongjax_profiling.kernels.case import Case, Comparison, Repeat, Row, as_record
 from loongjax_profiling.kernels.device_trace import device_times
-from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
+from loongjax_profiling.kernels.timing import SizeTimer, SlopeTimer, sample_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ def _plan(case: Case) -> Program:
     is_gpu = jax.default_backend() == "gpu"
     expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
     repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
-    is_traced = is_gpu and case.unit == "B" and case.num_devices == 1
+    is_traced = is_gpu and case.unit == "B" and not case.is_exchange
     program = Program(
         case=case,
         repetitions=max(MIN_TRACED_REPETITIONS, repetitions) if is_traced else repetitions,
@@ -77,7 +77,8 @@ def _compile(program: Program) -> Program:
     if program.repeat is None:
         return program
     try:
-        program.repeat(program.repetitions)
+        for factor in (1, 2) if program.case.is_exchange else (1,):
+            program.repeat(factor * program.repetitions)
     except Exception as error:
         return dataclasses.replace(program, repeat=None, failed=_failure(program.case, error))
     return program
@@ -91,7 +92,7 @@ def _failure(case: Case, error: Exception) -> Row:
 def _measure(programs: Sequence[Program]) -> list[Row]:
     """Of the same work."""
     rows = {i: program.failed for i, program in enumerate(programs) if program.failed is not None}
-    timers: dict[int, SlopeTimer] = {}
+    timers: dict[int, SlopeTimer | SizeTimer] = {}
     for i, program in enumerate(programs):
         if program.repeat is None:
             continue
@@ -100,7 +101,8 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
                 traced = device_times(program.repeat, program.repetitions)
                 rows[i] = Row(case=program.case, seconds=traced.period_s, method="trace")
             else:
-                timers[i] = SlopeTimer(program.repeat, program.repetitions)
+                timer = SizeTimer if program.case.is_exchange else SlopeTimer
+                timers[i] = timer(program.repeat, program.repetitions)
         except Exception as error:
             rows[i] = _failure(program.case, error)
     sample_in_turn(list(timers.values()), SAMPLES, enough_s=SAMPLING_S)
@@ -108,7 +110,8 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
         if timer.seconds <= 0.0:
             rows[i] = Row(case=programs[i].case, error="too short to be timed")
         else:
-            rows[i] = Row(case=programs[i].case, seconds=timer.seconds, method="slope")
+            method = "sizes" if isinstance(timer, SizeTimer) else "slope"
+            rows[i] = Row(case=programs[i].case, seconds=timer.seconds, method=method)
     return [rows[i] for i in range(len(programs))]
 
 
@@ -137,7 +140,7 @@ def _compare(row: Row, rows: Sequence[Row], copy_rate: float) -> Comparison | No
         if compared:
             best, name = max(compared)
             return Comparison(share=rate / best, beside=name)
-    return Comparison(share=rate / copy_rate, beside="a copy") if case.unit == "B" and case.num_devices == 1 else None
+    return Comparison(share=rate / copy_rate, beside="a copy") if case.unit == "B" and not case.is_exchange else None
 
 
 def format_table(rows: Sequence[Row], copy_rate: float) -> str:

@@ -7,6 +7,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ class SlopeTimer:
         num: repetitions of a call.
     """
 
-    def __init__(self, repeat: Callable[[int], Callable[[], jax.Array]], num: int) -> None:
+    def __init__(self, repeat: Callable[[int], Callable[[], Any]], num: int) -> None:
         self._num = num
         self._call = repeat(num)
         jax.block_until_ready(self._call())
@@ -40,10 +41,44 @@ class SlopeTimer:
         return statistics.median(self._slopes)
 
 
+class SizeTimer:
+    """Times one repetition of an op that takes microseconds: the slope between calls of a program of `num` dependent
+    ones and of another of twice as many, in which what a call itself costs cancels out.
+
+    Compiles both, if they are not, and runs them once.
+
+    Args:
+        repeat: makes a call of so many dependent repetitions.
+        num: repetitions of a call of the first program.
+    """
+
+    SAMPLE_S = 0.02
+    """What the calls of one program take together, as far as `MOST_CALLS` do."""
+    MOST_CALLS = 20
+
+    def __init__(self, repeat: Callable[[int], Callable[[], Any]], num: int) -> None:
+        self._num = num
+        self._calls = repeat(num), repeat(2 * num)
+        for call in self._calls:
+            jax.block_until_ready(call())
+        self._num_calls = max(1, min(self.MOST_CALLS, round(self.SAMPLE_S / _elapsed_s(self._calls[1], 1))))
+        self._slopes: list[float] = []
+
+    def sample(self) -> None:
+        """Takes one more slope."""
+        short, long = (_elapsed_s(call, self._num_calls) for call in self._calls)
+        self._slopes.append((long - short) / (self._num_calls * self._num))
+
+    @property
+    def seconds(self) -> float:
+        """The median of the slopes."""
+        return statistics.median(self._slopes)
+
+
 LEAST_SAMPLES = 3
 
 
-def sample_in_turn(timers: Sequence[SlopeTimer], samples: int, *, enough_s: float = math.inf) -> None:
+def sample_in_turn(timers: Sequence[SlopeTimer | SizeTimer], samples: int, *, enough_s: float = math.inf) -> None:
     """So many slopes of each, in another order every round: a GPU's clock falls under load, and rises behind what takes
     less power, so what always comes first or behind the same rival is not timed fairly.
 
@@ -61,14 +96,14 @@ def sample_in_turn(timers: Sequence[SlopeTimer], samples: int, *, enough_s: floa
             timer.sample()
 
 
-def device_seconds(repeat: Callable[[int], Callable[[], jax.Array]], num: int, samples: int = 5) -> float:
+def device_seconds(repeat: Callable[[int], Callable[[], Any]], num: int, samples: int = 5) -> float:
     """Seconds of one repetition, by `samples` slopes of a `SlopeTimer`."""
     timer = SlopeTimer(repeat, num)
     sample_in_turn([timer], samples)
     return timer.seconds
 
 
-def _elapsed_s(call: Callable[[], jax.Array], num_calls: int) -> float:
+def _elapsed_s(call: Callable[[], Any], num_calls: int) -> float:
     started = time.perf_counter()
     result = call()
     for _ in range(num_calls - 1):
