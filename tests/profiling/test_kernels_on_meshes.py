@@ -4,7 +4,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -16,7 +15,7 @@ from loongjax.errors import ConfigError, EngineError
 from loongjax.pallas_kernels.exchange import PeerMemory
 from loongjax.parallel.striped import stripe
 from loongjax_profiling.command import KernelsCommand
-from loongjax_profiling.kernels import mesh, profile
+from loongjax_profiling.kernels import mesh, profile, timing
 from loongjax_profiling.kernels.case import Case, Row
 from loongjax_profiling.kernels.mesh import exchange_cases, exchanges_of, mesh_sizes, on_every_rank, ring_cases
 from loongjax_profiling.kernels.profile import possible_ops, select
@@ -205,24 +204,22 @@ def test_every_repetition_of_the_ring_attends_and_sends_its_keys(monkeypatch):
     assert entry.count(" while(") == 1, "nothing attends before the repetitions begin"
 
 
-def test_an_exchange_is_timed_by_programs_of_two_sizes():
-    calls = []
+def test_what_a_call_costs_is_in_no_time_of_an_exchange(monkeypatch):
+    sizes = []
 
     def repeat(num):
-        def call():
-            calls.append(num)
-            time.sleep(1e-3 + num * 1e-4)  # what a call costs, and each repetition
-            return jnp.zeros(1)
+        sizes.append(num)
+        return lambda: num
 
-        return call
+    def elapsed_s(call, num_calls):
+        return num_calls * (1e-3 + call() * 1e-5)  # a call, and each repetition
 
-    timer = SizeTimer(repeat, 10)
-    sample_in_turn([timer], 5)
-    assert set(calls) == {10, 20}
-    assert timer.seconds == pytest.approx(1e-4, rel=0.5)
-    one_size = SlopeTimer(repeat, 10)
-    sample_in_turn([one_size], 5)
-    assert one_size.seconds > 1.5e-4, "a tenth of what a call costs is in it"
+    monkeypatch.setattr(timing, "_elapsed_s", elapsed_s)
+    timer, other = SizeTimer(repeat, 10), SlopeTimer(repeat, 10)
+    sample_in_turn([timer, other], 3)
+    assert sizes == [10, 20, 10]
+    assert timer.seconds == pytest.approx(1e-5)
+    assert other.seconds == pytest.approx(1e-4 + 1e-5)
 
 
 def test_times_of_exchanges_that_gave_up_are_not_believed(monkeypatch, tmp_path):
