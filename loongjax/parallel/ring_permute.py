@@ -61,13 +61,13 @@ def attend_in_loop[Carry](
 
 @jax.custom_jvp
 def _pack(k: Float[Array, "T K H"], v: Float[Array, "T K H"]) -> Float[Array, "kv T K H"]:
-    """Keys and values in one message."""
-    if k.dtype.itemsize != 2 or k.shape[-1] % 2:
-        return jnp.stack([k, v])
-    # XLA:GPU copies an element at a time: two of them take it half the time of single ones.
-    in_pairs = (*k.shape[:-1], k.shape[-1] // 2, 2)
-    pairs = [jax.lax.bitcast_convert_type(x.reshape(in_pairs), jnp.uint32) for x in (k, v)]
-    return jax.lax.bitcast_convert_type(jnp.stack(pairs), k.dtype).reshape(2, *k.shape)
+    """Keys and values in one message, as integers: of numbers that it moves XLA may change the NaNs."""
+    shape, word = k.shape, f"uint{8 * k.dtype.itemsize}"
+    if k.dtype.itemsize == 2 and k.shape[-1] % 2 == 0:
+        # XLA:GPU copies an element at a time: two of them take it half the time of single ones.
+        shape, word = (*k.shape[:-1], k.shape[-1] // 2, 2), "uint32"
+    words = [jax.lax.bitcast_convert_type(x.reshape(shape), word) for x in (k, v)]
+    return jax.lax.bitcast_convert_type(jnp.stack(words), k.dtype).reshape(2, *k.shape)
 
 
 @_pack.defjvp

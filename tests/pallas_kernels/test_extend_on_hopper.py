@@ -89,6 +89,11 @@ def test_requests_of_any_length_share_blocks_of_rows():
     check([3] * 9, [37 * i % 300 for i in range(9)], 8, heads=(4, 2))
 
 
+@pytest.mark.parametrize("heads", [(4, 2), (6, 2)], ids=["blocks of one request", "heads of a row in two blocks"])
+def test_heads_of_several_requests_with_long_pasts_share_blocks(heads):
+    check([64, 0, 64, 33], [2100, 900, 1300, 20], 16, heads=heads)
+
+
 def test_lengths_at_the_edges_of_pages_and_blocks():
     check([5] * 8, [1, 15, 16, 17, 127, 128, 129, 256], 16)
 

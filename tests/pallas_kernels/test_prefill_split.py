@@ -121,12 +121,29 @@ def test_heads_side_by_side_and_back():
 
 
 def test_heads_share_a_block_only_of_few_rows_that_see_many_keys():
-    def folds(num_rows: int, num_keys: int = 100_000, heads: tuple[int, int] = (32, 8)) -> bool:
-        return folds_heads(num_rows, *heads, num_keys, 128)
+    def folds(num_rows: int, num_keys: int = 100_000, heads: tuple[int, int] = (32, 8), num_requests: int = 1) -> bool:
+        return folds_heads(num_rows, *heads, num_keys, 128, num_requests)
 
     assert [folds(num_rows) for num_rows in (1, 32, 64, 96, 127, 128, 512)] == [True] * 4 + [False] * 3
     assert not folds(32, heads=(8, 8))
     assert not folds(64, num_keys=64), "a short prompt has no keys to cut"
+    assert [folds(num_rows, num_requests=4) for num_rows in (128, 511, 512, 1024)] == [True, True, False, False]
+    assert [folds(num_rows, num_requests=64) for num_rows in (512, 513, 2048)] == [True, False, False]
+    assert not folds(128, heads=(8, 8), num_requests=4)
+    assert not folds(128, num_keys=64, num_requests=4)
+
+
+def test_several_requests_in_as_many_blocks_visit_a_quarter_of_the_keys_if_heads_lie_side_by_side():
+    k_start = np.repeat(np.arange(4) * 50_000, 32)
+
+    def num_visits(repeats: int) -> tuple[int, int]:
+        starts = jnp.asarray(np.repeat(k_start, repeats), jnp.int32)
+        visits = plan_visits(starts, starts + 49_984, num_keys=200_000, block_q=128, block_kv=128)
+        return len(visits.num_blocks), int(visits.num_blocks.sum())
+
+    (num_blocks, total), (num_folded, folded_total) = num_visits(1), num_visits(4)
+    assert num_blocks * 32 == num_folded * 8
+    assert folded_total * 8 < total * 32 / 3.9
 
 
 def test_few_items_are_cut_until_all_thread_blocks_have_one():

@@ -119,6 +119,7 @@ def _attend_forward(
         out_dtype=out_dtype,
         tuning=tuning,
         is_uneven=True,
+        num_requests=kv_lens.shape[0],
     )
     if brings_into_order(page_size, q.shape[0] * q.shape[1] // K // kv_lens.shape[0]):
         from loongjax.pallas_kernels.extend_attention.gather_pages import gather_pages

@@ -73,6 +73,8 @@ class Launch:
     tuning: PrefillTuning
     is_uneven: bool = False
     """Whether the last rows need not be those that see most keys."""
+    num_requests: int = 1
+    """That have the rows and keys of their own, at most; 1 also where that is not known."""
 
 
 def attend_rows_over(
@@ -92,7 +94,7 @@ def attend_rows_over(
         k_end: one past each row's last key.
     """
     (T, N, H), K, tuning = q.shape, keys[0].shape[1], launch.tuning
-    if folds_heads(T, N, K, launch.num_keys, tuning.block_q):
+    if folds_heads(T, N, K, launch.num_keys, tuning.block_q, launch.num_requests):
         folded = dataclasses.replace(launch, tuning=dataclasses.replace(tuning, num_heads_abreast=None))
         bounds = (jnp.repeat(x, N // K) for x in (k_start, k_end))
         o, lse = attend_rows_over(folded, fold_heads(q, K), keys, *bounds)

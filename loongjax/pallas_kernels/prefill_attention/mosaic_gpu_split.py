@@ -16,12 +16,23 @@ LEAST_PART = 2048
 """Keys of a part: about 25 us of a thread block, several times what a merge takes."""
 LEAST_GAIN = 0.05
 """Of the time, for which more parts are worth it."""
+MOST_FOLDED_ROWS = 512
+"""Of several requests: moving queries and outputs of more rows takes longer than may be gained."""
 
 
-def folds_heads(num_rows: int, num_q_heads: int, num_kv_heads: int, num_keys: int, block_q: int) -> bool:
-    """Whether there are fewer blocks if the query heads of a KV head lie side by side in one, and keys to cut."""
-    folded = -(-num_rows * num_q_heads // num_kv_heads // block_q) * num_kv_heads
-    return num_rows < block_q and folded < num_q_heads and num_keys >= 2 * LEAST_PART
+def folds_heads(
+    num_rows: int, num_q_heads: int, num_kv_heads: int, num_keys: int, block_q: int, num_requests: int
+) -> bool:
+    """Whether the query heads of a KV head lie side by side in a block of rows, where there are keys to cut.
+
+    That makes fewer blocks of few rows. Of more it makes as many, each of which holds rows of fewer requests, and so
+    visits the keys of fewer: four requests of 32 rows with 4 heads each then have a block of their own.
+    """
+    if num_q_heads == num_kv_heads or num_keys < 2 * LEAST_PART:
+        return False
+    if num_rows < block_q:
+        return -(-num_rows * num_q_heads // num_kv_heads // block_q) * num_kv_heads < num_q_heads
+    return num_rows <= MOST_FOLDED_ROWS and num_rows < num_requests * block_q
 
 
 def fold_heads(per_head: Shaped[Array, "T N *rest"], num_kv_heads: int) -> Shaped[Array, "T_G K *rest"]:
