@@ -75,8 +75,7 @@ def decode(q: np.ndarray, case: PagedCase, num_shares: int, stages: int) -> tupl
 
 
 @pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
-@pytest.mark.parametrize("stages", [2, 3], ids=["pages as needed", "pages a block ahead"])
-@pytest.mark.parametrize("num_shares", [1, 2, 7, 40])
+@pytest.mark.parametrize(("num_shares", "stages"), [(1, 3), (2, 2), (7, 3), (40, 2)])
 @pytest.mark.parametrize(
     ("kv_lens", "heads", "num_q_heads", "page_size"),
     [
