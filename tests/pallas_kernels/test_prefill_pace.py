@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from loongjax.pallas_kernels.prefill_attention import mosaic_gpu_launch, mosaic_gpu_pace
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import keeps_pace
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_launch import choose_paced_blocks
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import (
     ENDED,
     LAP,
@@ -103,13 +103,18 @@ def test_all_count_what_they_fetched_and_compute_the_same(always_paced):
     assert runners.value == 2 + 2 * ENDED
 
 
-def test_a_thread_block_waits_once_for_others_that_have_no_laps(always_paced, monkeypatch):
+@pytest.fixture
+def nobody_has_laps(monkeypatch):
+    """Thread blocks begin, and neither fetch anything nor end, as far as others see."""
     add = SharedCount._add
 
     def add_to_runners(self: SharedCount, amount: np.ndarray) -> tuple[()]:
         return add(self, amount) if self is SharedCount.made[1] and amount > 0 else ()
 
     monkeypatch.setattr(SharedCount, "_add", add_to_runners)
+
+
+def test_a_thread_block_waits_once_for_others_that_have_no_laps(always_paced, nobody_has_laps):
     arrays, ranges = random_inputs(519, 600, (2, 1)), causal(519, 600)  # as no other test, to be traced here
     assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
     laps, _ = SharedCount.made
@@ -117,12 +122,24 @@ def test_a_thread_block_waits_once_for_others_that_have_no_laps(always_paced, mo
     assert laps.num_reads == 2 * (1 + MOST_LAPS_AHEAD + MOST_LOOKS)
 
 
+@pytest.mark.parametrize(("lengths", "waits"), [([384, 128, 87], True), ([256, 256, 86], False)])
+def test_nobody_waits_unless_somebody_visits_much(always_paced, nobody_has_laps, monkeypatch, lengths, waits):
+    """Packed prompts, the longest of which is not the last: in line its last query block comes first all the same."""
+    block_bytes = 2 * 64 * 64 * 2
+    monkeypatch.setattr(mosaic_gpu_launch, "PACED_BYTES", 6 * block_bytes)
+    starts = np.repeat(np.cumsum(lengths) - lengths, lengths)
+    ranges = starts, np.arange(len(starts)) + 1
+    arrays = random_inputs(len(starts), len(starts), (2, 1))  # as no other test, to be traced here
+    assert_matches(run(arrays, ranges, num_programs=2, block_kv=64), truth(arrays, ranges), "bfloat16")
+    assert (SharedCount.made[0].num_reads > MOST_LOOKS) == waits
+
+
 def join(laps: int, runners: int) -> tuple[int, list[int]]:
     """The first lap of a thread block that begins when the words hold this, and what they hold then."""
     words = [SharedCount(), SharedCount()]
     words[0].value, words[1].value = laps, runners
     with interpreted():
-        stand = jax.jit(lambda: Pace(*words).begin())()
+        stand = jax.jit(lambda: Pace(*words).begin(may_wait=jnp.bool_(True)))()
     jax.effects_barrier()
     return int(stand.first_lap), [word.value for word in words]
 
@@ -147,7 +164,7 @@ def test_who_begins_among_others_reads_until_both_words_count_the_same(num_waves
 
     monkeypatch.setattr(SharedCount, "_read", read_as_others_join)
     with interpreted():
-        stand = jax.jit(lambda: Pace(words[0], words[1]).begin())()
+        stand = jax.jit(lambda: Pace(words[0], words[1]).begin(may_wait=jnp.bool_(True)))()
     jax.effects_barrier()
     assert int(stand.first_lap) == 10
     assert words[0].num_reads == num_reads
@@ -162,8 +179,8 @@ def test_nobody_waits_for_what_late_ones_missed(num_late):
 
 
 def test_only_long_keys_are_worth_it():
-    def is_paced(num_keys: int, num_q_blocks: int = 1024) -> bool:
-        return keeps_pace(2 * num_keys * 128 * 2, 32 * num_q_blocks, num_programs=132)
+    def paced_blocks(num_keys: int, num_q_blocks: int = 1024) -> int | None:
+        return choose_paced_blocks(num_keys // 128, 2 * 128 * 128 * 2, 32 * num_q_blocks, num_programs=132)
 
-    assert [is_paced(num_keys) for num_keys in (4096, 16_384, 32_768, 131_072)] == [False, False, True, True]
-    assert not is_paced(131_072, num_q_blocks=4), "each thread block takes one item"
+    assert [paced_blocks(num_keys) for num_keys in (4096, 16_384, 32_768, 131_072)] == [None, None, 256, 256]
+    assert paced_blocks(131_072, num_q_blocks=4) is None, "each thread block takes one item"

@@ -32,7 +32,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import DenseKeys, PagedKeys
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_pace import Pace, Stand
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_registers import hide_outside, scale_rows, sum_parts
-from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, Work, find_work
+from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_schedule import Schedule, Work, find_work, most_blocks
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_scratch import Scratch
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import WARPGROUP_ROWS, PrefillTuning
 
@@ -159,7 +159,8 @@ def attend_query_blocks(memory: RowMemory, keys: DenseKeys | PagedKeys, visits_g
             next_work = work_behind(number, work)
             return next_work, copy_key_blocks(keys, setting, work, work.q_head // group_size, pace, stand)
 
-        lax.fori_loop(0, schedule.num_rounds, copy_item, (first_work(), pace.begin()))
+        may_wait = most_blocks(visits_gmem) >= (schedule.paced_blocks or 0)
+        lax.fori_loop(0, schedule.num_rounds, copy_item, (first_work(), pace.begin(may_wait=may_wait)))
         pace.end()
 
 

@@ -37,7 +37,9 @@ MOST_IMBALANCE = 1.02
 SORTED_ROUNDS = 64
 """Items a thread block from which on it pays to sort them."""
 PACED_BYTES = 16 << 20
-"""Of one head's keys and values: what surely stays in the L2, which keeps two copies of what all read."""
+"""Of the keys and values that a query block visits: what surely stays in the L2, which keeps two copies of what all
+read.
+"""
 
 
 def is_supported(dtype: DTypeLike, head_dim: int) -> bool:
@@ -181,15 +183,18 @@ def causal_imbalance(schedule: Schedule) -> float:
     return float(busy.max() / busy.mean())
 
 
-def keeps_pace(head_bytes: int, num_items: int, num_programs: int) -> bool:
-    """Whether thread blocks that do not wait for each other would come so far apart that each reads for itself.
+def choose_paced_blocks(num_key_blocks: int, block_bytes: int, num_items: int, num_programs: int) -> int | None:
+    """Key blocks of an item from which on thread blocks that do not wait for each other would come so far apart that
+    each reads for itself; None: no item visits so many.
 
     Args:
-        head_bytes: of the keys and values of one head.
+        num_key_blocks: that there are.
+        block_bytes: of the keys and values of a block.
         num_items: query blocks of all heads.
         num_programs: thread blocks.
     """
-    return head_bytes >= PACED_BYTES and num_items > num_programs
+    least = -(-PACED_BYTES // block_bytes)
+    return least if num_key_blocks >= least and num_items > num_programs else None
 
 
 def pad_rows(x: Float[Array, "rows heads H"], *, at_least: int) -> Float[Array, "padded_rows heads H"]:
@@ -217,9 +222,11 @@ def _call(
     abreast = min(abreast, N)
     if N % abreast:
         raise ConfigError(f"num_heads_abreast must divide the {N} query heads, got {abreast}")
-    is_paced = keeps_pace(2 * launch.num_keys * H * q.dtype.itemsize, N * num_q_blocks, num_programs)
-    schedule = Schedule(N, num_q_blocks, num_programs, abreast, is_paced)
-    is_sorted = launch.is_uneven or N * num_q_blocks >= SORTED_ROUNDS * num_programs
+    num_key_blocks = -(-launch.num_keys // tuning.block_kv)
+    block_bytes = 2 * tuning.block_kv * H * q.dtype.itemsize
+    paced_blocks = choose_paced_blocks(num_key_blocks, block_bytes, N * num_q_blocks, num_programs)
+    schedule = Schedule(N, num_q_blocks, num_programs, abreast, paced_blocks)
+    is_sorted = launch.is_uneven or paced_blocks is not None or N * num_q_blocks >= SORTED_ROUNDS * num_programs
     line = line_up(visits, by_length=is_sorted)
     scratch = make_scratch(tuning, H, q.dtype, kernel_dtype, copies_per_block=launch.copies_per_block)
     return plgpu.kernel(

@@ -56,11 +56,15 @@ class Pace(NamedTuple):
     @classmethod
     def of(cls, schedule: Schedule) -> Pace:
         """That of a launch."""
-        return cls(shared_count(), shared_count()) if schedule.is_paced else cls(None, None)
+        return cls(None, None) if schedule.paced_blocks is None else cls(shared_count(), shared_count())
 
-    def begin(self) -> Stand:
-        """Joins the others, at their mean."""
-        patience = jnp.int32(MOST_LOOKS)
+    def begin(self, *, may_wait: jax.Array) -> Stand:
+        """Joins the others, at their mean.
+
+        Args:
+            may_wait: whether it waits for them, if it gets ahead.
+        """
+        patience = jnp.where(may_wait, jnp.int32(MOST_LOOKS), 0)
         if self.laps is None:
             return Stand(jnp.int32(0), patience)
         laps, runners = self._read_both()

@@ -25,8 +25,10 @@ class Schedule(NamedTuple):
     num_programs: int
     num_heads_abreast: int
     """In a set; divides `num_q_heads`."""
-    is_paced: bool = False
-    """Whether thread blocks wait for each other: see `Pace`."""
+    paced_blocks: int | None = None
+    """Key blocks that an item has to visit for thread blocks to wait for each other, see `Pace`; None: they never do.
+    The first in line visits most, then.
+    """
 
     @property
     def num_rounds(self) -> jax.Array:
@@ -95,6 +97,11 @@ def line_up(visits: Visits, *, by_length: bool) -> Int32[Array, "q_blocks 5"]:
     later = (length[None, :] == length[:, None]) & (number[None, :] > number[:, None])
     place = (longer | later).sum(axis=1, dtype=jnp.int32)
     return jnp.where((place[None, :] == number[:, None])[..., None], rows[None], 0).sum(axis=1)
+
+
+def most_blocks(visits_gmem: Any) -> jax.Array:
+    """Key blocks of the first in line."""
+    return visits_gmem[0, 2]
 
 
 def find_work(visits_gmem: Any, schedule: Schedule, number: jax.Array, num_before: jax.Array) -> Work:
