@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from loongjax.errors import EngineError
 from loongjax.pallas_kernels.exchange import PeerMemory, all_gather, all_reduce, exchange_and_merge, exchange_status
 from loongjax.parallel import multi_master_decode
+from tests.gpu.busy import keep_busy
 from tests.pallas_kernels.brute_force import attend_row
 from tests.pallas_kernels.paged_case import make_case, random_queries
 from tests.pallas_kernels.tolerance import assert_matches
@@ -278,18 +279,6 @@ def test_the_check_of_varying_axes_takes_them(peers):
     assert not np.asarray(status).any()
 
 
-@jax.jit
-def _multiply(seed: jax.Array) -> jax.Array:
-    x = jax.random.normal(jax.random.key(seed), (16_384, 16_384), jnp.bfloat16)
-    # The number is static, and small: loops of any other kind hold the dispatching thread until they are nearly over.
-    return jax.lax.fori_loop(0, 150, lambda _, x: x @ x / 128, x)[0, 0]
-
-
-def keep_busy(device: jax.Device) -> jax.Array:
-    """Nearly 2 s of an H200."""
-    return _multiply(jax.device_put(np.int32(0), device))
-
-
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_late_peer_is_waited_for(peers, late):
     mesh = mesh_of((0, 1))
@@ -305,7 +294,7 @@ def test_a_late_peer_is_waited_for(peers, late):
 
 def test_a_peer_that_does_not_come_is_reported_and_a_reset_mends_it(peers):
     mesh = mesh_of((0, 1))
-    memory = PeerMemory(jax.devices()[:2], poll_limit=100_000)  # a tenth of a second
+    memory = PeerMemory(jax.devices()[:2], wait_limit_s=0.1)
     program = chained(ERRORS, (5000, 5000, 700), 1)
     # To load the kernels for the first time may take a GPU longer than that.
     program(mesh, peers.table(mesh), np.int32(0))[1].block_until_ready()

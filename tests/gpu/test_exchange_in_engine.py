@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Iterator
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from loongjax.core.cluster import Group
@@ -16,6 +14,7 @@ from loongjax.pallas_kernels.exchange import PeerMemory
 from loongjax.runtime.exchange import GroupExchange
 from loongjax.runtime.local import LocalRuntime
 from tests.checkpoints import make_checkpoint
+from tests.gpu.busy import keep_busy
 from tests.runtime.driver import Driver, Golden, poison_pool, small_runtime
 
 pytestmark = [pytest.mark.gpu, pytest.mark.alone]
@@ -108,17 +107,6 @@ def complete(runtime: LocalRuntime, iteration: Iteration) -> Completion:
     return completion
 
 
-@jax.jit
-def _multiply(seed: jax.Array) -> jax.Array:
-    x = jax.random.normal(jax.random.key(seed), (16_384, 16_384), jnp.bfloat16)
-    return jax.lax.fori_loop(0, 150, lambda _, x: x @ x / 128, x)[0, 0]
-
-
-def keep_busy(device: jax.Device) -> jax.Array:
-    """Nearly 2 s of an H200."""
-    return _multiply(jax.device_put(np.int32(0), device))
-
-
 @pytest.mark.parametrize(("tp", "num_instances"), [(1, 2), (2, 1)], ids=["sp2", "tp2"])
 def test_an_iteration_with_a_peer_that_comes_too_late_fails_and_after_a_recovery_all_is_well(
     make_runtime, tp, num_instances
@@ -137,7 +125,7 @@ def test_an_iteration_with_a_peer_that_comes_too_late_fails_and_after_a_recovery
 
     serve(2)  # so that no program is loaded for the first time below
     patient = runtime._exchange
-    runtime._exchange = GroupExchange(runtime._grid, PeerMemory(jax.devices()[:2], poll_limit=100_000))
+    runtime._exchange = GroupExchange(runtime._grid, PeerMemory(jax.devices()[:2], wait_limit_s=0.1))
     driver = serve(2)
     keep_busy(jax.devices()[1]).block_until_ready()
     blocked = keep_busy(jax.devices()[1])

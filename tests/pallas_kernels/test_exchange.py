@@ -249,7 +249,14 @@ def test_without_a_driver_nothing_reaches_anything(monkeypatch):
 def memory(monkeypatch) -> PeerMemory:
     """Of CPU devices, which serves as far as no kernel runs."""
     monkeypatch.setattr(peers, "check_reachable", lambda devices: None)
-    return PeerMemory(jax.devices()[:3], poll_limit=77)
+    return PeerMemory(jax.devices()[:3], wait_limit_s=77e-6)
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, 2001.0, float("nan")])
+def test_a_wait_has_a_limit_that_a_workspace_can_hold(monkeypatch, limit):
+    monkeypatch.setattr(peers, "check_reachable", lambda devices: None)
+    with pytest.raises(ConfigError, match=f"wait_limit_s must be above 0 and at most 2000, got {limit:g}"):
+        PeerMemory(jax.devices()[:2], wait_limit_s=limit)
 
 
 def set_status(memory: PeerMemory, place: int, status: int) -> None:

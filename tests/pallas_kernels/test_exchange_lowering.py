@@ -156,12 +156,13 @@ def test_flags_are_released_and_acquired_for_the_whole_system(compiled, num_rank
     assert re.findall(r"atom\S*exch\S*", ptx).count("atom.global.sys.release.exch.b32") >= 2  # status and flag
     assert "atom.global.sys.acquire.add.u32" in ptx
     flag = max(m.start() for m in re.finditer(r"atom.global.sys.release.exch", ptx))
-    poll = ptx.index("atom.global.sys.acquire.add.u32")
     sends = [m.start() for m in re.finditer(r"st\.global", ptx) if m.start() < flag]
     assert "bar.sync" in ptx[max(sends) : flag]
     received = [m.start() for m in re.finditer(r"ld\.global\.cg", ptx)]
-    assert poll < min(received)
-    assert "bar.sync" in ptx[poll : min(received)]
+    barrier = ptx.rindex("bar.sync", 0, min(received))
+    assert flag < barrier
+    assert "$L__BB" not in ptx[barrier : min(received)], "somebody jumps over the barrier"
+    assert ptx.count("%globaltimer") == 1
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -13,6 +13,7 @@ from typing import no_type_check
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import globaltimer
 
 from loongjax.pallas_kernels.exchange import workspace
 
@@ -24,9 +25,10 @@ MAX_DEVICES = tl.constexpr(workspace.MAX_DEVICES)
 MAX_PROGRAMS = tl.constexpr(workspace.MAX_PROGRAMS)
 MESSAGE_BYTES = tl.constexpr(workspace.MESSAGE_BYTES)
 NUMBER_MASK = tl.constexpr(workspace.NUMBER_MASK)
-POLL_LIMIT = tl.constexpr(workspace.POLL_LIMIT)
+POLLS_A_LOOK = tl.constexpr(workspace.POLLS_A_LOOK)
 SECTOR_BYTES = tl.constexpr(workspace.SECTOR_BYTES)
 STATUS = tl.constexpr(workspace.STATUS)
+WAIT_LIMIT = tl.constexpr(workspace.WAIT_LIMIT)
 
 
 @triton.jit
@@ -197,15 +199,15 @@ def open_link(group_ptr, num_ranks: tl.constexpr, padded_ranks: tl.constexpr):
     their_flags = (theirs + FLAGS + own_channel * SECTOR_BYTES).to(tl.pointer_type(tl.int32))
     own_flags = (own + FLAGS + channels * SECTOR_BYTES).to(tl.pointer_type(tl.int32))
     their_statuses = (theirs + STATUS).to(tl.pointer_type(tl.int32))
-    poll_limit = tl.load((own + POLL_LIMIT).to(tl.pointer_type(tl.int32)))
-    return is_peer, counts, counters, their_flags, own_flags, their_statuses, poll_limit
+    wait_limit = tl.load((own + WAIT_LIMIT).to(tl.pointer_type(tl.int32)))
+    return is_peer, counts, counters, their_flags, own_flags, their_statuses, wait_limit
 
 
 @triton.jit
 @no_type_check
 def signal_and_wait(link, status, round, group_ptr, num_ranks: tl.constexpr, padded_ranks: tl.constexpr):
     """Tells the peers that this round's message is with them, and waits for theirs."""
-    is_peer, counts, _, their_flags, own_flags, their_statuses, poll_limit = link
+    is_peer, counts, _, their_flags, own_flags, their_statuses, wait_limit = link
     numbers = (counts + round + 1) & NUMBER_MASK
     before = (counts + round) & NUMBER_MASK
     has_failed = status != 0
@@ -215,17 +217,30 @@ def signal_and_wait(link, status, round, group_ptr, num_ranks: tl.constexpr, pad
     tl.atomic_xchg(their_statuses, news, mask=is_peer & has_failed, sem="release", scope="sys")
     tl.atomic_xchg(their_flags, numbers, mask=is_peer, sem="release", scope="sys")
     num_polls = 0
+    began = tl.cast(0, tl.int64)
+    waited = tl.cast(0, tl.int64)
     num_missing = tl.where(has_failed, 0, num_ranks - 1)
     is_missing = is_peer
-    while (num_missing > 0) & (num_polls < poll_limit):
+    while (num_missing > 0) & (waited < wait_limit):
         flags = tl.atomic_add(own_flags, 0, mask=is_peer, sem="acquire", scope="sys")
         is_missing = is_peer & (flags == before)
         num_missing = tl.sum(is_missing.to(tl.int32), axis=0)
         num_polls += 1
+        if num_polls % POLLS_A_LOOK == 0:
+            now = clock_us()
+            began = tl.where(began == 0, now, began)
+            waited = now - began
     if num_missing > 0:
         report_missing(is_missing, numbers, group_ptr, num_ranks, padded_ranks)
     # What one thread has acquired, all may read.
     tl.debug_barrier()
+
+
+@triton.jit
+@no_type_check
+def clock_us():
+    """int64."""
+    return globaltimer() // 1000
 
 
 @triton.jit

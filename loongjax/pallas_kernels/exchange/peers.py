@@ -18,14 +18,16 @@ from loongjax.errors import ConfigError, EngineError
 from loongjax.pallas_kernels.exchange.workspace import (
     BUFFERS,
     COUNTS,
-    DEFAULT_POLL_LIMIT,
+    DEFAULT_WAIT_LIMIT_S,
     FLAGS,
     MAX_DEVICES,
-    POLL_LIMIT,
     STATUS,
+    WAIT_LIMIT,
     Failure,
     workspace_bytes,
 )
+
+MOST_WAIT_LIMIT_S = 2000.0
 
 
 class PeerMemory:
@@ -36,18 +38,21 @@ class PeerMemory:
 
     Args:
         devices: GPUs of this process, at most 16.
-        poll_limit: polls before a wait for a peer ends and is reported; one takes 0.7 us or more.
+        wait_limit_s: after which a wait for a peer ends and is reported, at most `MOST_WAIT_LIMIT_S`.
 
     Raises:
-        ConfigError: devices that are no GPUs, are of several processes, or cannot all reach each other's memory.
+        ConfigError: a limit out of range, or devices that are no GPUs, are of several processes, or cannot all reach
+            each other's memory.
     """
 
-    def __init__(self, devices: Sequence[jax.Device], *, poll_limit: int = DEFAULT_POLL_LIMIT) -> None:
+    def __init__(self, devices: Sequence[jax.Device], *, wait_limit_s: float = DEFAULT_WAIT_LIMIT_S) -> None:
+        if not 0.0 < wait_limit_s <= MOST_WAIT_LIMIT_S:
+            raise ConfigError(f"wait_limit_s must be above 0 and at most {MOST_WAIT_LIMIT_S:g}, got {wait_limit_s:g}")
         check_reachable(devices)
         self.devices = tuple(devices)
         self._tables: dict[Mesh, jax.Array] = {}
         num_words = workspace_bytes(len(devices)) // 4
-        self._workspaces = [_new_workspace(num_words, poll_limit, device) for device in devices]
+        self._workspaces = [_new_workspace(num_words, round(1e6 * wait_limit_s), device) for device in devices]
         self._addresses = [workspace.unsafe_buffer_pointer() for workspace in self._workspaces]
         self.reset()
 
@@ -141,13 +146,13 @@ def _can_access(ordinal: int, peer_ordinal: int) -> bool:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _zeros_with_limit(num_words: int, poll_limit: Int32[Array, ""]) -> Int32[Array, "words"]:
-    return jnp.zeros(num_words, jnp.int32).at[POLL_LIMIT // 4].set(poll_limit)
+def _zeros_with_limit(num_words: int, wait_limit_us: Int32[Array, ""]) -> Int32[Array, "words"]:
+    return jnp.zeros(num_words, jnp.int32).at[WAIT_LIMIT // 4].set(wait_limit_us)
 
 
-def _new_workspace(num_words: int, poll_limit: int, device: jax.Device) -> Int32[Array, "words"]:
+def _new_workspace(num_words: int, wait_limit_us: int, device: jax.Device) -> Int32[Array, "words"]:
     with _only(device):
-        return _zeros_with_limit(num_words, jax.device_put(np.int32(poll_limit), device))
+        return _zeros_with_limit(num_words, jax.device_put(np.int32(wait_limit_us), device))
 
 
 def _only(device: jax.Device) -> AbstractContextManager[Any]:
@@ -169,4 +174,4 @@ def _forget(workspace: Int32[Array, "words"], is_forgotten: Bool[Array, "devices
 @jax.jit
 def _read_header(workspace: Int32[Array, "words"]) -> Int32[Array, "header"]:
     """As it is now: what jax has copied to the host before may be older."""
-    return workspace[: POLL_LIMIT // 4 + 1]
+    return workspace[: WAIT_LIMIT // 4 + 1]

@@ -18,7 +18,7 @@ dispatched in one order to all their devices do, as NCCL asks too, and within a 
 exchanges that do not depend on each other could run in any order, or at once, which is not allowed.
 
 A program waits for nothing but the same program on its peers, and the grid is small enough that all of it is resident
-at once; so exchanges end if every device comes. One that does not come ends the wait too, after `poll_limit` polls:
+at once; so exchanges end if every device comes. One that does not come ends the wait too, after `WAIT_LIMIT`:
 the waiting device then sets its status word and goes on with whatever its buffers hold. A device with a status waits no
 more and writes no messages, which somebody could still be reading, but before every flag it sets the peer's status too.
 So whoever has taken something for a message that is none has a status from then on, and one failure does not cost one
@@ -55,13 +55,16 @@ SECTOR_BYTES = 32
 NUMBER_MASK = 2**30 - 1
 """Message numbers begin again at 0 after it."""
 
-DEFAULT_POLL_LIMIT = 2**25
-"""Half a minute, at 0.7 us or more a poll: a peer may be late by a whole prefill."""
+DEFAULT_WAIT_LIMIT_S = 30.0
+"""A peer may be late by a whole prefill."""
+
+POLLS_A_LOOK = 256
+"""Polls of a flag before a look at the clock, so that none is looked at for peers in time."""
 
 STATUS = 0
 """int32: 0, or what `Failure.from_status` reads."""
-POLL_LIMIT = 4
-"""int32"""
+WAIT_LIMIT = 4
+"""int32: microseconds that one wait may take, about."""
 FLAGS = 128
 """int32 [device, program], a sector each"""
 COUNTS = FLAGS + MAX_DEVICES * MAX_PROGRAMS * SECTOR_BYTES

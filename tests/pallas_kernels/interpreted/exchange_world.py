@@ -16,17 +16,18 @@ from multiprocessing.context import SpawnProcess
 from typing import Any, NamedTuple
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
-from loongjax.pallas_kernels.exchange import workspace
+from loongjax.pallas_kernels.exchange import kernels, workspace
 from loongjax.pallas_kernels.exchange.kernels import gather_kernel, merge_kernel, reduce_kernel, status_kernel
 from tests.pallas_kernels.triton_interpreter import interpret
 
 POLL_SECONDS = 2e-4
 """Between two polls."""
 
-PATIENT = 50_000
-"""Polls; a minute."""
+PATIENT_US = 60_000_000
+"""A wait of a minute."""
 
 
 class Cut(NamedTuple):
@@ -110,12 +111,12 @@ def map_workspaces(path: str, num_devices: int) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def new_workspaces(num_devices: int, poll_limit: int = PATIENT) -> Iterator[str]:
-    """A file to map: zeros, most of it a hole, but for the poll limits."""
+def new_workspaces(num_devices: int, wait_limit_us: int = PATIENT_US) -> Iterator[str]:
+    """A file to map: zeros, most of it a hole, but for the limits of waits."""
     with tempfile.NamedTemporaryFile() as file:
         file.truncate(num_devices * workspace.workspace_bytes(num_devices))
         memory = map_workspaces(file.name, num_devices)
-        memory[:, workspace.POLL_LIMIT : workspace.POLL_LIMIT + 4].view(np.int32)[:] = poll_limit
+        memory[:, workspace.WAIT_LIMIT : workspace.WAIT_LIMIT + 4].view(np.int32)[:] = wait_limit_us
         yield file.name
 
 
@@ -154,6 +155,7 @@ class World:
 
 def _serve(place: int, num_devices: int, end: Connection) -> None:
     _yield_while_polling()
+    kernels.clock_us = lambda: time_of(time.monotonic_ns() // 1000)  # pyright: ignore[reportAttributeAccessIssue]
     while (task := end.recv()) is not None:
         path, act, arguments = task
         try:
@@ -162,6 +164,11 @@ def _serve(place: int, num_devices: int, end: Connection) -> None:
             end.send(f"on device {place}: {traceback.format_exc()}")
         else:
             end.send(None)
+
+
+def time_of(microseconds: int) -> Any:
+    """In a kernel, what its clock gives."""
+    return tl.full([], microseconds, tl.int64)
 
 
 def _yield_while_polling() -> None:

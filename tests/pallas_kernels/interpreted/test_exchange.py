@@ -10,10 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
+import triton.language as tl
 from triton.runtime import interpreter
 
-from loongjax.pallas_kernels.exchange import workspace
-from tests.pallas_kernels.interpreted.exchange_world import Cut, Device, World, map_workspaces, new_workspaces
+from loongjax.pallas_kernels.exchange import kernels, workspace
+from tests.pallas_kernels.interpreted.exchange_world import (
+    Cut,
+    Device,
+    World,
+    map_workspaces,
+    new_workspaces,
+    time_of,
+)
 
 NUM_DEVICES = 4
 
@@ -137,9 +145,14 @@ def test_a_late_device_is_waited_for(world, late_place):
 
 
 @pytest.fixture
-def devices() -> Iterator[list[Device]]:
-    """Three whose patience is short; they can work one after another, in this process."""
-    with new_workspaces(3, poll_limit=3) as path:
+def devices(monkeypatch) -> Iterator[list[Device]]:
+    """Three whose patience ends at the third look at a clock that moves on with each, one after each poll; they can
+    work one after another, in this process.
+    """
+    times = itertools.count(1000)
+    monkeypatch.setattr(kernels, "clock_us", lambda: time_of(next(times)))
+    monkeypatch.setattr(kernels, "POLLS_A_LOOK", tl.constexpr(1))
+    with new_workspaces(3, wait_limit_us=2) as path:
         yield [Device(place, map_workspaces(path, 3)) for place in range(3)]
 
 
@@ -167,6 +180,12 @@ def test_who_waits_in_vain_ends_and_says_for_whom(devices, num_polls):
     assert workspace.Failure.from_status(first.status) == (2, 0, 1)
     assert first.read_status((2, 0)) == first.status
     assert devices[0].status == devices[1].status == 0
+
+
+def test_the_clock_is_looked_at_once_in_many_polls(devices, num_polls, monkeypatch):
+    monkeypatch.setattr(kernels, "POLLS_A_LOOK", tl.constexpr(5))
+    devices[2].all_reduce(ONE, (0, 2), CUT)
+    assert num_polls == [15]
 
 
 def test_of_several_missing_devices_the_first_is_named(devices):
