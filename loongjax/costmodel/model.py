@@ -86,6 +86,15 @@ class StrategyTimes:
             return self.refined_prefill.seconds(totals)
         return self.paper_prefill.seconds(totals) + self.decode.per_key_s / self.decode.sp * totals.past_keys
 
+    def padded_to(self, token_sizes: tuple[int, ...], row_sizes: tuple[int, ...]) -> StrategyTimes:
+        """As `FittedModel.padded_to`."""
+        prefill, decode = self.refined_prefill, self.decode
+        if prefill is not None and prefill.token_buckets:
+            prefill = dataclasses.replace(prefill, token_buckets=token_sizes)
+        if decode.row_buckets:
+            decode = dataclasses.replace(decode, row_buckets=row_sizes)
+        return dataclasses.replace(self, refined_prefill=prefill, decode=decode)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FittedModel(CostModel):
@@ -124,6 +133,13 @@ class FittedModel(CostModel):
 
     def tipping_rows(self, strategy: Strategy) -> float:
         return self.times(strategy).decode.tipping_rows
+
+    def padded_to(self, token_sizes: tuple[int, ...], row_sizes: tuple[int, ...]) -> FittedModel:
+        """The same coefficients, for an engine that pads to these sizes: a form that pads counts what is computed,
+        whatever the sizes were where it was measured. Forms without padding stay as they are.
+        """
+        padded = {strategy: times.padded_to(token_sizes, row_sizes) for strategy, times in self.strategies.items()}
+        return dataclasses.replace(self, strategies=padded)
 
     def times(self, strategy: Strategy) -> StrategyTimes:
         """What is known of this strategy."""

@@ -19,6 +19,7 @@ from loongjax.errors import ConfigError
 from loongjax.models.generation import GenerationConfig
 from loongjax.models.shipped import SHIPPED_NAME, resolve_checkpoint
 from loongjax.models.tokenizer import load_tokenizer
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.protocol import RuntimeLimits
@@ -86,7 +87,11 @@ def choose_policy(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimi
     if needs_cost_model(config):
         device_kind = jax.devices()[0].device_kind
         cost_model = resolve_cost_model(
-            config.cost_model, model=cost_shape(spec), cluster=shape, device_kind=device_kind
+            config.cost_model,
+            model=cost_shape(spec),
+            cluster=shape,
+            buckets=Buckets.of(shape, limits),
+            device_kind=device_kind,
         )
     elif config.cost_model is not None:
         logger.warning("the policy %s asks no cost model: %s is not read", config.policy, config.cost_model)

@@ -15,6 +15,7 @@ from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.model_spec import ModelSpec
 
 logger = logging.getLogger(__name__)
@@ -35,13 +36,16 @@ def cost_shape(spec: ModelSpec) -> ModelShape:
     )
 
 
-def resolve_cost_model(path: str | None, *, model: ModelShape, cluster: ClusterShape, device_kind: str) -> CostModel:
+def resolve_cost_model(
+    path: str | None, *, model: ModelShape, cluster: ClusterShape, buckets: Buckets, device_kind: str
+) -> CostModel:
     """The cost model in a file, or a roofline estimate; the log says which.
 
     Args:
         path: the file, as `loongjax fit` writes it; None: estimate.
         model: the model that is served.
         cluster: the instances that may gather into groups.
+        buckets: the sizes to which they pad.
         device_kind: what the devices call themselves.
 
     Raises:
@@ -67,7 +71,7 @@ def resolve_cost_model(path: str | None, *, model: ModelShape, cluster: ClusterS
     logger.info(
         "cost model: %s, fitted on %s at commit %s", path, provenance.hardware, provenance.commit or "(unknown)"
     )
-    return fitted
+    return fitted.padded_to(buckets.num_tokens, buckets.num_rows)
 
 
 def _check_fit(path: str, fitted: FittedModel, model: ModelShape, cluster: ClusterShape) -> None:

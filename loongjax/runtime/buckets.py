@@ -6,11 +6,17 @@ import bisect
 import dataclasses
 from collections.abc import Sequence
 
+from loongjax.core.cluster import ClusterShape
+from loongjax.runtime.protocol import RuntimeLimits
+
 LEAST_NUM_TOKENS = 64
 """Fewer prefill tokens than this on a rank cost no less time."""
 LEAST_HALF_STEP = 1024
 """From here on there is a size between two powers of two: work follows the padded tokens, and long prompts are most of
 it. A size costs an executable a group."""
+LEAST_QUARTER_STEP = 4096
+"""From here on there are three: an executable is small beside what a twelfth of such a prefill takes, again and again.
+"""
 
 
 def powers(low: int, high: int, factor: int) -> tuple[int, ...]:
@@ -23,10 +29,13 @@ def powers(low: int, high: int, factor: int) -> tuple[int, ...]:
 
 
 def token_sizes(most: int) -> tuple[int, ...]:
-    """Powers of two from `LEAST_NUM_TOKENS` on, from `LEAST_HALF_STEP` on also half as much again, and last `most`."""
+    """Powers of two from `LEAST_NUM_TOKENS` on, with a half step from `LEAST_HALF_STEP` on and quarter steps from
+    `LEAST_QUARTER_STEP` on, and last `most`.
+    """
     whole = powers(LEAST_NUM_TOKENS, most, 2)
     halves = (size * 3 // 2 for size in whole if size >= LEAST_HALF_STEP)
-    return tuple(sorted({*whole, *(size for size in halves if size < most)}))
+    quarters = (size * part // 4 for size in whole if size >= LEAST_QUARTER_STEP for part in (5, 7))
+    return tuple(sorted({*whole, *(size for size in (*halves, *quarters) if size < most)}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +56,15 @@ class Buckets:
             num_tokens=token_sizes(max_num_batched_tokens),
             num_rows=powers(1, max_num_seqs, 4),
             num_table_entries=num_pages + max(4 * max_num_seqs, 256),
+        )
+
+    @classmethod
+    def of(cls, shape: ClusterShape, limits: RuntimeLimits) -> Buckets:
+        """Those of a runtime."""
+        return cls.for_limits(
+            max_num_batched_tokens=limits.max_num_batched_tokens,
+            max_num_seqs=limits.max_num_seqs,
+            num_pages=shape.num_pages,
         )
 
 

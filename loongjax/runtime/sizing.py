@@ -168,9 +168,4 @@ def size_up(config: EngineConfig, spec: ModelSpec, grid: DeviceGrid, weights: Re
     """Sizes the pool, the limits and the buckets. Raises ConfigError if nothing fits."""
     shape = pool_shape(config, spec, grid, weights)
     limits = runtime_limits(config, spec, shape)
-    buckets = Buckets.for_limits(
-        max_num_batched_tokens=limits.max_num_batched_tokens,
-        max_num_seqs=limits.max_num_seqs,
-        num_pages=shape.num_pages,
-    )
-    return Sizes(shape, limits, buckets)
+    return Sizes(shape, limits, Buckets.of(shape, limits))

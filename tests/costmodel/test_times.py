@@ -243,3 +243,19 @@ def test_a_number_takes_exactly_what_an_array_of_it_takes(num_tokens: int, num_r
     for form in (DECODE, KINKED):
         single = form.seconds(DecodeTotals.of_one_master(num_rows, num_tokens + num_rows))
         assert [single] == form.seconds(DecodeTotals.of([step])).tolist()
+
+
+def test_coefficients_hold_for_an_engine_that_pads_to_other_sizes():
+    form = StrategyTimes(paper_prefill=PAPER, refined_prefill=REFINED, decode=DECODE).padded_to((1500,), (2, 8))
+    # 1000 tokens on each of 2 ranks, and 5 rows of one master
+    prefill, step = PrefillWork(new_lens=(2000,)).totals, DecodeTotals.of([DecodeWork(rows=(5,), keys=(50, 50))])
+    assert form.prefill_s(prefill).item() - REFINED.seconds(prefill).item() == pytest.approx((1500 - 1024) * 2e-5)
+    saved_rows = (16 - 8) * DECODE.per_padded_row_s
+    assert DECODE.seconds(step).item() - form.decode.seconds(step).item() == pytest.approx(saved_rows)
+
+
+def test_what_does_not_pad_pads_nowhere():
+    unpadded = dataclasses.replace(REFINED, token_buckets=()), dataclasses.replace(DECODE, row_buckets=())
+    for prefill in (None, unpadded[0]):
+        times = StrategyTimes(paper_prefill=PAPER, refined_prefill=prefill, decode=unpadded[1])
+        assert times.padded_to((128,), (2, 8)) == times

@@ -13,14 +13,16 @@ from loongjax.costmodel.fit import fit
 from loongjax.costmodel.model import FittedModel
 from loongjax.costmodel.model_file import save
 from loongjax.costmodel.roofline import RooflineModel
-from loongjax.costmodel.work import PrefillTotals, Strategy
+from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, Strategy
 from loongjax.engine.cost_model import cost_shape, resolve_cost_model
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.model_spec import ModelSpec
 from tests.costmodel.shapes import LLAMA2_7B, PADDING, measurements
 
 TWO = ClusterShape(num_instances=2, num_pages=100, page_size=16)
+BUCKETS = Buckets.for_limits(max_num_batched_tokens=8192, max_num_seqs=64, num_pages=100)
 LLAMA2 = ModelConfig(
     hidden_size=4096,
     num_layers=32,
@@ -45,7 +47,7 @@ def path(fitted: FittedModel, tmp_path: Path) -> str:
 
 
 def resolve(path: str | None, **changes: object) -> object:
-    usual = {"model": LLAMA2_7B, "cluster": TWO, "device_kind": "NVIDIA H200"}
+    usual = {"model": LLAMA2_7B, "cluster": TWO, "buckets": BUCKETS, "device_kind": "NVIDIA H200"}
     return resolve_cost_model(path, **(usual | changes))  # pyright: ignore[reportArgumentType]
 
 
@@ -69,10 +71,23 @@ def test_a_file_is_read_and_the_log_says_where_it_is_from(
     with caplog.at_level(logging.INFO, logger="loongjax"):
         model = resolve(path)
     assert isinstance(model, FittedModel)
-    totals = PrefillTotals.of_sums(1000, 1_000_000)
+    totals = PrefillTotals.of_sums(100, 10_000)  # which is 64 tokens on each of two ranks here as there
     assert model.prefill_s(Strategy(2), totals) == fitted.prefill_s(Strategy(2), totals)
     assert f"cost model: {path}, fitted on 4 x NVIDIA H200 at commit 0123abc" in caplog.text
     assert not [record for record in caplog.records if record.levelno > logging.INFO]
+
+
+def test_a_file_is_told_to_which_sizes_this_engine_pads(path: str, fitted: FittedModel):
+    """Of 5,000 tokens it computes 5,120; where the model was measured, 16,384 were computed."""
+    model = resolve(path)
+    assert isinstance(model, FittedModel)
+    long = PrefillTotals.of_sums(5_000, 25_000_000)
+    saved_s = fitted.prefill_s(Strategy(1), long) - model.prefill_s(Strategy(1), long)
+    per_token_s = fitted.times(Strategy(1)).prefill.per_padded_token_s  # pyright: ignore[reportAttributeAccessIssue]
+    assert saved_s == pytest.approx((16_384 - 5_120) * per_token_s)
+    rows = DecodeTotals.of([DecodeWork(rows=(65,), keys=(6_500,))])
+    assert model.decode_s(Strategy(1), rows) == pytest.approx(fitted.decode_s(Strategy(1), rows))
+    assert model.times(Strategy(1)).decode.row_buckets == BUCKETS.num_rows
 
 
 def test_a_file_from_other_hardware_is_warned_about(path: str, caplog: pytest.LogCaptureFixture):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from loongjax.core.cluster import Group
+from loongjax.core.cluster import ClusterShape, Group
 from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
@@ -27,6 +27,7 @@ from loongjax.runtime.packing import (
     pack_prefill,
     pack_prompt_targets,
 )
+from loongjax.runtime.protocol import RuntimeLimits
 
 BUCKETS = Buckets.for_limits(max_num_batched_tokens=48, max_num_seqs=6, num_pages=40)
 
@@ -62,15 +63,23 @@ def test_powers_end_with_the_limit_itself():
 
 
 @pytest.mark.parametrize("most", [48, 64, 1000, 1024, 1025, 4160, 8192, 131_072])
-def test_long_prompts_are_padded_by_at_most_a_half(most):
+def test_long_prompts_are_padded_by_at_most_a_half_and_longer_ones_by_a_quarter(most):
     sizes = token_sizes(most)
     assert sizes[-1] == most
     assert list(sizes) == sorted(set(sizes))
     for num_tokens in range(1, most + 1, 97):
         padded = fit(num_tokens, sizes)
-        assert padded <= max(64, 1.5 * num_tokens if num_tokens > 1024 else 2 * num_tokens)
+        factor = 1.25 if num_tokens > 4096 else 1.5 if num_tokens > 1024 else 2
+        assert padded <= max(64, factor * num_tokens)
     if most == 8192:
-        assert sizes == (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+        assert sizes == (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192)
+
+
+def test_a_runtimes_sizes_are_those_of_its_limits():
+    limits = RuntimeLimits(max_model_len=512, max_num_batched_tokens=256, max_num_seqs=16, vocab_size=9)
+    buckets = Buckets.of(ClusterShape(num_instances=1, num_pages=7, page_size=4), limits)
+    assert (buckets.num_tokens, buckets.num_rows) == ((64, 128, 256), (1, 4, 16))
+    assert buckets.num_table_entries >= 7
 
 
 def test_a_size_goes_to_the_smallest_bucket_that_holds_it():

@@ -20,6 +20,7 @@ from loongjax.engine.cost_model import cost_shape
 from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.models.shipped import resolve_checkpoint
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.compilation import num_compile_threads
 from loongjax.runtime.model_spec import ModelSpec
@@ -35,7 +36,6 @@ from loongjax_profiling.iteration.host_memory import check_host_memory
 from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
 from loongjax_profiling.iteration.pace import CompilePace
 from loongjax_profiling.iteration.waves import compile_cost, programs_of, waves_of
-from loongjax_profiling.padding import buckets_of
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import named_shape
@@ -138,7 +138,7 @@ class _Profile:
                 flush=True,
             )
             run_id = self._database.begin_run(self._system, self._run_of(runtime))
-            needs = functools.partial(programs_of, buckets=buckets_of(runtime))
+            needs = functools.partial(programs_of, buckets=Buckets.of(runtime.shape, runtime.limits))
             compiled: set[ProgramKey] = set()
             with tqdm(total=num_cases, desc=f"Iterations, tp{tp}", unit="point", disable=None) as bar:
                 for wave in waves_of(
@@ -199,7 +199,7 @@ class _Profile:
         )
 
     def _run_of(self, runtime: Runtime) -> Run:
-        buckets = buckets_of(runtime)
+        buckets = Buckets.of(runtime.shape, runtime.limits)
         return Run(
             num_devices=self._num_devices,
             model_name=self._model_name,

@@ -98,7 +98,7 @@ def _merged(name: str, ladders: set[tuple[int, ...]]) -> tuple[int, ...]:
         if ladder != longest[: len(ladder)]:
             raise ConfigError(
                 f"runs in this database padded to {name} sizes that do not belong together, {list(ladder)} and "
-                f"{list(longest)}: measure with one --max-num-batched-tokens and one --max-num-seqs, or with their "
-                "doublings"
+                f"{list(longest)}, since they are of different versions, or of --max-num-batched-tokens or "
+                "--max-num-seqs that are no doublings of each other: measure into another database"
             )
     return longest

@@ -15,10 +15,10 @@ from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
 from loongjax.engine.cost_model import cost_shape, resolve_cost_model
 from loongjax.models.shipped import SHIPPED_NAME
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.local import LocalRuntime
 from loongjax.scheduler.build import build_policy, max_whole_prompt_len
-from loongjax_profiling.padding import buckets_of, warn_of_other_padding
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.replay.config import ReplayConfig
 from loongjax_profiling.replay.rehearsal import rehearse
@@ -48,10 +48,13 @@ class ReplayEngine:
         self._num_kv_bytes_per_token = local.num_kv_bytes_per_token
         self.runtime = TracedRuntime(local)
         self.cost_model = resolve_cost_model(
-            config.cost_model, model=cost_shape(local.spec), cluster=shape, device_kind=device_kind
+            config.cost_model,
+            model=cost_shape(local.spec),
+            cluster=shape,
+            buckets=Buckets.of(shape, limits),
+            device_kind=device_kind,
         )
         """The times of iterations as the simulation, and the policy, take them to be."""
-        warn_of_other_padding(self.cost_model, buckets_of(local))
         self.info = ModelInfo(
             checkpoint=config.random_weights or config.checkpoint or SHIPPED_NAME,
             max_model_len=resolve_max_model_len(config, shape, limits),

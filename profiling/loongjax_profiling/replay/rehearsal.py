@@ -29,7 +29,6 @@ from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.packing import sample_capacity
 from loongjax.runtime.program_calls import ProgramKey
 from loongjax_profiling.compiling_runtime import CompilingRuntime
-from loongjax_profiling.padding import buckets_of
 
 TIMEOUT_S = 600.0
 """An iteration that takes longer, its compilation included, will not come back."""
@@ -58,7 +57,7 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     Raises:
         EngineError: one of them failed.
     """
-    buckets = buckets_of(runtime)
+    buckets = Buckets.of(runtime.shape, runtime.limits)
     num_instances = runtime.shape.num_instances
     sizes = range(1, num_instances + 1)
     runtime.compile([key for dop in sizes for key in _programs(dop, buckets, max_extend_tokens)])

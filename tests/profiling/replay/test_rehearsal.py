@@ -8,7 +8,6 @@ from loongjax.parallel.striped import local_length
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.program_calls import ProgramKey
 from loongjax.runtime.protocol import RuntimeLimits
-from loongjax_profiling.padding import buckets_of
 from loongjax_profiling.replay.rehearsal import rehearse
 from tests.profiling.iteration.scripted_runtime import ScriptedRuntime
 
@@ -41,7 +40,7 @@ def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tok
     assert rehearse(runtime, max_extend_tokens=max_extend_tokens) == len(runtime.submitted)
     [compiled] = runtime.compiled
     assert len(set(compiled)) == len(compiled)
-    buckets = buckets_of(runtime)
+    buckets = Buckets.of(runtime.shape, runtime.limits)
     run = {program_of(iteration, buckets) for iteration in runtime.submitted}
     assert {key for key in compiled if key.name not in ("head", "sample")} == run
 
@@ -51,7 +50,7 @@ def test_extends_of_every_size_up_to_the_largest_one():
     rehearse(runtime, max_extend_tokens=100)
     [compiled] = runtime.compiled
     extends = [key for key in compiled if key.name == "extend"]
-    sizes = [size for size in buckets_of(runtime).num_tokens if size <= 128]
+    sizes = [size for size in Buckets.of(runtime.shape, runtime.limits).num_tokens if size <= 128]
     assert sizes[-1] == 128
     assert {key.size for key in extends} == set(sizes)
     assert {key.num_requests for key in extends if key.size == 128} == {1, 4, 16, 64}
