@@ -205,20 +205,27 @@ def test_every_repetition_of_the_ring_attends_and_sends_its_keys(monkeypatch):
 
 
 def test_what_a_call_costs_is_in_no_time_of_an_exchange(monkeypatch):
-    sizes = []
+    sizes, called = [], [0]
 
     def repeat(num):
+        def call():
+            called.append(num)
+            return num
+
         sizes.append(num)
-        return lambda: num
+        return call
 
     def elapsed_s(call, num_calls):
-        return num_calls * (1e-3 + call() * 1e-5)  # a call, and each repetition
+        """A call, each repetition, and the change from one program to another."""
+        changes = called[-1] != call()
+        return num_calls * (1e-3 + call() * 1e-5) + 5e-3 * changes
 
     monkeypatch.setattr(timing, "_elapsed_s", elapsed_s)
     timer, other = SizeTimer(repeat, 10), SlopeTimer(repeat, 10)
-    sample_in_turn([timer, other], 3)
     assert sizes == [10, 20, 10]
+    sample_in_turn([timer], 3)
     assert timer.seconds == pytest.approx(1e-5)
+    sample_in_turn([other], 3)
     assert other.seconds == pytest.approx(1e-4 + 1e-5)
 
 

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from loongjax_profiling.kernels.case import Case, Comparison, Repeat, Row, as_record
 from loongjax_profiling.kernels.device_trace import device_times
-from loongjax_profiling.kernels.timing import SizeTimer, SlopeTimer, sample_in_turn
+from loongjax_profiling.kernels.timing import SizeTimer, SlopeTimer, Timer, sample_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _failure(case: Case, error: Exception) -> Row:
 def _measure(programs: Sequence[Program]) -> list[Row]:
     """Of the same work."""
     rows = {i: program.failed for i, program in enumerate(programs) if program.failed is not None}
-    timers: dict[int, SlopeTimer | SizeTimer] = {}
+    timers: dict[int, Timer] = {}
     for i, program in enumerate(programs):
         if program.repeat is None:
             continue
