@@ -10,6 +10,7 @@ from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_file import load
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.simulated import NO_HOST
 from loongjax_profiling.model_shapes import MODEL_SHAPES
 from loongjax_profiling.simulate.a800 import a800_model
@@ -57,11 +58,18 @@ def choose_cluster(config: SimulateConfig) -> ClusterSpec:
 
 
 def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel:
-    """The file's, the one that comes with the simulator, or a roofline, which the log says."""
+    """The file's, for an engine that pads as this cluster's would; the one that comes with the simulator; a roofline,
+    which the log says.
+    """
     if config.cost_model == A800:
         return a800_model(max_instances=cluster.num_instances)
     if config.cost_model is not None:
-        return load(pathlib.Path(config.cost_model))
+        buckets = Buckets.for_limits(
+            max_num_batched_tokens=cluster.max_num_batched_tokens,
+            max_num_seqs=cluster.max_num_seqs,
+            num_pages=cluster.shape.num_pages,
+        )
+        return load(pathlib.Path(config.cost_model)).padded_to(buckets.num_tokens, buckets.num_rows)
     rates = DeviceRates.of_device(config.device)
     logger.warning(
         "times are estimates: a roofline of %s for %s; --cost-model takes measured ones", rates.name, config.model
