@@ -109,45 +109,91 @@ def attend_tiles(
     T, N, H = q.shape
     _, _, num_pages, page_size, K, _ = kv_pool.shape
     (num_tiles,) = tiles.kv_lens.shape
-    group_size = N // K
-    results = (jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32))
     operands = (q, kv_pool, layer[None], page_indices, *tiles, num_tiles)
+    cut = Cut(T, N, H, num_pages, page_size, K, num_tiles, tile_queries)
 
     def settings(num_programs: int) -> dict[str, Any]:
-        """Of the first kernel, with so many programs a multiprocessor."""
-        num_shares = max(1, num_multiprocessors() * num_programs // K)
-        partials = (num_shares + num_tiles, tile_queries, N)
-        return {
-            "kernel": attend_kernel,
-            "out_shape": (
-                *results,
-                jax.ShapeDtypeStruct((*partials, H), jnp.float32),
-                jax.ShapeDtypeStruct(partials, jnp.float32),
-            ),
-            "num_warps": tuning.num_warps,
-            "num_stages": tuning.stages,
-            "max_registers": _max_registers(num_programs * tuning.num_warps * WARP_SIZE),
-            "scale": sm_scale * math.log2(math.e),
-            "num_shares": num_shares,
-            "padded_tiles": max(2, 1 << (num_tiles - 1).bit_length()),
-            "tile_queries": tile_queries,
-            "num_pages": num_pages,
-            "num_kv_heads": K,
-            "group_size": group_size,
-            "padded_members": max(LEAST_MEMBERS, 1 << (tile_queries * group_size - 1).bit_length()),
-            "head_dim": H,
-            "page_size": page_size,
-            "block": tuning.block,
-            "stages": tuning.stages,
-        }
+        return _attend_settings(cut, num_programs, sm_scale, out_dtype, tuning)
 
     def fit(num_programs: int) -> bool:
         each = compile_for(*operands, **settings(num_programs)).shared_bytes + RESERVED_SHARED_BYTES
         return num_programs * each <= shared_memory_bytes()
 
-    chosen = settings(next(filter(fit, range(tuning.programs_per_processor, 1, -1)), 1))
-    num_shares = chosen["num_shares"]
-    o, lse, partial_o, partial_lse = triton_call(*operands, name="paged_attend", grid=(K, num_shares), **chosen)
+    num_programs = next(filter(fit, range(tuning.programs_per_processor, 1, -1)), 1)
+    num_shares = cut.num_shares(num_programs)
+    results = triton_call(*operands, name="paged_attend", grid=(K, num_shares), **settings(num_programs))
+    return _merge_shares(cut, num_shares, tiles, row_kv_lens, results, block=tuning.block)
+
+
+class Cut(NamedTuple):
+    """Sizes of a call."""
+
+    num_queries: int
+    num_q_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    num_tiles: int
+    tile_queries: int
+
+    @property
+    def padded_tiles(self) -> int:
+        """Tiles, as a power of two."""
+        return max(2, 1 << (self.num_tiles - 1).bit_length())
+
+    def num_shares(self, num_programs: int) -> int:
+        """Programs of a KV head, if a multiprocessor runs so many of any."""
+        return max(1, num_multiprocessors() * num_programs // self.num_kv_heads)
+
+    def results(self, out_dtype: np.dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Output and log-sum-exp."""
+        T, N, H = self[:3]
+        return jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
+
+
+def _attend_settings(
+    cut: Cut, num_programs: int, sm_scale: float, out_dtype: np.dtype, tuning: PagedTuning
+) -> dict[str, Any]:
+    """Of the first kernel, with so many programs a multiprocessor: results of whole tiles, then of shares of tiles."""
+    num_shares, group_size = cut.num_shares(num_programs), cut.num_q_heads // cut.num_kv_heads
+    partials = (num_shares + cut.num_tiles, cut.tile_queries, cut.num_q_heads)
+    return {
+        "kernel": attend_kernel,
+        "out_shape": (
+            *cut.results(out_dtype),
+            jax.ShapeDtypeStruct((*partials, cut.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct(partials, jnp.float32),
+        ),
+        "num_warps": tuning.num_warps,
+        "num_stages": tuning.stages,
+        "max_registers": _max_registers(num_programs * tuning.num_warps * WARP_SIZE),
+        "scale": sm_scale * math.log2(math.e),
+        "num_shares": num_shares,
+        "padded_tiles": cut.padded_tiles,
+        "tile_queries": cut.tile_queries,
+        "num_pages": cut.num_pages,
+        "num_kv_heads": cut.num_kv_heads,
+        "group_size": group_size,
+        "padded_members": max(LEAST_MEMBERS, 1 << (cut.tile_queries * group_size - 1).bit_length()),
+        "head_dim": cut.head_dim,
+        "page_size": cut.page_size,
+        "block": tuning.block,
+        "stages": tuning.stages,
+    }
+
+
+def _merge_shares(
+    cut: Cut,
+    num_shares: int,
+    tiles: Tiles,
+    row_kv_lens: Int32[Array, " T"],
+    results: Any,
+    *,
+    block: int,
+) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
+    """The results of the first kernel as one: those of shares of a tile merged, and of rows without keys filled in."""
+    o, lse, partial_o, partial_lse = results
     merged_o, merged_lse = triton_call(
         tiles.q_starts,
         tiles.q_lens,
@@ -157,18 +203,22 @@ def attend_tiles(
         partial_lse,
         o,
         lse,
-        num_tiles,
-        T,
+        cut.num_tiles,
+        cut.num_queries,
         kernel=merge_kernel,
         name="paged_merge",
-        out_shape=results,
+        out_shape=cut.results(o.dtype),
         aliases={6: 0, 7: 1},
-        grid=(N, num_shares * tile_queries + -(-T // MERGED_ROWS)),
+        grid=(cut.num_q_heads, num_shares * cut.tile_queries + -(-cut.num_queries // MERGED_ROWS)),
         num_warps=4,
-        num_q_heads=N,
+        num_q_heads=cut.num_q_heads,
         shares_per_step=MERGED_SHARES,
         rows_per_program=MERGED_ROWS,
-        **{name: chosen[name] for name in ("num_shares", "padded_tiles", "tile_queries", "head_dim", "block")},
+        num_shares=num_shares,
+        padded_tiles=cut.padded_tiles,
+        tile_queries=cut.tile_queries,
+        head_dim=cut.head_dim,
+        block=block,
     )
     return merged_o, merged_lse
 
