@@ -13,7 +13,7 @@ LEAST_NUM_TOKENS = 64
 """Fewer prefill tokens than this on a rank cost no less time."""
 LEAST_HALF_STEP = 1024
 """From here on there is a size between two powers of two: work follows the padded tokens, and long prompts are most of
-it. A size costs an executable a group."""
+it. A size costs two executables a group size, and with extends one more for each number of requests."""
 LEAST_QUARTER_STEP = 4096
 """From here on there are three: an executable is small beside what a twelfth of such a prefill takes, again and again.
 """

@@ -252,6 +252,12 @@ def memory(monkeypatch) -> PeerMemory:
     return PeerMemory(jax.devices()[:3], wait_limit_s=77e-6)
 
 
+def test_the_shortest_limit_is_a_microsecond(monkeypatch):
+    monkeypatch.setattr(peers, "check_reachable", lambda devices: None)
+    memory = PeerMemory(jax.devices()[:2], wait_limit_s=1e-9)
+    assert [int(workspace[1]) for workspace in memory._workspaces] == [1, 1]
+
+
 @pytest.mark.parametrize("limit", [0.0, -1.0, 2001.0, float("nan")])
 def test_a_wait_has_a_limit_that_a_workspace_can_hold(monkeypatch, limit):
     monkeypatch.setattr(peers, "check_reachable", lambda devices: None)

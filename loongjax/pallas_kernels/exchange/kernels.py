@@ -23,6 +23,7 @@ COUNTS = tl.constexpr(workspace.COUNTS)
 FLAGS = tl.constexpr(workspace.FLAGS)
 MAX_DEVICES = tl.constexpr(workspace.MAX_DEVICES)
 MAX_PROGRAMS = tl.constexpr(workspace.MAX_PROGRAMS)
+MOST_THREADS = tl.constexpr(1024)
 MESSAGE_BYTES = tl.constexpr(workspace.MESSAGE_BYTES)
 NUMBER_MASK = tl.constexpr(workspace.NUMBER_MASK)
 POLLS_A_LOOK = tl.constexpr(workspace.POLLS_A_LOOK)
@@ -239,8 +240,9 @@ def signal_and_wait(link, status, round, group_ptr, num_ranks: tl.constexpr, pad
 @triton.jit
 @no_type_check
 def clock_us():
-    """int64."""
-    return globaltimer() // 1000
+    """int64, the same for all warps: each reads a clock of its own, and those that end a wait earlier than others would
+    be at other barriers."""
+    return tl.max(tl.zeros([MOST_THREADS], tl.int64) + globaltimer() // 1000, axis=0)
 
 
 @triton.jit

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -52,7 +53,7 @@ class PeerMemory:
         self.devices = tuple(devices)
         self._tables: dict[Mesh, jax.Array] = {}
         num_words = workspace_bytes(len(devices)) // 4
-        self._workspaces = [_new_workspace(num_words, round(1e6 * wait_limit_s), device) for device in devices]
+        self._workspaces = [_new_workspace(num_words, math.ceil(1e6 * wait_limit_s), device) for device in devices]
         self._addresses = [workspace.unsafe_buffer_pointer() for workspace in self._workspaces]
         self.reset()
 

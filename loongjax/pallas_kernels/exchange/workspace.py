@@ -18,11 +18,11 @@ dispatched in one order to all their devices do, as NCCL asks too, and within a 
 exchanges that do not depend on each other could run in any order, or at once, which is not allowed.
 
 A program waits for nothing but the same program on its peers, and the grid is small enough that all of it is resident
-at once; so exchanges end if every device comes. One that does not come ends the wait too, after `WAIT_LIMIT`:
-the waiting device then sets its status word and goes on with whatever its buffers hold. A device with a status waits no
-more and writes no messages, which somebody could still be reading, but before every flag it sets the peer's status too.
-So whoever has taken something for a message that is none has a status from then on, and one failure does not cost one
-wait after another.
+at once; so exchanges end if every device comes. One that does not come ends the wait too, after as long as its limit
+says: the waiting device then sets its status word and goes on with whatever its buffers hold. A device with a status
+waits no more and writes no messages, which somebody could still be reading, but before every flag it sets the peer's
+status too. So whoever has taken something for a message that is none has a status from then on, and one failure does
+not cost one wait after another.
 
 After a failure the two ends of a pair may have counted differently, and hold flags for which nobody waits any more. All
 such pairs are among the devices of the program that failed: it knew no others, and whatever ran before went well. So

@@ -5,8 +5,9 @@ longer the others'. On an H200 (4d58107), 32 heads over 128K keys read 1.17 TB f
 at 680 if nobody may be far ahead of the mean.
 
 All count the key blocks that they fetched in one word of global memory, and how many they are in another. Whoever is
-ahead waits, but only so long. Thread blocks that begin late, since other kernels hold their multiprocessors, count as
-if they had been with the others all the time, for what they missed is missed. Results do not depend on any of this.
+ahead waits, but only so long, and only where somebody visits more keys than the L2 keeps. Thread blocks that begin
+late, since other kernels hold their multiprocessors, count as if they had been with the others all the time, for what
+they missed is missed. Results do not depend on any of this.
 """
 
 from __future__ import annotations

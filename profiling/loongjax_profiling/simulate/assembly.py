@@ -64,11 +64,7 @@ def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel
     if config.cost_model == A800:
         return a800_model(max_instances=cluster.num_instances)
     if config.cost_model is not None:
-        buckets = Buckets.for_limits(
-            max_num_batched_tokens=cluster.max_num_batched_tokens,
-            max_num_seqs=cluster.max_num_seqs,
-            num_pages=cluster.shape.num_pages,
-        )
+        buckets = Buckets.of(cluster.shape, cluster.limits)
         return load(pathlib.Path(config.cost_model)).padded_to(buckets.num_tokens, buckets.num_rows)
     rates = DeviceRates.of_device(config.device)
     logger.warning(
