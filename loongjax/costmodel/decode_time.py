@@ -48,17 +48,16 @@ class DecodeTime:
 
     @staticmethod
     def features(
-        totals: DecodeTotals[np.ndarray], sp: int, row_buckets: tuple[int, ...], compute_bound_rows: float = 0.0
+        totals: DecodeTotals[np.ndarray], padded_rows: np.ndarray, sp: int, compute_bound_rows: float = 0.0
     ) -> np.ndarray:
         """What the coefficients multiply, float64 [..., 6]: the constant, padded rows, those beyond
         `compute_bound_rows`, keys, exchanged rows and extra masters.
         """
         exchanges = float(sp > 1)
-        padded = pad(totals.busiest_rows, row_buckets)
         columns = (
             np.ones(()),
-            padded,
-            np.maximum(padded - compute_bound_rows, 0.0),
+            padded_rows,
+            np.maximum(padded_rows - compute_bound_rows, 0.0),
             totals.busiest_keys,
             exchanges * totals.num_rows,
             exchanges * (totals.num_masters - 1.0),
@@ -67,11 +66,14 @@ class DecodeTime:
 
     def seconds[Real: (float, np.ndarray)](self, totals: DecodeTotals[Real]) -> Real:
         """float64, of the totals' broadcast shape; a number of numbers."""
-        padded = pad(totals.busiest_rows, self.row_buckets)
+        return self.padded_rows_s(totals, pad(totals.busiest_rows, self.row_buckets))
+
+    def padded_rows_s[Real: (float, np.ndarray)](self, totals: DecodeTotals[Real], padded_rows: Real) -> Real:
+        """As `seconds`, with so many padded rows of the largest sub-batch."""
         alone = (
             self.constant_s
-            + self.per_padded_row_s * padded
-            + self.per_compute_bound_row_s * larger(padded - self.compute_bound_rows, 0.0)
+            + self.per_padded_row_s * padded_rows
+            + self.per_compute_bound_row_s * larger(padded_rows - self.compute_bound_rows, 0.0)
             + self.per_key_s * totals.busiest_keys
         )
         if self.sp == 1:

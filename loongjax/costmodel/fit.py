@@ -19,7 +19,7 @@ from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.nonnegative import RELATIVE_TIE, fit_nonnegative
 from loongjax.costmodel.prefill_time import PaperPrefillTime, RefinedPrefillTime
 from loongjax.costmodel.relative_error import FitErrors, RelativeErrors
-from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
+from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy, ceil
 from loongjax.errors import ConfigError
 
 HELD_OUT_EVERY = 5
@@ -30,18 +30,11 @@ KINKS_BETWEEN_SIZES = 6
 """Places tried between two measured numbers of rows for where steps become bound by computing."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Padding:
-    """The sizes to which the measured engine pads; empty: it does not."""
-
-    token_buckets: tuple[int, ...] = ()
-    """Prefill tokens on one rank."""
-    row_buckets: tuple[int, ...] = ()
-    """Requests of one sub-batch."""
-
-
-def fit(measurements: Measurements, padding: Padding = Padding()) -> FittedModel:
+def fit(measurements: Measurements) -> FittedModel:
     """The model of all strategies that were measured. Fewer than 5 extends of one are passed over.
+
+    A point counts what was computed for it, by its own padding; the forms pad to the sizes that go farthest, of equal
+    ones those measured last.
 
     Raises:
         ConfigError: a strategy with fewer than 5 prefills without past tokens, or fewer than 5 decode steps.
@@ -57,7 +50,6 @@ def fit(measurements: Measurements, padding: Padding = Padding()) -> FittedModel
                 strategy,
                 [point for point in measurements.prefills if point.strategy == strategy],
                 [point for point in measurements.decodes if point.strategy == strategy],
-                padding,
             )
             for strategy in strategies
         },
@@ -82,7 +74,7 @@ def held_out(works: Sequence[Hashable], sizes: np.ndarray) -> np.ndarray:
 
 
 def _fit_strategy(
-    strategy: Strategy, prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint], padding: Padding
+    strategy: Strategy, prefills: Sequence[PrefillPoint], decodes: Sequence[DecodePoint]
 ) -> StrategyTimes:
     fresh = [point for point in prefills if not point.work.is_extend]
     for kind, count in (("prefills without past tokens", len(fresh)), ("decode steps", len(decodes))):
@@ -91,8 +83,8 @@ def _fit_strategy(
                 f"{strategy} has {count} {kind}, and a fit needs at least {LEAST_POINTS}: measure more of them"
             )
     paper, paper_errors = _fit_paper(fresh)
-    decode, decode_errors = _fit_decode(strategy, decodes, padding)
-    refined, refined_errors = _fit_refined(strategy, fresh, decode.per_key_s, padding)
+    decode, decode_errors = _fit_decode(strategy, decodes)
+    refined, refined_errors = _fit_refined(strategy, fresh, decode.per_key_s)
     refined, extend_errors = _fit_extend(refined, [point for point in prefills if point.work.is_extend])
     return StrategyTimes(
         paper_prefill=paper,
@@ -115,12 +107,13 @@ def _fit_paper(points: Sequence[PrefillPoint]) -> tuple[PaperPrefillTime, FitErr
 
 
 def _fit_refined(
-    strategy: Strategy, points: Sequence[PrefillPoint], per_key_s: float, padding: Padding
+    strategy: Strategy, points: Sequence[PrefillPoint], per_key_s: float
 ) -> tuple[RefinedPrefillTime, FitErrors]:
     """The form on whole prompts; what is past takes what it takes elsewhere, a key `per_key_s` as in a decode step."""
     totals = PrefillTotals.of([point.work for point in points])
     measured_s, kept_out = _measured_and_held_out(points, totals.twice_num_pairs)
-    features = RefinedPrefillTime.features(totals, strategy.sp, padding.token_buckets)
+    ladders = [point.padding.token_buckets for point in points]
+    features = RefinedPrefillTime.features(totals, _pad_each(totals.num_tokens / strategy.sp, ladders))
     floor, coefficients = fit_with_floor(features[~kept_out], measured_s[~kept_out])
     constant, per_token, per_square = coefficients.tolist()
     refined = RefinedPrefillTime(
@@ -133,9 +126,9 @@ def _fit_refined(
         per_new_times_past_s=2.0 * per_square,
         per_past_key_s=per_key_s,
         sp=strategy.sp,
-        token_buckets=padding.token_buckets,
+        token_buckets=_farthest(ladders),
     )
-    return refined, _errors(refined.seconds(totals), measured_s, kept_out)
+    return refined, _errors(np.maximum(features @ coefficients, floor), measured_s, kept_out)
 
 
 def _fit_extend(
@@ -150,27 +143,32 @@ def _fit_extend(
         return prefill, None
     totals = PrefillTotals.of([point.work for point in points])
     measured_s, kept_out = _measured_and_held_out(points, totals.twice_num_pairs)
-    features, new_tokens_s = RefinedPrefillTime.past_features(totals, prefill.sp), prefill.new_tokens_s(totals)
+    padded = _pad_each(totals.num_tokens / prefill.sp, [point.padding.token_buckets for point in points])
+    new_tokens_s = prefill.padded_tokens_s(totals, padded)
+    features = RefinedPrefillTime.past_features(totals, prefill.sp)
     coefficients = fit_nonnegative(features[~kept_out], measured_s[~kept_out], new_tokens_s[~kept_out])
     constant, per_pair, per_key = coefficients.tolist()
     extend = dataclasses.replace(
         prefill, extend_constant_s=constant, per_new_times_past_s=per_pair, per_past_key_s=per_key
     )
-    return extend, _errors(extend.seconds(totals), measured_s, kept_out)
+    return extend, _errors(new_tokens_s + features @ coefficients, measured_s, kept_out)
 
 
-def _fit_decode(strategy: Strategy, points: Sequence[DecodePoint], padding: Padding) -> tuple[DecodeTime, FitErrors]:
+def _fit_decode(strategy: Strategy, points: Sequence[DecodePoint]) -> tuple[DecodeTime, FitErrors]:
     totals = DecodeTotals.of([point.work for point in points])
     measured_s, kept_out = _measured_and_held_out(points, totals.busiest_keys + totals.num_rows)
-    decode = _fit_decode_form(strategy.sp, totals.at(~kept_out), measured_s[~kept_out], padding.row_buckets)
-    return decode, _errors(decode.seconds(totals), measured_s, kept_out)
+    ladders = [point.padding.row_buckets for point in points]
+    padded = _pad_each(totals.busiest_rows, ladders)
+    form = _fit_decode_form(strategy.sp, totals.at(~kept_out), padded[~kept_out], measured_s[~kept_out])
+    decode = dataclasses.replace(form, row_buckets=_farthest(ladders))
+    return decode, _errors(decode.padded_rows_s(totals, padded), measured_s, kept_out)
 
 
-def _fit_decode_form(sp: int, totals: DecodeTotals, measured_s: np.ndarray, row_buckets: tuple[int, ...]) -> DecodeTime:
+def _fit_decode_form(sp: int, totals: DecodeTotals, padded_rows: np.ndarray, measured_s: np.ndarray) -> DecodeTime:
     """The best over where steps become bound by computing, or without that where it does not pay for itself."""
 
     def fit_from(compute_bound_rows: float, *, has_kink: bool) -> tuple[float, DecodeTime]:
-        features = DecodeTime.features(totals, sp, row_buckets, compute_bound_rows)
+        features = DecodeTime.features(totals, padded_rows, sp, compute_bound_rows)
         features[:, 2] *= has_kink
         coefficients = fit_nonnegative(features, measured_s)
         constant, per_row, per_bound_row, per_key, per_exchange, per_master = coefficients.tolist()
@@ -183,7 +181,7 @@ def _fit_decode_form(sp: int, totals: DecodeTotals, measured_s: np.ndarray, row_
             per_exchanged_row_s=per_exchange,
             per_extra_master_s=per_master,
             sp=sp,
-            row_buckets=row_buckets,
+            row_buckets=(),
         )
         return float(np.sum((features @ coefficients / measured_s - 1.0) ** 2)), form
 
@@ -191,11 +189,21 @@ def _fit_decode_form(sp: int, totals: DecodeTotals, measured_s: np.ndarray, row_
     num_points = len(measured_s)
     # A kink is two more coefficients: they have to pay for themselves (Akaike's criterion), and not by rounding.
     least = least * math.exp(-4.0 / num_points) - num_points * RELATIVE_TIE**2
-    for rows in _kinks(pad(totals.busiest_rows, row_buckets)):
+    for rows in _kinks(padded_rows):
         squares, form = fit_from(rows, has_kink=True)
         if squares < least - num_points * RELATIVE_TIE**2:
             least, best = squares, form
     return best
+
+
+def _pad_each(sizes: np.ndarray, ladders: Sequence[tuple[int, ...]]) -> np.ndarray:
+    """Each size, in whole numbers, padded by a ladder of its own."""
+    return np.array([pad(ceil(size), ladder) for size, ladder in zip(sizes.tolist(), ladders, strict=True)])
+
+
+def _farthest(ladders: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The ladder that goes farthest, of equal ones the last."""
+    return max(reversed(ladders), key=lambda ladder: ladder[-1:])
 
 
 def _kinks(padded_rows: np.ndarray) -> list[float]:

@@ -22,12 +22,23 @@ class Provenance:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Padding:
+    """The sizes to which the measured engine pads; empty: it does not."""
+
+    token_buckets: tuple[int, ...] = ()
+    """Prefill tokens on one rank."""
+    row_buckets: tuple[int, ...] = ()
+    """Requests of one sub-batch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillPoint:
     """A measured prefill or extend."""
 
     strategy: Strategy
     work: PrefillWork
     measured_s: float
+    padding: Padding = Padding()
 
     def __post_init__(self) -> None:
         _check_time(self.measured_s)
@@ -40,6 +51,7 @@ class DecodePoint:
     strategy: Strategy
     work: DecodeWork
     measured_s: float
+    padding: Padding = Padding()
 
     def __post_init__(self) -> None:
         _check_time(self.measured_s)

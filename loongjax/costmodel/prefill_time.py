@@ -78,10 +78,9 @@ class RefinedPrefillTime:
         check_buckets("token_buckets", self.token_buckets)
 
     @staticmethod
-    def features(totals: PrefillTotals[np.ndarray], sp: int, token_buckets: tuple[int, ...]) -> np.ndarray:
-        """What the constant, B and C multiply: float64 [..., 3]."""
-        padded = pad(np.ceil(totals.num_tokens / sp), token_buckets)
-        return _stack(np.ones(()), padded, totals.squared_lens)
+    def features(totals: PrefillTotals[np.ndarray], padded_tokens: np.ndarray) -> np.ndarray:
+        """What the constant, B and C multiply, with so many padded tokens on a rank: float64 [..., 3]."""
+        return _stack(np.ones(()), padded_tokens, totals.squared_lens)
 
     @staticmethod
     def past_features(totals: PrefillTotals[np.ndarray], sp: int) -> np.ndarray:
@@ -99,10 +98,12 @@ class RefinedPrefillTime:
 
     def new_tokens_s[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
         """As `seconds`, without the past: what the new tokens would take as whole prompts."""
+        return self.padded_tokens_s(totals, pad(ceil(totals.num_tokens / self.sp), self.token_buckets))
+
+    def padded_tokens_s[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real], padded_tokens: Real) -> Real:
+        """As `new_tokens_s`, with so many padded tokens on a rank."""
         linear = (
-            self.constant_s
-            + self.per_padded_token_s * pad(ceil(totals.num_tokens / self.sp), self.token_buckets)
-            + self.per_squared_token_s * totals.squared_lens
+            self.constant_s + self.per_padded_token_s * padded_tokens + self.per_squared_token_s * totals.squared_lens
         )
         return larger(linear, self.floor_s)
 

@@ -5,8 +5,7 @@ import itertools
 import numpy as np
 
 from loongjax.costmodel.decode_time import DecodeTime
-from loongjax.costmodel.fit import Padding
-from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint, Provenance
+from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, Padding, PrefillPoint, Provenance
 from loongjax.costmodel.migration_time import MigrationTime
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.prefill_time import RefinedPrefillTime
@@ -65,13 +64,21 @@ def measurements(strategies: tuple[Strategy, ...], noise: float = 0.0, seed: int
     return Measurements(
         provenance=PROVENANCE,
         prefills=tuple(
-            PrefillPoint(strategy=s, work=work, measured_s=measured(refined(s.sp).seconds(work.totals).item()))
+            PrefillPoint(
+                strategy=s,
+                work=work,
+                measured_s=measured(refined(s.sp).seconds(work.totals).item()),
+                padding=PADDING,
+            )
             for s in strategies
             for work in prefills
         ),
         decodes=tuple(
             DecodePoint(
-                strategy=s, work=work, measured_s=measured(decode(s.sp).seconds(DecodeTotals.of([work])).item())
+                strategy=s,
+                work=work,
+                measured_s=measured(decode(s.sp).seconds(DecodeTotals.of([work])).item()),
+                padding=PADDING,
             )
             for s in strategies
             for work in decode_works(s.sp)

@@ -6,16 +6,16 @@ import pytest
 from hypothesis import given, settings
 
 from loongjax.costmodel.fit import fit, held_out
-from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint
+from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, Padding, PrefillPoint
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.errors import ConfigError
-from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, PROVENANCE, decode, measurements, refined
+from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PROVENANCE, decode, measurements, refined
 
 ONE, FOUR = Strategy(1, 2), Strategy(4, 2)
 
 
 def test_points_without_noise_give_back_the_times_they_came_from():
-    model = fit(measurements((ONE, FOUR)), PADDING)
+    model = fit(measurements((ONE, FOUR)))
     unseen = PrefillTotals.of([
         PrefillWork(new_lens=(1,)),
         PrefillWork(new_lens=(333, 12_000)),
@@ -51,13 +51,47 @@ def test_the_papers_coefficients_are_recovered_from_times_in_its_form():
     assert errors.held_out.arithmetic_mean < 1e-8
 
 
+def test_points_of_engines_that_pad_to_other_sizes_are_fitted_together():
+    """As one database holds them that was measured by several versions: every point counts what was computed."""
+    whole = measurements((FOUR,))
+    other = Padding(token_buckets=(64, 512, 768, 8192, 32_768), row_buckets=(2, 100))
+    prefill = dataclasses.replace(refined(4), token_buckets=other.token_buckets)
+    decode_time = dataclasses.replace(decode(4), row_buckets=other.row_buckets)
+    mixed = dataclasses.replace(
+        whole,
+        prefills=tuple(
+            dataclasses.replace(point, padding=other, measured_s=prefill.seconds(point.work.totals).item())
+            if number % 2
+            else point
+            for number, point in enumerate(whole.prefills)
+        ),
+        decodes=tuple(
+            dataclasses.replace(
+                point, padding=other, measured_s=decode_time.seconds(DecodeTotals.of([point.work])).item()
+            )
+            if number % 2
+            else point
+            for number, point in enumerate(whole.decodes)
+        ),
+    )
+    times = fit(mixed).times(FOUR)
+    unseen = PrefillTotals.of([PrefillWork(new_lens=(n,), past_lens=(9_000,)) for n in (9, 2_500, 5_000, 90_000)])
+    np.testing.assert_allclose(times.prefill_s(unseen), prefill.seconds(unseen), rtol=1e-6)
+    steps = DecodeTotals.even(FOUR, [1, 40, 64], [500, 90_000, 10**6])
+    np.testing.assert_allclose(times.decode.seconds(steps), decode_time.seconds(steps), rtol=1e-6)
+    for errors in (times.refined_prefill_errors, times.extend_errors, times.decode_errors):
+        assert errors is not None
+        assert errors.held_out is not None
+        assert errors.held_out.largest < 1e-6
+
+
 def without_extends(whole: Measurements) -> Measurements:
     return dataclasses.replace(whole, prefills=tuple(point for point in whole.prefills if not point.work.is_extend))
 
 
 def test_the_coefficients_of_extends_are_recovered_from_chunks_with_and_without_decodes():
     for strategy in (ONE, FOUR):
-        times = fit(measurements((strategy,)), PADDING).times(strategy)
+        times = fit(measurements((strategy,))).times(strategy)
         true, form = refined(strategy.sp), times.refined_prefill
         assert form is not None
         assert form.extend_constant_s == pytest.approx(true.extend_constant_s, rel=1e-6)
@@ -70,7 +104,7 @@ def test_the_coefficients_of_extends_are_recovered_from_chunks_with_and_without_
 
 def test_extends_move_nothing_that_whole_prompts_and_decodes_take():
     whole = measurements((ONE,), noise=0.1)
-    plain, times = (fit(points, PADDING).times(ONE) for points in (without_extends(whole), whole))
+    plain, times = (fit(points).times(ONE) for points in (without_extends(whole), whole))
     assert plain.refined_prefill is not None
     assert times.refined_prefill is not None
     assert times.extend_errors is not None
@@ -90,7 +124,7 @@ def test_without_measured_extends_a_pair_costs_what_it_costs_within_a_prompt_and
     whole = measurements((ONE,))
     extends = tuple(point for point in whole.prefills if point.work.is_extend)[:num_extends]
     fresh = without_extends(whole)
-    times = fit(dataclasses.replace(fresh, prefills=fresh.prefills + extends), PADDING).times(ONE)
+    times = fit(dataclasses.replace(fresh, prefills=fresh.prefills + extends)).times(ONE)
     form = times.refined_prefill
     assert form is not None
     assert form.extend_constant_s == 0.0
@@ -107,7 +141,7 @@ def test_extends_that_are_shorter_than_their_new_tokens_make_the_past_cost_nothi
         else point
         for point in whole.prefills
     )
-    form = fit(dataclasses.replace(whole, prefills=fast), PADDING).times(ONE).refined_prefill
+    form = fit(dataclasses.replace(whole, prefills=fast)).times(ONE).refined_prefill
     assert form is not None
     assert [getattr(form, name) for name in PAST_COEFFICIENTS] == [0.0, 0.0, 0.0]
 
@@ -115,7 +149,7 @@ def test_extends_that_are_shorter_than_their_new_tokens_make_the_past_cost_nothi
 @settings(max_examples=10, deadline=None)
 @given(st.integers(0, 10**6))
 def test_with_noise_held_out_points_are_met_about_as_closely_as_the_noise(seed):
-    model = fit(measurements((FOUR,), noise=0.02, seed=seed), PADDING)
+    model = fit(measurements((FOUR,), noise=0.02, seed=seed))
     times = model.times(FOUR)
     for errors in (times.refined_prefill_errors, times.extend_errors, times.decode_errors):
         assert errors is not None
@@ -126,7 +160,7 @@ def test_with_noise_held_out_points_are_met_about_as_closely_as_the_noise(seed):
 
 
 def test_the_refined_form_beats_the_papers_where_the_engine_pads_and_has_a_floor():
-    times = fit(measurements((FOUR,), noise=0.01), PADDING).times(FOUR)
+    times = fit(measurements((FOUR,), noise=0.01)).times(FOUR)
     assert times.refined_prefill_errors is not None
     assert times.paper_prefill_errors is not None
     assert times.refined_prefill_errors.training.arithmetic_mean < times.paper_prefill_errors.training.arithmetic_mean
@@ -144,18 +178,22 @@ def test_where_decodes_become_bound_by_computing_is_found(rows):
         for context in (50, 1000, 9000)
     ]
     decodes = tuple(
-        DecodePoint(strategy=FOUR, work=work, measured_s=true.seconds(DecodeTotals.of([work])).item()) for work in works
+        DecodePoint(
+            strategy=FOUR,
+            work=work,
+            measured_s=true.seconds(DecodeTotals.of([work])).item(),
+            padding=Padding(row_buckets=true.row_buckets),
+        )
+        for work in works
     )
-    padding = dataclasses.replace(PADDING, row_buckets=true.row_buckets)
-    measured = dataclasses.replace(whole, decodes=decodes)
-    found = fit(measured, padding).times(FOUR).decode
+    found = fit(dataclasses.replace(whole, decodes=decodes)).times(FOUR).decode
     unseen = DecodeTotals.even(FOUR, [3, 30, 200, 800, 1024], [9000, 10**5, 10**6, 10**5, 10**4])
     np.testing.assert_allclose(found.seconds(unseen), true.seconds(unseen), rtol=1e-2)
     assert found.compute_bound_rows == pytest.approx(rows, rel=0.2)
 
 
 def test_no_kink_is_found_where_there_is_none():
-    found = fit(measurements((FOUR,), noise=0.01), PADDING).times(FOUR).decode
+    found = fit(measurements((FOUR,), noise=0.01)).times(FOUR).decode
     assert found.per_compute_bound_row_s == 0.0
 
 
@@ -166,11 +204,11 @@ def test_held_out_points_do_not_move_the_fit():
     kept_out = held_out([point.work for point in fresh], sizes)
     assert kept_out.any()
     wrong = tuple(
-        PrefillPoint(strategy=ONE, work=p.work, measured_s=p.measured_s * (3.0 if out else 1.0))
+        dataclasses.replace(p, measured_s=p.measured_s * (3.0 if out else 1.0))
         for p, out in zip(fresh, kept_out, strict=True)
     )
-    right = fit(Measurements(provenance=PROVENANCE, prefills=tuple(fresh), decodes=whole.decodes), PADDING).times(ONE)
-    moved = fit(Measurements(provenance=PROVENANCE, prefills=wrong, decodes=whole.decodes), PADDING).times(ONE)
+    right = fit(Measurements(provenance=PROVENANCE, prefills=tuple(fresh), decodes=whole.decodes)).times(ONE)
+    moved = fit(Measurements(provenance=PROVENANCE, prefills=wrong, decodes=whole.decodes)).times(ONE)
     assert moved.paper_prefill == right.paper_prefill
     assert moved.paper_prefill_errors is not None
     assert moved.paper_prefill_errors.held_out is not None

@@ -13,7 +13,7 @@ from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_file import load, save
 from loongjax.costmodel.work import PrefillTotals, Strategy
 from loongjax.errors import ConfigError
-from tests.costmodel.shapes import PADDING, measurements
+from tests.costmodel.shapes import measurements
 
 STRATEGIES = (Strategy(1, 2), Strategy(4, 2))
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
@@ -21,7 +21,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 
 @pytest.fixture(scope="module")
 def model():
-    return fit(measurements(STRATEGIES, noise=0.02), PADDING)
+    return fit(measurements(STRATEGIES, noise=0.02))
 
 
 @pytest.fixture

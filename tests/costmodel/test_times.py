@@ -109,7 +109,8 @@ def test_a_prefill_whose_tokens_cost_nothing_never_tips():
 @pytest.mark.parametrize(("num_tokens", "padded"), [(1, 64), (128, 64), (129, 256), (2048, 1024), (2050, 1025)])
 def test_a_rank_is_padded_to_the_smallest_bucket_that_holds_it_and_not_beyond_the_largest(num_tokens, padded):
     totals = PrefillTotals.of_sums(num_tokens, 0)
-    assert RefinedPrefillTime.features(totals, 2, (64, 256, 1024))[0, 1] == padded
+    seconds = dataclasses.replace(REFINED, floor_s=0.0).seconds(totals).item()
+    assert seconds == pytest.approx(REFINED.constant_s + padded * REFINED.per_padded_token_s)
 
 
 def test_a_decode_step_adds_up_what_the_slowest_instance_does():
@@ -161,12 +162,13 @@ def test_one_instance_exchanges_nothing():
 def test_features_times_coefficients_are_the_seconds():
     totals = PrefillTotals.of([PrefillWork(new_lens=(500, 3)), PrefillWork(new_lens=(9000,), past_lens=(77,))])
     np.testing.assert_allclose(PaperPrefillTime.features(totals) @ [0.02, 1e-4, 1e-9], PAPER.seconds(totals))
-    linear = RefinedPrefillTime.features(totals, 2, REFINED.token_buckets) @ [0.004, 2e-5, 1e-9]
+    # 252 and 4,500 tokens on each of two ranks
+    linear = RefinedPrefillTime.features(totals, np.array([256, 4500])) @ [0.004, 2e-5, 1e-9]
     np.testing.assert_allclose(np.maximum(linear, 0.01), REFINED.new_tokens_s(totals))
     past = RefinedPrefillTime.past_features(totals, 2) @ [0.001, 3e-9, 4e-8]
     np.testing.assert_allclose(np.maximum(linear, 0.01) + past, REFINED.seconds(totals))
     steps = DecodeTotals.of([DecodeWork(rows=(3, 2), keys=(300, 10)), DecodeWork(rows=(20,), keys=(0, 5000))])
-    linear = DecodeTime.features(steps, 2, KINKED.row_buckets, 4.0) @ [0.004, 1e-5, 3e-5, 1e-8, 1e-6, 1e-4]
+    linear = DecodeTime.features(steps, np.array([4, 20]), 2, 4.0) @ [0.004, 1e-5, 3e-5, 1e-8, 1e-6, 1e-4]
     np.testing.assert_allclose(linear, KINKED.seconds(steps))
 
 

@@ -19,7 +19,7 @@ from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.model_spec import ModelSpec
-from tests.costmodel.shapes import LLAMA2_7B, PADDING, measurements
+from tests.costmodel.shapes import LLAMA2_7B, measurements
 
 TWO = ClusterShape(num_instances=2, num_pages=100, page_size=16)
 BUCKETS = Buckets.for_limits(max_num_batched_tokens=8192, max_num_seqs=64, num_pages=100)
@@ -37,7 +37,7 @@ LLAMA2 = ModelConfig(
 @pytest.fixture(scope="module")
 def fitted() -> FittedModel:
     """One of a 7B on up to two H200."""
-    return fit(measurements((Strategy(1), Strategy(2))), padding=PADDING)
+    return fit(measurements((Strategy(1), Strategy(2))))
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     prepare_file(command.out)
     with Database(command.db) as database:
         system = choose_system(database, device=command.device, model=command.model)
-        measured, padding = measurements_of(database, system)
+        measured = measurements_of(database, system)
         num_failed = sum(point.error is not None for point in database.points(system))
     if num_failed:
         print(
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
             f"no strategy has {LEAST_POINTS} prefills and {LEAST_POINTS} decodes: "
             "`loongjax profile iteration --grid analytical-model` measures them"
         )
-    model = fit(enough, padding)
+    model = fit(enough)
     save(model, command.out)
     print(f"{system}; {measured.provenance.hardware}, commit {measured.provenance.commit or 'unknown'}")
     print(format_report(model, enough))

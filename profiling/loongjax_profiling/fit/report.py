@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from loongjax.costmodel.measurement import Measurements
-from loongjax.costmodel.model import FittedModel
+from loongjax.costmodel.measurement import DecodePoint, Measurements, PrefillPoint
+from loongjax.costmodel.model import FittedModel, StrategyTimes
 from loongjax.costmodel.relative_error import FitErrors
 from loongjax.costmodel.work import DecodeTotals
 
@@ -54,17 +54,17 @@ def format_report(model: FittedModel, measurements: Measurements) -> str:
 
 
 def residuals(model: FittedModel, measurements: Measurements) -> Iterator[Residual]:
-    """Every point of a fitted strategy beside what the scheduler will reckon with."""
+    """Every point of a fitted strategy beside what the scheduler will reckon with, padded as where it was measured."""
     for point in measurements.prefills:
         if point.strategy in model.strategies:
             work = point.work
-            predicted_s = model.prefill_s(point.strategy, work.totals).item()
+            predicted_s = _times_at(model, point).prefill_s(work.totals).item()
             kind = "prefill" if not work.is_extend else f"extend, behind up to {max(work.past_lens)},"
             what = f"{kind} of {len(work.new_lens)} x {max(work.new_lens)} on {point.strategy}"
             yield Residual(what, point.measured_s, predicted_s)
     for point in measurements.decodes:
         if point.strategy in model.strategies:
-            predicted_s = model.decode_s(point.strategy, DecodeTotals.of([point.work])).item()
+            predicted_s = _times_at(model, point).decode.seconds(DecodeTotals.of([point.work])).item()
             rows, keys = sum(point.work.rows), sum(point.work.keys)
             what = f"decode of {rows} rows, {keys} keys, {point.work.num_masters} masters on {point.strategy}"
             yield Residual(what, point.measured_s, predicted_s)
@@ -72,6 +72,11 @@ def residuals(model: FittedModel, measurements: Measurements) -> Iterator[Residu
         for point in measurements.migrations:
             predicted_s = model.migration_s(point.num_tokens, point.tp)
             yield Residual(f"migration of {point.num_tokens} tokens, tp{point.tp}", point.measured_s, predicted_s)
+
+
+def _times_at(model: FittedModel, point: PrefillPoint | DecodePoint) -> StrategyTimes:
+    padding = point.padding
+    return model.times(point.strategy).padded_to(padding.token_buckets, padding.row_buckets)
 
 
 def _forms(model: FittedModel) -> Iterator[tuple[str, str, FitErrors]]:

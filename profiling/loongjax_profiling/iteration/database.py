@@ -10,7 +10,7 @@ import pathlib
 import sqlite3
 from collections.abc import Iterator, Sequence
 
-from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.measurement import Padding
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
@@ -204,22 +204,31 @@ class Database:
 
     def points(self, system: System) -> list[Point]:
         """Everything known of this system, in order of measurement."""
+        return [point for point, _ in self.points_and_runs(system)]
+
+    def points_and_runs(self, system: System) -> list[tuple[Point, Run]]:
+        """As `points`, each with the run that it is from."""
         columns = (
-            "kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, seconds, stddev_s, "
-            "num_rounds, keys, error"
+            "run_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, seconds, "
+            "stddev_s, num_rounds, keys, error"
         )
         rows = self._rows(f"SELECT {columns} FROM points WHERE system_id = ? ORDER BY id", (self._system_id(system),))
-        return [_point(row) for row in rows]
+        runs = self._runs(system)
+        return [(_point(row[1:]), runs[row[0]]) for row in rows]
 
     def runs(self, system: System) -> list[Run]:
         """The runs that points of this system are from, oldest first."""
-        columns = "num_devices, model_name, commit_id, jax, command, page_size, token_buckets, row_buckets"
+        return list(self._runs(system).values())
+
+    def _runs(self, system: System) -> dict[int, Run]:
+        """By id."""
+        columns = "id, num_devices, model_name, commit_id, jax, command, page_size, token_buckets, row_buckets"
         rows = self._rows(
             f"SELECT {columns} FROM runs WHERE system_id = ? AND id IN (SELECT run_id FROM points) ORDER BY id",
             (self._system_id(system),),
         )
-        return [
-            Run(
+        return {
+            run_id: Run(
                 num_devices=num_devices,
                 model_name=model_name,
                 commit=commit,
@@ -228,8 +237,8 @@ class Database:
                 page_size=page_size,
                 padding=Padding(token_buckets=tuple(json.loads(tokens)), row_buckets=tuple(json.loads(rows))),
             )
-            for num_devices, model_name, commit, jax, command, page_size, tokens, rows in rows
-        ]
+            for run_id, num_devices, model_name, commit, jax, command, page_size, tokens, rows in rows
+        }
 
     def _open(self, *, create: bool) -> None:
         if create:

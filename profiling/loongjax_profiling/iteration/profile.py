@@ -14,7 +14,7 @@ import jax
 from tqdm import tqdm
 
 from loongjax.config import CPU_NUM_SLOTS, EngineConfig
-from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.measurement import Padding
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.engine.cost_model import cost_shape
 from loongjax.errors import ConfigError

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 
-from loongjax.costmodel.fit import Padding
 from loongjax.costmodel.measurement import DecodePoint, Measurements, MigrationPoint, PrefillPoint, Provenance
 from loongjax.costmodel.work import DecodeWork
 from loongjax.errors import ConfigError
@@ -34,35 +33,33 @@ def choose_system(database: Database, *, device: str | None = None, model: str |
     )
 
 
-def measurements_of(database: Database, system: System) -> tuple[Measurements, Padding]:
-    """What succeeded, and the sizes to which batches were padded.
-
-    Prefills that scale down are left out: they do the work of others, and would count twice.
-
-    Raises:
-        ConfigError: runs that padded to sizes which do not belong together.
-    """
-    timed = [(point.case, point.timing) for point in database.points(system) if point.timing is not None]
-    runs = database.runs(system)
-    measurements = Measurements(
-        provenance=_provenance(system, runs),
+def measurements_of(database: Database, system: System) -> Measurements:
+    """What succeeded. Prefills that scale down are left out: they do the work of others, and would count twice."""
+    timed = [
+        (point.case, point.timing, run.padding)
+        for point, run in database.points_and_runs(system)
+        if point.timing is not None
+    ]
+    return Measurements(
+        provenance=_provenance(system, database.runs(system)),
         prefills=tuple(
-            PrefillPoint(strategy=case.strategy, work=case.prefill_work, measured_s=timing.seconds)
-            for case, timing in timed
+            PrefillPoint(strategy=case.strategy, work=case.prefill_work, measured_s=timing.seconds, padding=padding)
+            for case, timing, padding in timed
             if case.kind in ("prefill", "extend") and not case.scales_down
         ),
         decodes=tuple(
-            DecodePoint(strategy=case.strategy, work=decode_work(case, timing), measured_s=timing.seconds)
-            for case, timing in timed
+            DecodePoint(
+                strategy=case.strategy, work=decode_work(case, timing), measured_s=timing.seconds, padding=padding
+            )
+            for case, timing, padding in timed
             if case.kind == "decode"
         ),
         migrations=tuple(
             MigrationPoint(tp=case.strategy.tp, num_tokens=case.input_len, measured_s=timing.seconds)
-            for case, timing in timed
+            for case, timing, _ in timed
             if case.kind == "migration"
         ),
     )
-    return measurements, _padding(runs)
 
 
 def _has_words(text: str, words: str | None) -> bool:
@@ -82,23 +79,3 @@ def _provenance(system: System, runs: list[Run]) -> Provenance:
         model=system.model,
         commit=", ".join(commits) or None,
     )
-
-
-def _padding(runs: list[Run]) -> Padding:
-    return Padding(
-        token_buckets=_merged("token", {run.padding.token_buckets for run in runs}),
-        row_buckets=_merged("row", {run.padding.row_buckets for run in runs}),
-    )
-
-
-def _merged(name: str, ladders: set[tuple[int, ...]]) -> tuple[int, ...]:
-    """The longest ladder of sizes, if the others are its beginnings."""
-    longest = max(ladders, key=lambda ladder: ladder[-1:], default=())
-    for ladder in ladders:
-        if ladder != longest[: len(ladder)]:
-            raise ConfigError(
-                f"runs in this database padded to {name} sizes that do not belong together, {list(ladder)} and "
-                f"{list(longest)}, since they are of different versions, or of --max-num-batched-tokens or "
-                "--max-num-seqs that are no doublings of each other: measure into another database"
-            )
-    return longest

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from matplotlib.figure import Figure
 
-from loongjax.costmodel.fit import LEAST_POINTS, Padding, fit
+from loongjax.costmodel.fit import LEAST_POINTS, fit
 from loongjax.costmodel.measurement import Measurements, PrefillPoint
 from loongjax.costmodel.work import PrefillTotals
 from loongjax.errors import ConfigError
@@ -14,7 +14,7 @@ BATCH_SIZES = (1, 2, 4, 8)
 MAX_PANELS = 3
 
 
-def draw(measurements: Measurements, padding: Padding, system: str) -> Figure:
+def draw(measurements: Measurements, system: str) -> Figure:
     """A panel for each strategy of most devices: lines are predicted by a model fitted to all points, markers measured.
 
     Raises:
@@ -32,7 +32,7 @@ def draw(measurements: Measurements, padding: Padding, system: str) -> Figure:
             f"the database has no prefills of {', '.join(map(str, BATCH_SIZES))} requests: "
             "`loongjax profile iteration --grid analytical-model --db FILE` measures them"
         )
-    model = fit(measurements, padding)
+    model = fit(measurements)
     most = max(point.strategy.sp * point.strategy.tp for point in points)
     strategies = sorted({point.strategy for point in points if point.strategy.sp * point.strategy.tp == most})
     strategies = strategies[:MAX_PANELS]

@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         runs = database.runs(system)
         num_devices = max(run.num_devices for run in runs)
         title = f"{runs[-1].model_name} on {num_devices} x {system.device}"
-        measured, padding = measurements_of(database, system)
+        measured = measurements_of(database, system)
         times = Times(
             seconds={p.case: p.timing.seconds for p in database.points(system) if p.timing is not None},
             system=title,
@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
             figure = scaling.draw(times)
         case "14":
             enough, _ = split_by_points(measured)
-            figure = accuracy.draw(enough, padding, title)
+            figure = accuracy.draw(enough, title)
     figure.savefig(command.out, format="png", dpi=150)
     print(f"wrote {command.out}")
     return 0

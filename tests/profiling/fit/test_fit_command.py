@@ -17,7 +17,7 @@ from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.database import Database, Point
 from loongjax_profiling.iteration.grids import build_grid
 from loongjax_profiling.iteration.meter import Timing
-from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, PADDING, decode, measurements, refined
+from tests.costmodel.shapes import LLAMA2_7B, MIGRATION, decode, measurements, refined
 from tests.profiling.synthetic import RUN, make_database, model_cases, timed
 
 ONE, TWO, FOUR = Strategy(1), Strategy(2), Strategy(4)
@@ -156,7 +156,7 @@ def test_points_are_split_by_strategy(tmp_path):
 
 def test_every_point_has_a_residual_with_its_sign():
     whole = measurements((ONE, TWO), noise=0.05)
-    found = list(residuals(fit(whole, PADDING), whole))
+    found = list(residuals(fit(whole), whole))
     assert len(found) == len(whole.prefills) + len(whole.decodes) + len(whole.migrations)
     for residual in found:
         assert residual.relative_error == pytest.approx(residual.predicted_s / residual.measured_s - 1.0)
@@ -166,5 +166,5 @@ def test_every_point_has_a_residual_with_its_sign():
 def test_a_report_without_held_out_points_says_none():
     whole = measurements((ONE,))
     whole = dataclasses.replace(whole, migrations=whole.migrations[:4])
-    report = format_report(fit(whole, PADDING), whole)
+    report = format_report(fit(whole), whole)
     assert re.search(r"all +migration +[\d.]+% +[\d.]+% +\d+ +none", report)

@@ -9,7 +9,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.measurement import Padding
 from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
 from loongjax_profiling.iteration.case import Case

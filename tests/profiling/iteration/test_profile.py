@@ -348,7 +348,7 @@ def test_a_real_runtime_is_measured_in_chunks_beside_decodes(tmp_path):
     assert {case.past_len for case in points} == {1, 2, 10, 20, 100, 200, 400}
     with Database(db) as database:
         [system] = database.systems
-        measured, _ = measurements_of(database, system)
+        measured = measurements_of(database, system)
     assert all(point.work.is_extend for point in measured.prefills)
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from loongjax.costmodel.fit import Padding
+from loongjax.costmodel.measurement import Padding
 from loongjax.costmodel.work import DecodeWork, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from loongjax_profiling.iteration.case import Case
@@ -33,20 +33,20 @@ def test_points_become_works_with_their_times(tmp_path):
         [PREFILL, DECODE, MIGRATION],
         time=lambda case: timing if case == DECODE else timed(case),
     )
-    measurements, padding = measured(path)
+    measurements = measured(path)
     [prefill], [decode], [migration] = measurements.prefills, measurements.decodes, measurements.migrations
     assert prefill.work == PrefillWork(new_lens=(100, 100, 100))
     assert prefill.measured_s == timed(PREFILL).seconds
     assert decode.work == DecodeWork(rows=(3, 2), keys=(130, 120))
     assert decode.measured_s == 0.25
     assert (migration.tp, migration.num_tokens, migration.measured_s) == (2, 50, timed(MIGRATION).seconds)
-    assert padding == RUN.padding
+    assert prefill.padding == decode.padding == RUN.padding
     assert measurements.provenance.model == LLAMA2_7B
 
 
 def test_an_extend_is_chunks_and_decodes_behind_other_tokens(tmp_path):
     case = Case(kind="extend", strategy=Strategy(1), batch_size=2, input_len=30, past_len=500, num_decodes=3)
-    [point] = measured(make_database(tmp_path / "points.sqlite", [case]))[0].prefills
+    [point] = measured(make_database(tmp_path / "points.sqlite", [case])).prefills
     assert point.work == PrefillWork(new_lens=(30, 30, 1, 1, 1), past_lens=(500,) * 5)
     assert point.measured_s == timed(case).seconds
 
@@ -55,7 +55,7 @@ def test_failed_points_and_prefills_that_scale_down_are_left_out(tmp_path):
     path = make_database(tmp_path / "points.sqlite", [dataclasses.replace(PREFILL, scales_down=True)])
     with Database(path) as database:
         database.add(database.begin_run(H200, RUN), Point(case=DECODE, error="no memory"))
-    measurements, _ = measured(path)
+    measurements = measured(path)
     assert measurements.prefills == measurements.decodes == ()
 
 
@@ -63,28 +63,21 @@ def test_provenance_names_the_largest_machine_and_all_commits(tmp_path):
     path = tmp_path / "points.sqlite"
     for case, num_devices, commit in ((PREFILL, 1, "aaa"), (DECODE, 4, None), (MIGRATION, 2, "bbb")):
         make_database(path, [case], run=dataclasses.replace(RUN, num_devices=num_devices, commit=commit))
-    provenance = measured(path)[0].provenance
+    provenance = measured(path).provenance
     assert provenance.hardware == "4 x NVIDIA H200"
     assert provenance.commit == "aaa, bbb"
 
 
-def test_runs_that_padded_to_more_sizes_of_the_same_ladder_belong_together(tmp_path):
+def test_a_point_is_padded_as_its_own_run_did(tmp_path):
     path = tmp_path / "points.sqlite"
-    short, long = (
-        Padding(token_buckets=(64, 128), row_buckets=(1, 4, 16)),
-        Padding(token_buckets=(64, 128, 256), row_buckets=(1, 4)),
-    )
-    for case, padding in ((PREFILL, short), (DECODE, long)):
+    early, late = Padding(token_buckets=(64, 100)), Padding(token_buckets=(64, 128, 256), row_buckets=(1, 4))
+    for case, padding in ((PREFILL, early), (DECODE, late)):
         make_database(path, [case], run=dataclasses.replace(RUN, padding=padding))
-    assert measured(path)[1] == Padding(token_buckets=(64, 128, 256), row_buckets=(1, 4, 16))
-
-
-def test_runs_that_padded_to_other_sizes_do_not(tmp_path):
-    path = tmp_path / "points.sqlite"
-    for case, buckets in ((PREFILL, (64, 100)), (DECODE, (64, 128, 256))):
-        make_database(path, [case], run=dataclasses.replace(RUN, padding=Padding(token_buckets=buckets)))
-    with pytest.raises(ConfigError, match=r"token sizes that do not belong together, \[64, 100\] and \[64, 128, 256\]"):
-        measured(path)
+    [prefill], [decode] = measured(path).prefills, measured(path).decodes
+    assert (prefill.padding, decode.padding) == (early, late)
+    make_database(path, [PREFILL], run=dataclasses.replace(RUN, padding=late))
+    [prefill] = measured(path).prefills
+    assert prefill.padding == late, "measured again"
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from loongjax_profiling.iteration.grids import GridName, build_grid
 from loongjax_profiling.plot import accuracy, scaling, sequence_parallelism, tensor_parallelism
 from loongjax_profiling.plot.command import PlotCommand, main
 from loongjax_profiling.plot.times import Times
-from tests.costmodel.shapes import PADDING, measurements
+from tests.costmodel.shapes import measurements
 from tests.profiling.synthetic import H200, make_database, model_cases, timed
 
 
@@ -137,7 +137,7 @@ def test_figure_13_shows_only_works_that_were_measured():
 
 def test_figure_14_draws_predictions_through_what_was_measured():
     whole = measurements((Strategy(1), Strategy(2), Strategy(4)))
-    figure = accuracy.draw(whole, PADDING, "a system")
+    figure = accuracy.draw(whole, "a system")
     [axes] = panels(figure)
     assert axes.get_title() == "sp4 tp1"
     markers = [line for line in axes.get_lines() if line.get_marker() == "x"]

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from loongjax.core.cluster import Group
-from loongjax.costmodel.fit import Padding, fit
+from loongjax.costmodel.fit import fit
 from loongjax.costmodel.model import FittedModel
 from loongjax.costmodel.model_file import save
 from loongjax.costmodel.work import PrefillTotals, Strategy
@@ -131,8 +131,8 @@ def test_without_a_cost_model_it_says_that_times_are_estimates(caplog: pytest.Lo
 
 
 def test_a_models_times_are_those_of_an_engine_that_pads_as_this_cluster_does(tmp_path: pathlib.Path):
-    """Measured where 5,000 tokens were computed as 8,192; here they are 5,120."""
-    fitted = fit(measurements((Strategy(1),)), padding=Padding(token_buckets=(64, 8192), row_buckets=(1, 64)))
+    """Measured where 5,000 tokens were computed as 16,384; here they are 5,120."""
+    fitted = fit(measurements((Strategy(1),)))
     save(fitted, tmp_path / "model.json")
     config = SimulateConfig(cost_model=str(tmp_path / "model.json"), max_num_batched_tokens=8192, max_num_seqs=16)
     model = choose_cost_model(config, choose_cluster(config))
@@ -141,7 +141,7 @@ def test_a_models_times_are_those_of_an_engine_that_pads_as_this_cluster_does(tm
     form = fitted.times(Strategy(1)).refined_prefill
     assert form is not None
     saved_s = fitted.prefill_s(Strategy(1), whole) - model.prefill_s(Strategy(1), whole)
-    assert saved_s == pytest.approx((8_192 - 5_120) * form.per_padded_token_s)
+    assert saved_s == pytest.approx((16_384 - 5_120) * form.per_padded_token_s)
     assert model.times(Strategy(1)).decode.row_buckets == (1, 4, 16)
 
 
