@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ class Splits:
     def __init__(
         self,
         loads: Float[np.ndarray, "4 requests"],
-        free_tokens: Int[np.ndarray, " instances"],
+        free_tokens: Sequence[int],
         seconds: PrefillSeconds,
         *,
         max_tokens_per_instance: int,
@@ -75,17 +75,35 @@ class Splits:
     @functools.cached_property
     def is_memory_short(self) -> bool:
         """Whether there may be a batch that some instance could not hold. If not, any instances are as good."""
-        return bool(self._loads[3].sum() > min(self._free_tokens.tolist(), default=0))
+        return self._is_short(self._free_tokens)
 
-    def are_the_same_as(self, other: Splits) -> bool:
-        """Whether both ask the same and memory is ample for it, so that how much there is does not matter."""
+    def _is_short(self, free_tokens: Sequence[int]) -> bool:
+        return self._num_slots > min(free_tokens, default=0)
+
+    @functools.cached_property
+    def _num_slots(self) -> float:
+        """That the keys of all requests take."""
+        return float(self._loads[3].sum())
+
+    def answer(
+        self,
+        loads: Float[np.ndarray, "4 requests"],
+        free_tokens: Sequence[int],
+        seconds: PrefillSeconds,
+        *,
+        max_tokens_per_instance: int,
+        max_requests: int,
+    ) -> bool:
+        """Whether those of these arguments would be the same, because memory is ample for both, so that how much there
+        is does not matter.
+        """
         return (
-            len(self._free_tokens) == len(other._free_tokens)
-            and self._max_tokens_per_instance == other._max_tokens_per_instance
-            and self._max_requests == other._max_requests
-            and self._seconds == other._seconds
-            and self._loads.tobytes() == other._loads.tobytes()
-            and not (self.is_memory_short or other.is_memory_short)
+            len(self._free_tokens) == len(free_tokens)
+            and self._max_tokens_per_instance == max_tokens_per_instance
+            and self._max_requests == max_requests
+            and self._seconds == seconds
+            and (self._loads is loads or self._loads.tobytes() == loads.tobytes())
+            and not (self.is_memory_short or self._is_short(free_tokens))
         )
 
     def on_first(self, num_instances: int) -> tuple[Batch, ...] | None:
@@ -140,23 +158,16 @@ class SplitMemory:
     def splits(
         self,
         loads: Float[np.ndarray, "4 requests"],
-        free_tokens: Int[np.ndarray, " instances"],
+        free_tokens: Sequence[int],
         seconds: PrefillSeconds,
         *,
         max_tokens_per_instance: int,
         max_requests: int,
     ) -> Splits:
         """Those of the arguments of `Splits`, until others are asked for. Equal `seconds` must give equal times."""
-        splits = Splits(
-            loads,
-            free_tokens,
-            seconds,
-            max_tokens_per_instance=max_tokens_per_instance,
-            max_requests=max_requests,
-            workspace=self._workspace,
-        )
-        if self._last is None or not self._last.are_the_same_as(splits):
-            self._last = splits
+        limits = {"max_tokens_per_instance": max_tokens_per_instance, "max_requests": max_requests}
+        if self._last is None or not self._last.answer(loads, free_tokens, seconds, **limits):
+            self._last = Splits(loads, free_tokens, seconds, **limits, workspace=self._workspace)
         return self._last
 
 
@@ -245,7 +256,7 @@ class _Table:
         self,
         runs: _Runs,
         loads: Float[np.ndarray, "4 requests"],
-        free_tokens: Int[np.ndarray, " instances"],
+        free_tokens: Sequence[int],
         workspace: Workspace,
         *,
         is_memory_short: bool,
@@ -257,7 +268,7 @@ class _Table:
         self._before = self._upto - loads
         self._costs = workspace.array("costs", len(free_tokens), runs.num_runs)
         """T of each run as a batch on 1, 2, ... instances."""
-        self._free = free_tokens.cumsum()
+        self._free = np.array(free_tokens, np.int64).cumsum()
         """Slots on the first 1, 2, ... instances."""
         self._is_memory_short = is_memory_short
         self._alone = np.full((len(free_tokens), loads.shape[1] + 1), np.inf)

@@ -94,6 +94,8 @@ class OutputLengths:
         """
         beyond, longest = self._means_beyond, self._ascending_list[-1] if self._ascending_list else 0
         num_known = len(beyond)
+        if max(num_output_tokens, default=0) < num_known and min(max_tokens, default=0) > longest:
+            return list(map(beyond.__getitem__, num_output_tokens))  # mostly no limit matters
         return [
             beyond[generated]
             if generated < num_known and most > longest

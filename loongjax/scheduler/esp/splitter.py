@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.batching import SplitMemory, Splits
@@ -58,7 +56,7 @@ class Splitter:
         draft, page_size = self._draft, self._draft.shape.page_size
         return self._memory.splits(
             self._window.loads(by_length),
-            np.array([draft.room(instance) * page_size for instance in instances], np.int64),
+            [draft.room(instance) * page_size for instance in instances],
             self._times.on_first(len(instances)),
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,

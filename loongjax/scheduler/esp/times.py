@@ -56,11 +56,15 @@ class Times:
         self._corrector = corrector
         self._predictions = Predictions(model) if predictions is None else predictions
         self._strategies: dict[tuple[Kind, int], tuple[Strategy, float]] = {}
+        self._on_first: dict[int, PrefillsOnFirst] = {}
 
     def on_first(self, num_instances: int) -> PrefillsOnFirst:
         """Those of prefills on 1, 2, ... so many instances."""
-        factors = [self._known("prefill", dop)[1] for dop in range(1, num_instances + 1)]
-        return PrefillsOnFirst(self._model, self.tp, tuple(factors))
+        known = self._on_first.get(num_instances)
+        if known is None:
+            factors = [self._known("prefill", dop)[1] for dop in range(1, num_instances + 1)]
+            known = self._on_first[num_instances] = PrefillsOnFirst(self._model, self.tp, tuple(factors))
+        return known
 
     def batch_s(self, dop: int, requests: Sequence[WaitingView]) -> float:
         """Of these requests in one prefill; 0 of none."""

@@ -33,6 +33,8 @@ class Window:
         self.weights: list[float] = weights.tolist()
         """What a second of waiting costs."""
         self._loads = sizes.loads(weights)
+        self._last_loads: tuple[Sequence[int], np.ndarray] = (), self._loads[:, :0]
+        """Places that were asked about last, and the answer."""
         order = np.argsort(-weights / self._loads[0], kind="stable")
         if not is_patient:
             order = np.concatenate(([0], order[order != 0]))
@@ -83,8 +85,14 @@ class Window:
         return [place for place in self.sizes.by_length if place in chosen]
 
     def loads(self, places: Sequence[int]) -> Float[np.ndarray, "4 places"]:
-        """Length, squared length, weight, and slots that the prefill leaves filled, of each of these requests."""
-        return self._loads.take(np.array(places, np.intp), axis=1)
+        """Length, squared length, weight, and slots that the prefill leaves filled, of each of these requests. Shared:
+        not to be written to.
+        """
+        asked, found = self._last_loads
+        if places != asked:
+            found = self._loads.take(np.array(places, np.intp), axis=1)
+            self._last_loads = list(places), found
+        return found
 
     def growing(self, places: Sequence[int]) -> Float[np.ndarray, "3 places"]:
         """Sums of lengths, squared lengths and weights of the first of these requests, of the first two, and so on."""

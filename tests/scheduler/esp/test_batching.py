@@ -25,7 +25,7 @@ def loads_of(lengths: Sequence[int], weights: Sequence[float], kept_tokens: Sequ
 def splits_of(problem: Problem, workspace: Workspace | None = None) -> Splits:
     return Splits(
         loads_of(problem.lengths, problem.weights, problem.kept_tokens),
-        np.array(problem.free_tokens, np.int64),
+        problem.free_tokens,
         problem.seconds,
         max_tokens_per_instance=problem.max_tokens_per_instance,
         max_requests=problem.max_requests,
@@ -202,7 +202,7 @@ def test_the_cost_model_is_asked_once_about_few_requests():
         seconds_of_tokens(totals, out)
 
     loads = loads_of(range(20, 0, -1), [1.0] * 20)
-    splits = Splits(loads, np.full(4, 1000), seconds, max_tokens_per_instance=1000, max_requests=64)
+    splits = Splits(loads, [1000] * 4, seconds, max_tokens_per_instance=1000, max_requests=64)
     assert splits.on_first(4)
     assert splits.on_first(3)
     assert asked == [(4, 210)]
@@ -220,7 +220,7 @@ def test_the_cost_model_is_asked_about_true_batches_only():
         seconds_of_tokens(totals, out)
 
     loads = loads_of(lengths, [1.0 / length for length in lengths])
-    splits = Splits(loads, np.full(2, 99), seconds, max_tokens_per_instance=99, max_requests=4)
+    splits = Splits(loads, [99] * 2, seconds, max_tokens_per_instance=99, max_requests=4)
     assert splits.on_first(2)
 
 
@@ -232,7 +232,7 @@ def test_what_was_found_last_is_never_taken_for_another_answer(asked: list[Probl
         num_instances = len(problem.free_tokens)
         splits = memory.splits(
             loads_of(problem.lengths, problem.weights, problem.kept_tokens),
-            np.array(problem.free_tokens, np.int64),
+            problem.free_tokens,
             problem.seconds,
             max_tokens_per_instance=problem.max_tokens_per_instance,
             max_requests=problem.max_requests,
@@ -245,9 +245,9 @@ def test_what_was_found_last_is_never_taken_for_another_answer(asked: list[Probl
     ("changes", "is_the_same"),
     [
         ({}, True),
-        ({"free_tokens": np.array([30, 21, 40])}, True),
-        ({"free_tokens": np.array([30, 20, 40])}, False),
-        ({"free_tokens": np.array([30, 30])}, False),
+        ({"free_tokens": [30, 21, 40]}, True),
+        ({"free_tokens": [30, 20, 40]}, False),
+        ({"free_tokens": [30, 30]}, False),
         ({"loads": loads_of([12, 5, 4], [0.1, 0.2, 0.3])}, False),
         ({"loads": loads_of([12, 5, 4], [0.1, 0.2, 0.25], [9, 5, 5])}, False),
         ({"max_requests": 2}, False),
@@ -258,7 +258,7 @@ def test_what_was_found_last_is_never_taken_for_another_answer(asked: list[Probl
 def test_where_memory_is_ample_it_may_change_and_nothing_else(changes: dict[str, Any], is_the_same: bool):
     question: dict[str, Any] = {
         "loads": loads_of([12, 5, 4], [0.1, 0.2, 0.25]),
-        "free_tokens": np.array([30, 30, 30]),
+        "free_tokens": [30, 30, 30],
         "seconds": seconds_of_tokens,
         "max_requests": 3,
         "max_tokens_per_instance": 99,
