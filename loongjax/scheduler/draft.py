@@ -84,8 +84,8 @@ class Draft:
         page_size = self.shape.page_size
         for request in requests:
             # Every cut is a multiple of a page, so that each piece takes pages of its own.
-            for interval in request.kept:
-                self.free[interval.instance] -= -((interval.begin - interval.end) // page_size)
+            for instance, begin, end in request.kept:
+                self.free[instance] -= -((begin - end) // page_size)
         self.idle.difference_update(group.instances)
         self.prefilling.update(group.instances)
         self._iterations.append(Prefill(group, tuple(requests)))

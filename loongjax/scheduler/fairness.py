@@ -69,8 +69,8 @@ class Fairness:
     def note_prefilled(self, requests: Iterable[WaitingView]) -> None:
         """Notes that these requests wait no longer."""
         if self._num_overtakes:
-            for request in requests:
-                self._num_overtakes.pop(request.request_id, None)
+            for request_id in self._num_overtakes.keys() & {request.request_id for request in requests}:
+                del self._num_overtakes[request_id]
 
     def note_passed(self, requests: Iterable[RunningView]) -> None:
         """Notes that prefills started while these running requests stood back for them."""

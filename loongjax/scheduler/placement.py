@@ -38,17 +38,23 @@ def place_keys(
     num_needed = sum([-(-request.num_tokens // page_size) for request in keepers])
     chosen = _fewest(shelves, num_needed, num_spare_pages, len(keepers)) if keepers else []
     if len(chosen) == 1:
-        (shelf,) = chosen
-        return tuple([_whole_on(shelf.instance, request) for request in requests])
+        return keys_on(chosen[0].instance, requests)
     kept: dict[str, tuple[TokenInterval, ...]] = {}
     for request in sorted(keepers, key=lambda request: -request.num_tokens):
         kept[request.request_id] = _place_one(request.num_tokens, chosen, page_size)
     return tuple([PrefillRequest(request.request_id, kept.get(request.request_id, ())) for request in requests])
 
 
-def _whole_on(instance: InstanceId, request: WaitingView) -> PrefillRequest:
-    kept = (TokenInterval(instance, 0, request.num_tokens),) if request.keeps_kv else ()
-    return PrefillRequest(request.request_id, kept)
+def keys_on(instance: InstanceId, requests: Sequence[WaitingView]) -> tuple[PrefillRequest, ...]:
+    """All keys of a batch on one instance."""
+    return tuple(
+        [
+            PrefillRequest(
+                request.request_id, (TokenInterval(instance, 0, request.num_tokens),) if request.keeps_kv else ()
+            )
+            for request in requests
+        ]
+    )
 
 
 def _fewest(shelves: Sequence[Shelf], num_needed: int, num_spare: int, num_requests: int) -> list[Shelf]:

@@ -17,7 +17,7 @@ from loongjax.scheduler.esp.splitter import Splitter
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.tipping import put_in_order
 from loongjax.scheduler.esp.window import Window
-from loongjax.scheduler.placement import Shelf, place_keys
+from loongjax.scheduler.placement import Shelf, keys_on, place_keys
 from loongjax.scheduler.view import WaitingView
 
 MIN_STEPS = 3
@@ -146,6 +146,9 @@ def _whole(draft: Draft, group: Sequence[InstanceId], places: list[int], window:
 
 def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingView], growth_tokens: int) -> None:
     """Puts one prefill into the draft. Its keys stay on the fewest instances that can hold them: scale-down."""
+    if len(group) == 1:
+        draft.prefill(Group(tuple(group)), keys_on(group[0], requests))
+        return
     page_size = draft.shape.page_size
     num_pages = [-(-request.num_tokens // page_size) for request in requests if request.keeps_kv]
     num_spare = len(num_pages) * draft.shape.num_pages_for(growth_tokens)

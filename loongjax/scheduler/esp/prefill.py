@@ -166,9 +166,9 @@ class PrefillPlanner:
         """Remembers who was overtaken and who had to stand still."""
         if not started:
             return
-        left = set(range(len(window))).difference(started)
-        if left:
-            requests, first_left = window.requests, min(left)
+        requests, starting = window.requests, set(started)
+        first_left = next((place for place in range(len(window)) if place not in starting), None)
+        if first_left is not None:
             order = requests[first_left].order
             later = [place for place in started if requests[place].order > order]
             if later:
