@@ -18,8 +18,6 @@ come from the cost model. Keys are moved to one instance that has room for all o
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 from loongjax.core.cluster import InstanceId
@@ -85,13 +83,10 @@ class Allocator:
         """Adds what pays to the choice, and says what keys have to be moved first, if any."""
         num_refusals = 0
         weight, sums = self._window.weight(choice.places), self._window.sums(choice.places)
-
-        @functools.cache
-        def duration_s(dop: int) -> float:
-            return self._times.batch_of_s(dop, *sums)
-
+        duration_s = self._times.batch_of_s(choice.dop, *sums)
         for site in self._candidates(choice):
-            offer = max(self._offers(choice, site, weight, duration_s), key=_net_gain)
+            then_s = self._times.batch_of_s(choice.dop + len(site.instances), *sums)
+            offer = self._best_offer(choice, site, weight, sums, duration_s, then_s)
             is_taken = offer.gain > 0.0 and offer.gain >= offer.cost
             self._tell(choice, site, offer, is_taken)
             if not is_taken:
@@ -102,6 +97,7 @@ class Allocator:
                 return offer.move
             else:
                 choice.take(site)
+                duration_s = then_s
         return None
 
     def _candidates(self, choice: Choice) -> list[Site]:
@@ -110,33 +106,34 @@ class Allocator:
         decodes.sort(key=_num_keys)
         return [*decodes, *self._outlook.emptied] if self._may_wait else decodes
 
-    def _offers(
-        self, choice: Choice, site: Site, weight: float, duration_s: Callable[[int], float]
-    ) -> list[_Offer]:
-        """The choice's requests weigh so much, and take so long on so many instances."""
+    def _best_offer(
+        self, choice: Choice, site: Site, weight: float, sums: tuple[int, int], duration_s: float, then_s: float
+    ) -> _Offer:
+        """The choice's requests weigh so much, have so many tokens and squared tokens, and take so long without the
+        site and with it.
+        """
         begin_s = choice.ready_s
-        now_s = begin_s + duration_s(choice.dop)
-        then_s = duration_s(choice.dop + len(site.instances))
+        now_s = begin_s + duration_s
         ready_s = max(begin_s, site.ready_s)
         gain = weight * (now_s - ready_s - then_s)
         gain -= self._loss_of_newcomers(choice, site, now_s, ready_s + then_s)
         if not site.requests:
             paused = sum([taken.pause_weight for taken in choice.sites])
-            return [_Offer("wait", gain, paused * max(0.0, ready_s - begin_s), ready_s)]
-        offers = [_Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + then_s), ready_s)]
+            return _Offer("wait", gain, paused * max(0.0, ready_s - begin_s), ready_s)
+        pause = _Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + then_s), ready_s)
         mover = self._mover
         if gain <= 0.0 or mover is None:
-            return offers
-        moved_gain = weight * (now_s - ready_s - duration_s(choice.dop + 1))
+            return pause
+        moved_gain = weight * (now_s - ready_s - self._times.batch_of_s(choice.dop + 1, *sums))
         # Longer than this, and the cost of moving exceeds the gain, or the pause is the better offer anyway.
-        longest_s = min(gain, moved_gain - _net_gain(offers[0])) / (weight + site.pause_weight)
-        if (move := mover.move_from(site, choice.sites, longest_s)) is not None:
-            gain = moved_gain
-            cost = (weight + site.pause_weight) * move.seconds
-            if gain > cost:
-                cost += mover.slowdown(site, move)
-            offers.append(_Offer("migrate", gain, cost, ready_s + move.seconds, move))
-        return offers
+        longest_s = min(gain, moved_gain - _net_gain(pause)) / (weight + site.pause_weight)
+        move = mover.move_from(site, choice.sites, longest_s)
+        if move is None:
+            return pause
+        cost = (weight + site.pause_weight) * move.seconds
+        if moved_gain > cost:
+            cost += mover.slowdown(site, move)
+        return max(pause, _Offer("migrate", moved_gain, cost, ready_s + move.seconds, move), key=_net_gain)
 
     def _loss_of_newcomers(self, choice: Choice, site: Site, now_s: float, then_s: float) -> float:
         """What it costs them if the choice ends in `then_s` seconds on the site too, instead of in `now_s` without."""

@@ -137,9 +137,10 @@ class Splits:
     @functools.cached_property
     def _table(self) -> _Table:
         runs = _runs(self._loads.shape[1], self._max_requests)
+        times = self._workspace.times_of(runs, self._loads[:2], self._seconds, len(self._free_tokens))
         table = _Table(runs, self._loads, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
         for block in runs.blocks:
-            table.price(block, self._seconds, self._max_tokens_per_instance)
+            table.price(block, times.of(block), self._max_tokens_per_instance)
             table.fill(block)
         return table
 
@@ -173,11 +174,22 @@ class SplitMemory:
 
 class Workspace:
     """Arrays that one search after the other uses: to get memory from the operating system takes longer than all that
-    is written to it.
+    is written to it. And the times that the last one has found, for mostly requests that wait come to weigh more, and
+    nothing else changes.
     """
 
     def __init__(self) -> None:
         self._buffers: dict[str, np.ndarray] = {}
+        self._times: _RunTimes | None = None
+
+    def times_of(
+        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, num_instances: int
+    ) -> _RunTimes:
+        """See `_RunTimes`."""
+        if self._times is None or not self._times.are_those_of(runs, sizes, seconds, num_instances):
+            out = self.array("times", num_instances, runs.num_runs)
+            self._times = _RunTimes(runs, sizes, seconds, out)
+        return self._times
 
     def array(self, name: str, num_rows: int, num_columns: int) -> Float[np.ndarray, "rows columns"]:
         """One of this size, of any content, until it is asked for by the same name again."""
@@ -241,6 +253,52 @@ def _runs(num_requests: int, max_requests: int) -> _Runs:
     return _Runs(tuple(blocks), tuple(itertools.starmap(slice, itertools.pairwise(offsets))))
 
 
+class _RunTimes:
+    """What each run takes as a batch on 1, 2, ... instances, found block by block, whatever its requests weigh.
+
+    Args:
+        runs: those.
+        sizes: of each request the tokens to compute and their square.
+        seconds: see `Splits`.
+        out: where to keep the times.
+    """
+
+    def __init__(
+        self,
+        runs: _Runs,
+        sizes: Float[np.ndarray, "2 requests"],
+        seconds: PrefillSeconds,
+        out: Float[np.ndarray, "dops runs"],
+    ) -> None:
+        self._runs = runs
+        self._sizes = sizes
+        self._seconds = seconds
+        self._out = out
+        self._upto = sizes.cumsum(axis=1)
+        self._num_known = 0
+        """Of all runs, in their order."""
+
+    def are_those_of(
+        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, num_instances: int
+    ) -> bool:
+        return (
+            self._runs is runs
+            and len(self._out) >= num_instances
+            and self._seconds == seconds
+            and self._sizes.tobytes() == sizes.tobytes()
+        )
+
+    def of(self, block: _Block) -> Float[np.ndarray, "dops block_runs"]:
+        """Of the runs of a block; those of blocks before it must have been asked for. Not to be written to."""
+        times = self._out[:, block.part]
+        if self._num_known < block.part.stop:
+            before = self._upto - self._sizes
+            sums = self._upto.take(block.last, axis=1) - before.take(block.first, axis=1)
+            self._seconds(PrefillTotals.of_sums(*sums), times)
+            self._num_known = block.part.stop
+        return times
+
+
 class _Table:
     """The table of f, filled from its first requests on.
 
@@ -271,29 +329,26 @@ class _Table:
         self._free = np.array(free_tokens, np.int64).cumsum()
         """Slots on the first 1, 2, ... instances."""
         self._is_memory_short = is_memory_short
-        self._alone = np.full((len(free_tokens), loads.shape[1] + 1), np.inf)
-        """[k - 1, i]: the cost of the first i requests as one batch on the first k instances."""
-        self.least = self._alone.copy()
-        """[k - 1, i]: f[i][k]. The last k is not filled in."""
+        self.least = np.empty((len(free_tokens), loads.shape[1] + 1))
+        """[k - 1, i]: f[i][k]; of the last k, what the first i requests cost as one batch."""
+        self.least.fill(np.inf)
 
-    def price(self, block: _Block, seconds: PrefillSeconds, max_tokens_per_instance: int) -> None:
-        """Finds the costs of a block's runs; infinite where instances cannot compute as much."""
+    def price(
+        self, block: _Block, times: Float[np.ndarray, "dops block_runs"], max_tokens_per_instance: int
+    ) -> None:
+        """Finds the costs of a block's runs, which take so long, infinite where instances cannot compute as much, and
+        what the first requests cost as one batch.
+        """
         costs = self._costs[:, block.part]
-        sums = self._workspace.array("sums", 3, costs.shape[1])
-        before = self._workspace.array("before", 3, costs.shape[1])
-        self._upto[:3].take(block.last, axis=1, out=sums, mode="clip")
-        sums -= self._before[:3].take(block.first, axis=1, out=before, mode="clip")
-        num_tokens, squared_lens, weights = sums
-        seconds(PrefillTotals.of_sums(num_tokens, squared_lens), costs)
-        costs *= weights
+        np.multiply(times[: len(costs)], self._sums(2, block), out=costs)
         if self._upto[0, -1] > max_tokens_per_instance:
             limits = np.arange(1, len(costs) + 1) * max_tokens_per_instance
-            costs[num_tokens > limits[:, None]] = np.inf
+            costs[self._sums(0, block) > limits[:, None]] = np.inf
         alone = costs.take(block.offsets[block.prefixes], axis=1)
         begin, end = block.requests.start, block.requests.start + alone.shape[1]
         if self._is_memory_short:
             alone[self._upto[3, begin:end] > self._free[:, None]] = np.inf
-        self._alone[:, begin + 1 : end + 1] = alone
+        self.least[:, begin + 1 : end + 1] = alone
 
     def fill(self, block: _Block) -> None:
         """Finds the entries of a block's requests; those before are known. Of the last k, only one is asked for."""
@@ -303,19 +358,23 @@ class _Table:
         before = self._workspace.array("before", num_instances - 1, num_runs)
         """[-k, run]: f[j][k] of the requests before the run."""
         sums = self._workspace.array("sums", num_instances - 1, num_runs)
-        self.least[:, entries] = self._alone[:, entries]
         for k in range(1, num_instances):
             # Every batch takes an instance, so a row of f follows from those before it, all of it at once.
             row = self.least[k - 1]
             if k > 1:
                 candidates = np.add(before[num_instances - k :], costs[: k - 1], out=sums[: k - 1])
                 if self._is_memory_short:
-                    num_slots = self._upto[3].take(block.last) - self._before[3].take(block.first)
-                    self._forbid(candidates, num_slots, k)
+                    self._forbid(candidates, self._sums(3, block), k)
                 least = np.minimum.reduceat(np.minimum.reduce(candidates), block.offsets)
                 known = row[entries]
                 np.minimum(known, least, out=known)
             row.take(block.first, out=before[-k], mode="clip")
+
+    def _sums(self, row: int, block: _Block) -> Float[np.ndarray, " block_runs"]:
+        """Of one kind of load, over each run of a block."""
+        sums = self._upto[row].take(block.last)
+        sums -= self._before[row].take(block.first)
+        return sums
 
     def trace_back(self, num_instances: int) -> tuple[Batch, ...] | None:
         """The batches behind the least f[n][k] of no more than so many instances, at least 2, found again from the last
@@ -323,7 +382,7 @@ class _Table:
         i = len(self._runs.parts)
         least = self.least[:num_instances, i].tolist()
         if num_instances == len(self._costs):
-            least[-1] = min(self._alone[-1, i], self._candidates(i, num_instances).min())
+            least[-1] = min(least[-1], self._candidates(i, num_instances).min())
         k = least.index(min(least)) + 1
         if least[k - 1] == np.inf:
             return None
@@ -332,7 +391,7 @@ class _Table:
             candidates = self._candidates(i, k)
             num_runs = candidates.shape[1]
             dop_less_1, index = divmod(int(candidates.argmin()), num_runs)
-            if candidates[dop_less_1, index] > self._alone[k - 1, i]:
+            if candidates[dop_less_1, index] > self.least[k - 1, i]:  # one batch costs less
                 break
             begin = i - num_runs + index
             batches.append(Batch(range(begin, i), range(k - 1 - dop_less_1, k)))
