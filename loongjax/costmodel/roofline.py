@@ -127,6 +127,19 @@ class _RatesOfDops:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class _DecodeRates:
+    """What decode steps of a strategy depend on but for their sizes."""
+
+    flops_per_s: float
+    """Of a master."""
+    weights_s: float
+    """Reading the weights."""
+    key_s: float
+    """Reading a key."""
+    overheads_s: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RooflineModel(CostModel):
     """A `CostModel` by arithmetic: work takes the longer of computing and moving bytes, evenly over the devices."""
 
@@ -169,17 +182,16 @@ class RooflineModel(CostModel):
         group's queries and partial results exchanged; and the overheads.
         """
         sp, tp = strategy.sp, strategy.tp
-        compute = self.model.decode_row_flops * totals.busiest_rows / (tp * self.rates.flops_per_s)
-        keys = totals.busiest_keys * self._key_s(tp)
-        own = larger(compute, self._weights_s(tp)) + keys
+        rates = self._decode_rates(sp, tp)
+        compute = self.model.decode_row_flops * totals.busiest_rows / rates.flops_per_s
+        own = larger(compute, rates.weights_s) + totals.busiest_keys * rates.key_s
         if tp > 1:
             own = own + self._all_reduces_s(tp, totals.busiest_rows)
-        overheads = self._overheads_s(tp, 2 if sp > 1 else 0)
         if sp == 1:
-            return own + overheads
+            return own + rates.overheads_s
         row_bytes = self.model.num_q_heads * self.model.head_dim * (self.model.dtype_bytes + PARTIAL_RESULT_BYTES) / tp
         exchange = totals.num_rows * self.model.num_layers * row_bytes / self.rates.link_bytes_per_s
-        return own + exchange + overheads
+        return own + exchange + rates.overheads_s
 
     def migration_s(self, num_tokens: int | float, tp: int) -> float:
         """Its bytes at the link's rate, after one collective's latency."""
@@ -208,6 +220,19 @@ class RooflineModel(CostModel):
             pair_s=self.model.pair_flops / (sp * tp * self.rates.flops_per_s),
             key_s=self._key_s(tp) / sp,
             overheads_s=self._overheads_s(tp, sp - 1),
+        )
+
+    @functools.cached_property
+    def _decode_rates(self) -> Callable[[int, int], _DecodeRates]:
+        """Of (sp, tp), found once."""
+        return functools.cache(self._find_decode_rates)
+
+    def _find_decode_rates(self, sp: int, tp: int) -> _DecodeRates:
+        return _DecodeRates(
+            flops_per_s=tp * self.rates.flops_per_s,
+            weights_s=self._weights_s(tp),
+            key_s=self._key_s(tp),
+            overheads_s=self._overheads_s(tp, 2 if sp > 1 else 0),
         )
 
     @functools.cached_property

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -83,7 +84,7 @@ class Splits:
     @functools.cached_property
     def _num_slots(self) -> float:
         """That the keys of all requests take."""
-        return float(self._loads[3].sum())
+        return sum(self._loads[3].tolist())
 
     def answer(
         self,
@@ -116,7 +117,7 @@ class Splits:
 
     def least_cost(self, num_instances: int) -> float:
         """What those on no more than so many instances cost, fewer than all; inf if there are none."""
-        return float(self._table.least[:num_instances, -1].min(initial=np.inf))
+        return min(self._table.least[:num_instances, -1].tolist(), default=math.inf)
 
     def _find(self, num_instances: int) -> tuple[Batch, ...] | None:
         num_requests = self._loads.shape[1]

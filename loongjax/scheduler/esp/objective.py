@@ -145,7 +145,7 @@ def _urgencies(
 ) -> list[float]:
     """Decode weight over 1 / output length of each."""
     implied = TOKEN_S / implied_tpot_s
-    if not have_paces(requests) and not any(map(_priority, requests)):
+    if not any(map(_priority, requests)) and not have_paces(requests):
         return [implied] * len(requests)
     urgencies: list[float] = []
     for request, reciprocal in zip(requests, reciprocals, strict=True):

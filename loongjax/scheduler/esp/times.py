@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -170,10 +171,14 @@ class Times:
         """The strategy of so many instances, and what to multiply its times by."""
         known = self._strategies.get((kind, dop))
         if known is None:
-            strategy = Strategy(dop, self.tp)
+            strategy = _strategy(dop, self.tp)
             factor = 1.0 if self._corrector is None else self._corrector.factor(kind, strategy)
             known = self._strategies[kind, dop] = strategy, factor
         return known
+
+
+_strategy = functools.cache(Strategy)
+"""Equal ones are the same, made once."""
 
 
 def kind_of(work: PrefillWork | DecodeWork) -> Kind:

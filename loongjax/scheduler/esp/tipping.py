@@ -110,9 +110,9 @@ def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[Tippin
 
 def _tipping_point(seconds: Sequence[float], line: Line, fixed_s: float) -> TippingPoint:
     """Of one line, by the times of its first request, of its first two, and so on."""
-    before, rest = 0.0, sum(line.weights) + line.loss_weight
-    for number in range(1, len(seconds)):
-        before += line.weights[number - 1]
-        if (seconds[number] - seconds[number - 1]) * before > fixed_s * (rest - before):
-            return TippingPoint(number, seconds[number - 1], seconds[-1])
-    return TippingPoint(len(seconds), seconds[-1], seconds[-1])
+    all_weight, number = sum(line.weights) + line.loss_weight, 1
+    for before, (earlier_s, later_s) in zip(itertools.accumulate(line.weights), itertools.pairwise(seconds), strict=False):
+        if (later_s - earlier_s) * before > fixed_s * (all_weight - before):
+            break
+        number += 1
+    return TippingPoint(number, seconds[number - 1], seconds[-1])

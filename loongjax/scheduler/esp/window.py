@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 from collections.abc import Sequence
 
@@ -35,18 +34,18 @@ class Window:
         self._loads = sizes.loads(weights)
         self._last_loads: tuple[Sequence[int], np.ndarray] = (), self._loads[:, :0]
         """Places that were asked about last, and the answer."""
-        order = np.argsort(-weights / self._loads[0], kind="stable")
+        order = (-weights / self._loads[0]).argsort(kind="stable")
         if not is_patient:
             order = np.concatenate(([0], order[order != 0]))
         self._order = order
         self.order: list[int] = order.tolist()
         """Places in descending order of weight over length, in which one after the other costs least; behind the first
         request where it may be overtaken no more."""
-        self.rank: list[int] = np.argsort(order).tolist()
+        rank = np.empty_like(order)
+        rank[order] = np.arange(len(order))
+        self.rank: list[int] = rank.tolist()
         """Of each place in that order."""
-        self._tokens_upto, self._pages_upto, self._slots_upto = (
-            sizes.limited.take(order, axis=1).cumsum(axis=1).tolist()
-        )
+        self._limited_upto = sizes.limited.take(order, axis=1).cumsum(axis=1)
         self._num_before_suspects = min([self.rank[place] for place in sizes.suspects], default=len(self.requests))
 
     def still_holds(self, now_s: float, *, is_patient: bool) -> bool:
@@ -61,12 +60,9 @@ class Window:
 
     def num_first_within(self, num_tokens: int, num_pages: int, num_slots: int) -> int:
         """How many of the first in order, none of them suspect, together take no more tokens, pages and slots."""
-        return min(
-            bisect.bisect_right(self._tokens_upto, num_tokens),
-            bisect.bisect_right(self._pages_upto, num_pages),
-            bisect.bisect_right(self._slots_upto, num_slots),
-            self._num_before_suspects,
-        )
+        limits = zip(self._limited_upto, (num_tokens, num_pages, num_slots), strict=True)
+        numbers = [int(upto.searchsorted(limit, side="right")) for upto, limit in limits]
+        return min(*numbers, self._num_before_suspects)
 
     def views(self, places: Sequence[int]) -> list[WaitingView]:
         return [self.requests[place] for place in places]
