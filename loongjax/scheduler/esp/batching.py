@@ -51,6 +51,8 @@ class Splits:
         seconds: asked about every batch of neighbours, a block of them at a time.
         max_tokens_per_instance: a batch on d instances computes at most d times as many.
         max_requests: of one batch.
+        max_dop: up to which `seconds` is asked, at least the number of instances: the same requests may be split on
+            more of them next. None: no more.
         workspace: memory of earlier searches, whose answers must have been asked for before; None: new memory.
     """
 
@@ -62,6 +64,7 @@ class Splits:
         *,
         max_tokens_per_instance: int,
         max_requests: int,
+        max_dop: int | None = None,
         workspace: Workspace | None = None,
     ) -> None:
         self._loads = loads
@@ -69,6 +72,7 @@ class Splits:
         self._seconds = seconds
         self._max_tokens_per_instance = max_tokens_per_instance
         self._max_requests = max_requests
+        self._max_dop = len(free_tokens) if max_dop is None else max_dop
         self._workspace = Workspace() if workspace is None else workspace
         self._found: dict[int, tuple[Batch, ...] | None] = {}
         """Answers, by the number of instances."""
@@ -138,7 +142,7 @@ class Splits:
     @functools.cached_property
     def _table(self) -> _Table:
         runs = _runs(self._loads.shape[1], self._max_requests)
-        times = self._workspace.times_of(runs, self._loads[:2], self._seconds, len(self._free_tokens))
+        times = self._workspace.times_of(runs, self._loads[:2], self._seconds, self._max_dop)
         table = _Table(runs, self._loads, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
         for block in runs.blocks:
             table.price(block, times.of(block), self._max_tokens_per_instance)
@@ -165,18 +169,19 @@ class SplitMemory:
         *,
         max_tokens_per_instance: int,
         max_requests: int,
+        max_dop: int | None = None,
     ) -> Splits:
         """Those of the arguments of `Splits`, until others are asked for. Equal `seconds` must give equal times."""
         limits = {"max_tokens_per_instance": max_tokens_per_instance, "max_requests": max_requests}
         if self._last is None or not self._last.answer(loads, free_tokens, seconds, **limits):
-            self._last = Splits(loads, free_tokens, seconds, **limits, workspace=self._workspace)
+            self._last = Splits(loads, free_tokens, seconds, **limits, max_dop=max_dop, workspace=self._workspace)
         return self._last
 
 
 class Workspace:
     """Arrays that one search after the other uses: to get memory from the operating system takes longer than all that
-    is written to it. And the times that the last one has found, for mostly requests that wait come to weigh more, and
-    nothing else changes.
+    is written to it. And the times that the last one has found, for requests that wait on come to weigh more, or to
+    have more instances, and mostly nothing else changes.
     """
 
     def __init__(self) -> None:
@@ -184,11 +189,11 @@ class Workspace:
         self._times: _RunTimes | None = None
 
     def times_of(
-        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, num_instances: int
+        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, max_dop: int
     ) -> _RunTimes:
-        """See `_RunTimes`."""
-        if self._times is None or not self._times.are_those_of(runs, sizes, seconds, num_instances):
-            out = self.array("times", num_instances, runs.num_runs)
+        """See `_RunTimes`; on at least so many instances."""
+        if self._times is None or not self._times.are_those_of(runs, sizes, seconds, max_dop):
+            out = self.array("times", max_dop, runs.num_runs)
             self._times = _RunTimes(runs, sizes, seconds, out)
         return self._times
 
@@ -280,11 +285,12 @@ class _RunTimes:
         """Of all runs, in their order."""
 
     def are_those_of(
-        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, num_instances: int
+        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, max_dop: int
     ) -> bool:
+        """Whether these are asked for, on no more instances."""
         return (
             self._runs is runs
-            and len(self._out) >= num_instances
+            and len(self._out) >= max_dop
             and self._seconds == seconds
             and self._sizes.tobytes() == sizes.tobytes()
         )

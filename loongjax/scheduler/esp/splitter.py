@@ -54,12 +54,14 @@ class Splitter:
 
     def _splits_of(self, by_length: list[int], instances: list[InstanceId]) -> Splits:
         draft, page_size = self._draft, self._draft.shape.page_size
+        max_dop = min(2 * len(instances), draft.shape.num_instances)
         return self._memory.splits(
             self._window.loads(by_length),
             [draft.room(instance) * page_size for instance in instances],
-            self._times.on_first(len(instances)),
+            self._times.on_first(max_dop),
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,
+            max_dop=max_dop,
         )
 
     def _batches(self, splits: Splits, instances: list[InstanceId]) -> list[PlacedBatch]:
