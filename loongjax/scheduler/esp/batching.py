@@ -328,12 +328,12 @@ class _Table:
     ) -> None:
         self._runs = runs
         self._workspace = workspace
+        self._loads = loads
         self._upto = loads.cumsum(axis=1)
-        """Sums of the loads up to each request, and before it."""
-        self._before = self._upto - loads
+        """Sums up to each request."""
         self._costs = workspace.array("costs", len(free_tokens), runs.num_runs)
         """T of each run as a batch on 1, 2, ... instances."""
-        self._free = np.array(free_tokens, np.int64).cumsum()
+        self._free = np.cumsum(free_tokens)
         """Slots on the first 1, 2, ... instances."""
         self._is_memory_short = is_memory_short
         self.least = np.empty((len(free_tokens), loads.shape[1] + 1))
@@ -379,9 +379,11 @@ class _Table:
 
     def _sums(self, row: int, block: _Block) -> Float[np.ndarray, " block_runs"]:
         """Of one kind of load, over each run of a block."""
-        sums = self._upto[row].take(block.last)
-        sums -= self._before[row].take(block.first)
-        return sums
+        return self._upto[row].take(block.last) - self._before(row).take(block.first)
+
+    def _before(self, row: int) -> Float[np.ndarray, " requests"]:
+        """Sums of one kind of load over all requests before each."""
+        return self._upto[row] - self._loads[row]
 
     def trace_back(self, num_instances: int) -> tuple[Batch, ...] | None:
         """The batches behind the least f[n][k] of no more than so many instances, at least 2, found again from the last
@@ -413,7 +415,7 @@ class _Table:
         begin = i - (part.stop - part.start)
         candidates = self.least[k - 2 :: -1, begin:i] + self._costs[: k - 1, part]
         if self._is_memory_short:
-            self._forbid(candidates, self._upto[3, i - 1] - self._before[3, begin:i], k)
+            self._forbid(candidates, self._upto[3, i - 1] - self._before(3)[begin:i], k)
         return candidates
 
     def _forbid(

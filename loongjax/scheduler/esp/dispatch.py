@@ -30,8 +30,6 @@ import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
-import numpy as np
-
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
@@ -228,7 +226,7 @@ class Dispatcher:
         otherwise_s = self._wait_otherwise_s(choice, site, more)
         gains = weights * max(0.0, otherwise_s - wait_s)
         costs = site.pause_weight * (wait_s - site.ready_s + durations_s)
-        best = int(np.argmax(gains - costs))
+        best = int((gains - costs).argmax())
         terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", float(durations_s[best])))
         is_taken = self._judge("dispatch", site, more[: best + 1], float(gains[best]), float(costs[best]), terms)
         return best + 1 if is_taken else 0
@@ -236,8 +234,8 @@ class Dispatcher:
     def _is_put_off(self, site: Site, more: Sequence[int]) -> bool:
         """Whether the group decodes on, so that a pause for these requests, which pays, is for more of them later."""
         window, now_s = self._window, self._draft.view.now_s
-        weights, requests = window.weights, window.requests
-        waited = sum([weights[place] * (now_s - requests[place].arrival_s) for place in more])
+        weights, arrivals_s = window.weights, window.sizes.arrivals_s
+        waited = sum([weights[place] * (now_s - arrivals_s[place]) for place in more])
         fixed_s = self._times.fixed_prefill_s(len(site.instances))
         loss = loss_weight(site, self._times) * fixed_s
         return self._judge("put-off", site, more, loss, waited, (("fixed_s", fixed_s),))

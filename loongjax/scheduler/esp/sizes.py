@@ -24,6 +24,7 @@ class Sizes:
     def __init__(self, requests: Sequence[WaitingView], shape: ClusterShape, implied_ttft_s: float) -> None:
         self.requests = requests
         self.lens = [request.num_tokens for request in requests]
+        self.arrivals_s = [request.arrival_s for request in requests]
         self.squared_lens = [length * length for length in self.lens]
         self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""

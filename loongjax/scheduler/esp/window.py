@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import functools
 from collections.abc import Sequence
 
@@ -45,7 +46,9 @@ class Window:
         rank[order] = np.arange(len(order))
         self.rank: list[int] = rank.tolist()
         """Of each place in that order."""
-        self._limited_upto = sizes.limited.take(order, axis=1).cumsum(axis=1)
+        self._tokens_upto, self._pages_upto, self._slots_upto = (
+            sizes.limited.take(order, axis=1).cumsum(axis=1).tolist()
+        )
         self._num_before_suspects = min([self.rank[place] for place in sizes.suspects], default=len(self.requests))
 
     def still_holds(self, now_s: float, *, is_patient: bool) -> bool:
@@ -60,9 +63,12 @@ class Window:
 
     def num_first_within(self, num_tokens: int, num_pages: int, num_slots: int) -> int:
         """How many of the first in order, none of them suspect, together take no more tokens, pages and slots."""
-        limits = zip(self._limited_upto, (num_tokens, num_pages, num_slots), strict=True)
-        numbers = [int(upto.searchsorted(limit, side="right")) for upto, limit in limits]
-        return min(*numbers, self._num_before_suspects)
+        return min(
+            bisect.bisect_right(self._tokens_upto, num_tokens),
+            bisect.bisect_right(self._pages_upto, num_pages),
+            bisect.bisect_right(self._slots_upto, num_slots),
+            self._num_before_suspects,
+        )
 
     def views(self, places: Sequence[int]) -> list[WaitingView]:
         return [self.requests[place] for place in places]
