@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
@@ -60,7 +61,7 @@ class Draft:
 
     def residents_of(self, instances: Iterable[InstanceId]) -> list[RunningView]:
         """Requests with keys on any of these instances, each once."""
-        residents = [request for instance in instances for request in self.residents[instance]]
+        residents = list(itertools.chain.from_iterable([self.residents[instance] for instance in instances]))
         return list({request.request_id: request for request in residents}.values()) if self.straddling else residents
 
     def room(self, instance: InstanceId) -> int:

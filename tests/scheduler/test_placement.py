@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from loongjax.core.plan import TokenInterval
-from loongjax.scheduler.placement import Shelf, place_keys
+from loongjax.scheduler.placement import Shelf, keys_on, place_keys
 from tests.scheduler.views import waiting
 
 
@@ -32,6 +32,13 @@ def test_full_masters_are_avoided():
 def test_requests_without_keys_get_no_place():
     placed = place_keys([waiting("a", 0, 10, keeps_kv=False)], [Shelf(0, 0, 0)], page_size=4)
     assert placed[0].kept == ()
+
+
+def test_on_one_instance_all_keys_stay_there():
+    batch = [waiting("a", 0, 10), waiting("b", 1, 4, keeps_kv=False)]
+    placed = keys_on(3, batch)
+    assert [(request.request_id, request.kept) for request in placed] == [("a", (TokenInterval(3, 0, 10),)), ("b", ())]
+    assert placed == place_keys(batch, [Shelf(3, 3, 9)], page_size=4)
 
 
 def test_a_batch_that_does_not_fit_is_a_mistake_of_the_caller():

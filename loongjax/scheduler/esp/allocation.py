@@ -124,7 +124,8 @@ class Allocator:
         mover = self._mover
         if gain <= 0.0 or mover is None:
             return pause
-        moved_gain = weight * (now_s - ready_s - self._times.batch_of_s(choice.dop + 1, *sums))
+        moved_s = then_s if len(site.instances) == 1 else self._times.batch_of_s(choice.dop + 1, *sums)
+        moved_gain = weight * (now_s - ready_s - moved_s)
         # Longer than this, and the cost of moving exceeds the gain, or the pause is the better offer anyway.
         longest_s = min(gain, moved_gain - _net_gain(pause)) / (weight + site.pause_weight)
         move = mover.move_from(site, choice.sites, longest_s)

@@ -362,20 +362,18 @@ class _Table:
         entries = slice(block.requests.start + 1, block.requests.stop + 1)
         num_instances, num_runs = len(self._costs), len(block.first)
         costs = self._costs[:, block.part]
-        before = self._workspace.array("before", num_instances - 1, num_runs)
+        before = self._workspace.array("before", max(0, num_instances - 2), num_runs)
         """[-k, run]: f[j][k] of the requests before the run."""
-        sums = self._workspace.array("sums", num_instances - 1, num_runs)
-        for k in range(1, num_instances):
+        sums = self._workspace.array("sums", len(before), num_runs)
+        for k in range(2, num_instances):
             # Every batch takes an instance, so a row of f follows from those before it, all of it at once.
-            row = self.least[k - 1]
-            if k > 1:
-                candidates = np.add(before[num_instances - k :], costs[: k - 1], out=sums[: k - 1])
-                if self._is_memory_short:
-                    self._forbid(candidates, self._sums(3, block), k)
-                least = np.minimum.reduceat(np.minimum.reduce(candidates), block.offsets)
-                known = row[entries]
-                np.minimum(known, least, out=known)
-            row.take(block.first, out=before[-k], mode="clip")
+            self.least[k - 2].take(block.first, out=before[1 - k], mode="clip")
+            candidates = np.add(before[1 - k :], costs[: k - 1], out=sums[: k - 1])
+            if self._is_memory_short:
+                self._forbid(candidates, self._sums(3, block), k)
+            least = np.minimum.reduceat(np.minimum.reduce(candidates), block.offsets)
+            known = self.least[k - 1, entries]
+            np.minimum(known, least, out=known)
 
     def _sums(self, row: int, block: _Block) -> Float[np.ndarray, " block_runs"]:
         """Of one kind of load, over each run of a block."""

@@ -29,6 +29,11 @@ class GroupFacts:
         self.instances = instances
         self.requests = requests
         self._lengths = lengths.copy()
+        self.num_tokens = sum([request.num_tokens for request in requests])
+        """That have keys, of all of them."""
+        dop = len(instances)
+        self.size_of_step = dop, len(requests), -(-self.num_tokens // dop)
+        """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
 
     def still_hold(self, requests: tuple[RunningView, ...], lengths: OutputLengths) -> bool:
         """Whether these are the same requests, unchanged, and no more is known of outputs."""
@@ -39,17 +44,6 @@ class GroupFacts:
     def has_paces(self) -> bool:
         """Whether what a pause costs depends on the time."""
         return have_paces(self.requests)
-
-    @functools.cached_property
-    def num_tokens(self) -> int:
-        """That have keys, of all of them."""
-        return sum([request.num_tokens for request in self.requests])
-
-    @functools.cached_property
-    def size_of_step(self) -> tuple[int, int, int]:
-        """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
-        dop = len(self.instances)
-        return dop, len(self.requests), -(-self.num_tokens // dop)
 
     def pause_weight(self, now_s: float, step_s: float) -> float:
         """What it costs a second that all of them stand still, if each further token takes at least `step_s`."""

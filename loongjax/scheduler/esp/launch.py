@@ -148,6 +148,7 @@ def start(draft: Draft, group: Sequence[InstanceId], requests: Sequence[WaitingV
     """Puts one prefill into the draft. Its keys stay on the fewest instances that can hold them: scale-down."""
     if len(group) == 1:
         draft.prefill(Group(tuple(group)), keys_on(group[0], requests))
+        assert draft.free[group[0]] >= 0, (group, requests)
         return
     page_size = draft.shape.page_size
     num_pages = [-(-request.num_tokens // page_size) for request in requests if request.keeps_kv]

@@ -70,23 +70,24 @@ def put_in_order(
     """The batches of a choice. Nothing starts of those whose group is not all `starting`, and their requests stay in
     whatever order they are.
     """
-    ordered = [OrderedBatch(places, group) for places, group in batches]
+    ordered: list[OrderedBatch] = []
     alike: dict[int, list[int]] = {}
-    for index, (_, group) in enumerate(batches):
-        if starting.issuperset(group):
+    for index, (places, group) in enumerate(batches):
+        is_starting = starting.issuperset(group)
+        if is_starting:
             alike.setdefault(len(group), []).append(index)
+        ordered.append(OrderedBatch(sorted(places, key=window.rank.__getitem__) if is_starting else places, group))
     for dop, indices in alike.items():
-        orders = [sorted(batches[index][0], key=window.rank.__getitem__) for index in indices]
         lines = [
             Line(
-                lens=list(map(window.lens.__getitem__, order)),
-                weights=list(map(window.weights.__getitem__, order)),
-                loss_weight=choice.loss_weight(batches[index][1], times),
+                list(map(window.lens.__getitem__, places)),
+                list(map(window.weights.__getitem__, places)),
+                choice.loss_weight(group, times),
             )
-            for index, order in zip(indices, orders, strict=True)
+            for places, group in [ordered[index][:2] for index in indices]
         ]
-        for index, order, point in zip(indices, orders, tipping_points(times, dop, lines), strict=True):
-            ordered[index] = OrderedBatch(order, batches[index][1], *point)
+        for index, point in zip(indices, tipping_points(times, dop, lines), strict=True):
+            ordered[index] = OrderedBatch(*ordered[index][:2], *point)
     return ordered
 
 

@@ -241,6 +241,40 @@ def test_what_was_found_last_is_never_taken_for_another_answer(asked: list[Probl
         assert answers == {number: splits_of(problem).on_first(number) for number in range(1, num_instances + 1)}
 
 
+@settings(max_examples=100, deadline=None)
+@given(
+    problem=problems(),
+    changes=st.lists(st.tuples(st.integers(1, 4), st.sampled_from([0.5, 1.0, 3.0])), min_size=1, max_size=4),
+)
+def test_requests_that_come_to_weigh_more_or_to_have_more_instances_are_split_as_if_they_were_new(
+    problem: Problem, changes: list[tuple[int, float]]
+):
+    """What their batches take is asked once, on all instances there may be."""
+    asked: list[tuple[int, ...]] = []
+
+    def seconds(totals: PrefillTotals[np.ndarray], out: np.ndarray) -> None:
+        asked.append(out.shape)
+        problem.seconds(totals, out)
+
+    memory, max_dop = SplitMemory(), len(problem.free_tokens)
+    for number, factor in changes:
+        changed = dataclasses.replace(
+            problem,
+            free_tokens=problem.free_tokens[:number],
+            weights=tuple(weight * factor**place for place, weight in enumerate(problem.weights)),
+        )
+        splits = memory.splits(
+            loads_of(changed.lengths, changed.weights, changed.kept_tokens),
+            changed.free_tokens,
+            seconds,
+            max_tokens_per_instance=changed.max_tokens_per_instance,
+            max_requests=changed.max_requests,
+            max_dop=max_dop,
+        )
+        assert splits.on_first(len(changed.free_tokens)) == solve(changed)
+    assert all(shape[0] == max_dop for shape in asked[:1]) and len(asked) <= 1
+
+
 @pytest.mark.parametrize(
     ("changes", "is_the_same"),
     [

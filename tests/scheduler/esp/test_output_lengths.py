@@ -96,3 +96,16 @@ def test_expected_reciprocals_are_means_over_the_longer_outputs(
     expected = sum(1 / output for output in longer) / len(longer) if longer else 1 / min(max(2 * generated, 1), limit)
     (actual,) = lengths.expected_reciprocals([generated], [limit])
     assert actual == pytest.approx(expected)
+
+
+@given(outputs=LENGTHS, requests=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), max_size=6))
+def test_what_is_expected_of_a_request_does_not_depend_on_who_is_asked_about_with_it(
+    outputs: list[int], requests: list[tuple[int, int]]
+) -> None:
+    lengths = learned(outputs)
+    together = lengths.expected_reciprocals(
+        [generated for generated, _ in requests], [generated + room for generated, room in requests]
+    )
+    assert together == [
+        lengths.expected_reciprocals([generated], [generated + room])[0] for generated, room in requests
+    ]

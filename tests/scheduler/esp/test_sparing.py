@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Plan, Prefill, PrefillRequest
@@ -68,6 +72,33 @@ def test_what_newcomers_lose_by_hand() -> None:
         assert newcomers.wait_s({}) == 0.0
         assert newcomers.cost({0: 40.0}) == pytest.approx(0.1 * max(0.0, seconds - 0.05) ** 2 / 2)
         assert newcomers.cost({0: 3.0, 1: 7.0}) == pytest.approx(0.1 * 2.95**2 / 2)
+
+
+@given(
+    instances=st.lists(
+        st.tuples(st.booleans(), st.sampled_from([0, 90, 100]), st.sampled_from([0.0, 2.0, 5.0, math.inf])),
+        min_size=1,
+        max_size=5,
+    ),
+    taken=st.sets(st.integers(0, 4)),
+)
+def test_newcomers_wait_for_the_first_instance_that_has_room_unless_they_can_pause_decodes(
+    instances: list[tuple[bool, int, float]], taken: set[int]
+) -> None:
+    """Of each: whether it prefills, pages that are taken of 100, and in how many seconds it is free."""
+    view = cluster(
+        len(instances),
+        prefilling=[index for index, (is_prefilling, _, _) in enumerate(instances) if is_prefilling],
+        taken={index: num_taken for index, (_, num_taken, _) in enumerate(instances)},
+    )
+    draft, times = Draft(view, 0), Times(HandModel(), 1)
+    outlook = Outlook(draft, times, (), OutputLengths())
+    outlook.until_free_s = [until_free_s for _, _, until_free_s in instances]
+    expected = math.inf
+    for index, (is_prefilling, num_taken, until_free_s) in enumerate(instances):
+        if index not in taken and num_taken < 100 and until_free_s < math.inf:
+            expected = min(expected, until_free_s if is_prefilling else 0.0)
+    assert Newcomers(Arrivals(), draft, outlook, times).wait_elsewhere_s(taken) == expected
 
 
 def test_without_arrivals_a_long_prompt_takes_all_instances() -> None:

@@ -59,6 +59,21 @@ def test_sums_grow_with_each_request_whether_they_are_the_first_ones_or_not(
         assert window.growing(list(places)).tolist() == expected
 
 
+@given(requests=REQUESTS, data=st.data())
+def test_what_requests_take_is_told_of_those_that_are_asked_about(
+    requests: list[tuple[int, bool, int]], data: st.DataObject
+) -> None:
+    window = window_of(requests)
+    some = st.lists(st.integers(0, len(requests) - 1), max_size=3)
+    for places in data.draw(st.lists(some, max_size=5)):
+        slots = [SHAPE.page_size * window.pages[place] for place in places]
+        expected = [[numbers[place] for place in places] for numbers in (window.lens, window.weights)]
+        loads = window.loads(places)
+        assert [loads[0].tolist(), loads[2].tolist(), loads[3].tolist()] == [*expected, slots]
+        assert loads[1].tolist() == [length**2 for length in expected[0]]
+        places.clear()  # nobody but the caller owns the list
+
+
 @given(requests=REQUESTS)
 def test_longest_first_and_among_equals_the_first_of_the_queue(requests: list[tuple[int, bool, int]]) -> None:
     window = window_of(requests)
