@@ -39,6 +39,8 @@ class Draft:
         """Requests with keys on more than one instance."""
         self.num_newest = residents.num_newest.copy()
         """Requests whose newest token lies on an instance."""
+        self.has_prefills = False
+        """Whether this answer starts a prefill."""
         self._growth_pages = view.shape.num_pages_for(growth_tokens)
         self._iterations: list[Plan] = []
         self._preempted: list[str] = []
@@ -48,11 +50,6 @@ class Draft:
         """The answer so far. Preemptions come first: the others may use their pages."""
         preemptions = (Preempt(tuple(self._preempted)),) if self._preempted else ()
         return (*preemptions, *self._iterations)
-
-    @property
-    def has_prefills(self) -> bool:
-        """Whether this answer starts a prefill."""
-        return any(isinstance(plan, Prefill) for plan in self._iterations)
 
     @property
     def has_preempted(self) -> bool:
@@ -89,6 +86,7 @@ class Draft:
                 self.free[instance] -= -((begin - end) // page_size)
         self.idle.difference_update(group.instances)
         self.prefilling.update(group.instances)
+        self.has_prefills = True
         self._iterations.append(Prefill(group, tuple(requests)))
 
     def decode(self, group: Group, sub_batches: Sequence[SubBatch]) -> None:

@@ -333,16 +333,13 @@ class _Table:
         """Sums up to each request."""
         self._costs = workspace.array("costs", len(free_tokens), runs.num_runs)
         """T of each run as a batch on 1, 2, ... instances."""
-        self._free = np.cumsum(free_tokens)
-        """Slots on the first 1, 2, ... instances."""
+        self._free_tokens = free_tokens
         self._is_memory_short = is_memory_short
         self.least = np.empty((len(free_tokens), loads.shape[1] + 1))
         """[k - 1, i]: f[i][k]; of the last k, what the first i requests cost as one batch."""
         self.least.fill(np.inf)
 
-    def price(
-        self, block: _Block, times: Float[np.ndarray, "dops block_runs"], max_tokens_per_instance: int
-    ) -> None:
+    def price(self, block: _Block, times: Float[np.ndarray, "dops block_runs"], max_tokens_per_instance: int) -> None:
         """Finds the costs of a block's runs, which take so long, infinite where instances cannot compute as much, and
         what the first requests cost as one batch.
         """
@@ -378,6 +375,11 @@ class _Table:
     def _sums(self, row: int, block: _Block) -> Float[np.ndarray, " block_runs"]:
         """Of one kind of load, over each run of a block."""
         return self._upto[row].take(block.last) - self._before(row).take(block.first)
+
+    @functools.cached_property
+    def _free(self) -> Int[np.ndarray, " instances"]:
+        """Slots on the first 1, 2, ... instances, which matter where memory is short."""
+        return np.array(self._free_tokens, np.int64).cumsum()
 
     def _before(self, row: int) -> Float[np.ndarray, " requests"]:
         """Sums of one kind of load over all requests before each."""

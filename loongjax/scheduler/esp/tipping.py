@@ -111,9 +111,9 @@ def tipping_points(times: Times, dop: int, lines: Sequence[Line]) -> list[Tippin
 
 def _tipping_point(seconds: Sequence[float], line: Line, fixed_s: float) -> TippingPoint:
     """Of one line, by the times of its first request, of its first two, and so on."""
-    all_weight, number = sum(line.weights) + line.loss_weight, 1
-    for before, (earlier_s, later_s) in zip(itertools.accumulate(line.weights), itertools.pairwise(seconds), strict=False):
-        if (later_s - earlier_s) * before > fixed_s * (all_weight - before):
-            break
-        number += 1
-    return TippingPoint(number, seconds[number - 1], seconds[-1])
+    all_weight, upto = sum(line.weights) + line.loss_weight, itertools.accumulate(line.weights)
+    steps = zip(upto, seconds, seconds[1:], strict=False)
+    for number, (before, shorter_s, longer_s) in enumerate(steps, start=1):
+        if (longer_s - shorter_s) * before > fixed_s * (all_weight - before):
+            return TippingPoint(number, shorter_s, seconds[-1])
+    return TippingPoint(len(seconds), seconds[-1], seconds[-1])
