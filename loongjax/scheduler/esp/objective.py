@@ -27,6 +27,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
+from loongjax.costmodel.work import larger
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.view import RunningView, WaitingView
 
@@ -50,11 +51,14 @@ class PrefillWeights:
     """
 
     def __init__(self, requests: Sequence[WaitingView], implied_ttft_s: float = math.inf) -> None:
-        self._weights = np.array([prefill_weight(request, implied_ttft_s) for request in requests])
+        lens = np.array([request.num_tokens for request in requests], np.float64)
+        self._weights = _weight_without_wish(lens, implied_ttft_s)
         """Without pressure."""
         wishes = [request.slo.ttft_s if request.num_output_tokens == 0 else None for request in requests]
         self.are_steady = wishes.count(None) == len(wishes)
         """Whether they do not depend on the time."""
+        if not self.are_steady or any(map(_priority, requests)):
+            self._weights[:] = [prefill_weight(request, implied_ttft_s) for request in requests]
         if not self.are_steady:
             self._arrivals_s = np.array([request.arrival_s for request in requests])
             self._ttfts_s = np.array([math.inf if ttft_s is None else ttft_s for ttft_s in wishes])
@@ -83,8 +87,13 @@ def prefill_weight(request: WaitingView, implied_ttft_s: float = math.inf) -> fl
     if ttft_s is not None and request.num_output_tokens == 0:
         weight = TOKEN_S / ttft_s
     else:
-        weight = max(1.0 / length, TOKEN_S / (implied_ttft_s * max(1.0, length / IMPLIED_TTFT_TOKENS)))
+        weight = _weight_without_wish(float(length), implied_ttft_s)
     return weight * priority_factor(request.priority) if request.priority else weight
+
+
+def _weight_without_wish[Real: (float, np.ndarray)](length: Real, implied_ttft_s: float) -> Real:
+    """Of prompts of these lengths."""
+    return larger(1.0 / length, TOKEN_S / (implied_ttft_s * larger(length / IMPLIED_TTFT_TOKENS, 1.0)))
 
 
 def decode_weights(

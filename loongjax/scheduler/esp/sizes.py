@@ -26,9 +26,10 @@ class Sizes:
         self.lens = [request.num_tokens for request in requests]
         self.arrivals_s = [request.arrival_s for request in requests]
         self.squared_lens = [length * length for length in self.lens]
-        self.pages = [shape.num_pages_for(request.num_tokens) if request.keeps_kv else 0 for request in requests]
+        page_size = shape.page_size
+        self.pages = [-(-request.num_tokens // page_size) if request.keeps_kv else 0 for request in requests]
         """Pages that each prefill leaves filled."""
-        self.most = [(request.max_total_tokens + shape.page_size) * request.keeps_kv for request in requests]
+        self.most = [(request.max_total_tokens + page_size) * request.keeps_kv for request in requests]
         """Slots that each may take in the end."""
         self.sum_of_most = sum(self.most)
         self.limited = np.array((self.lens, self.pages, self.most), np.int64)
@@ -41,7 +42,7 @@ class Sizes:
         self._loads = np.zeros((4, len(requests)))
         self._loads[0] = self.lens
         self._loads[1] = self.squared_lens
-        self._loads[3] = shape.page_size * self.limited[1]
+        self._loads[3] = page_size * self.limited[1]
 
     def loads(self, weights: Float[np.ndarray, " requests"]) -> Float[np.ndarray, "4 requests"]:
         """Length, squared length, weight, and slots that the prefill leaves filled, of each."""
