@@ -64,7 +64,12 @@ class Newcomers:
 
     def have_to_wait(self, taken: Collection[InstanceId]) -> bool:
         """Whether anybody is to come, and could start nowhere at once if these instances were taken."""
-        return self.weight_per_s > 0.0 and self.wait_elsewhere_s(taken) > 0.0
+        return self.weight_per_s > 0.0 and self._open.issubset(taken)
+
+    @functools.cached_property
+    def _open(self) -> set[InstanceId]:
+        """Instances on which they could start at once."""
+        return {instance for wait_s, instance in self._soonest if not wait_s}
 
     def cost(self, taken: Mapping[InstanceId, float]) -> float:
         """What their waiting costs then, in seconds x weight, beyond what they would lose on an idle instance."""

@@ -98,7 +98,10 @@ def test_newcomers_wait_for_the_first_instance_that_has_room_unless_they_can_pau
     for index, (is_prefilling, num_taken, until_free_s) in enumerate(instances):
         if index not in taken and num_taken < 100 and until_free_s < math.inf:
             expected = min(expected, until_free_s if is_prefilling else 0.0)
-    assert Newcomers(Arrivals(), draft, outlook, times).wait_elsewhere_s(taken) == expected
+    two = [waiting(f"w{second}", second, 10, arrival_s=float(second)) for second in range(2)]
+    newcomers = Newcomers(Arrivals().after(two), draft, outlook, times)
+    assert newcomers.wait_elsewhere_s(taken) == expected
+    assert newcomers.have_to_wait(taken) == (expected > 0.0)
 
 
 def test_without_arrivals_a_long_prompt_takes_all_instances() -> None:
