@@ -47,29 +47,17 @@ class Newcomers:
 
     def wait_elsewhere_s(self, taken: Collection[InstanceId]) -> float:
         """Until they can start on an instance that is not taken; inf if never."""
-        return next((wait_s for wait_s, instance in self._soonest if instance not in taken), math.inf)
-
-    @functools.cached_property
-    def _soonest(self) -> list[tuple[float, InstanceId]]:
-        """In how many seconds they could start on each instance that has room for them, as it is before this answer's
-        prefills, the soonest first."""
-        draft = self._draft
-        return sorted(
-            [
-                (until_free_s if instance in draft.prefilling else 0.0, instance)
-                for instance, until_free_s in enumerate(self._outlook.until_free_s)
-                if until_free_s < math.inf and draft.room(instance) > 0
-            ]
-        )
+        draft, least_s = self._draft, math.inf
+        for instance, until_free_s in enumerate(self._outlook.until_free_s):
+            if instance not in taken and until_free_s < math.inf and draft.room(instance) > 0:
+                if instance not in draft.prefilling:
+                    return 0.0
+                least_s = min(least_s, until_free_s)
+        return least_s
 
     def have_to_wait(self, taken: Collection[InstanceId]) -> bool:
         """Whether anybody is to come, and could start nowhere at once if these instances were taken."""
-        return self.weight_per_s > 0.0 and self._open.issubset(taken)
-
-    @functools.cached_property
-    def _open(self) -> set[InstanceId]:
-        """Instances on which they could start at once."""
-        return {instance for wait_s, instance in self._soonest if not wait_s}
+        return self.weight_per_s > 0.0 and self.wait_elsewhere_s(taken) > 0.0
 
     def cost(self, taken: Mapping[InstanceId, float]) -> float:
         """What their waiting costs then, in seconds x weight, beyond what they would lose on an idle instance."""
