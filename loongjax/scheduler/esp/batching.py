@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from loongjax.costmodel.work import PrefillTotals
-
-PrefillSeconds = Callable[[PrefillTotals[np.ndarray], np.ndarray], None]
-"""Writes the times in seconds of batches, given by their totals, on 1, 2, ... instances: float64 [dops, batches]."""
-
-
-MAX_RUNS_OF_BLOCK = 4096
-"""What a search looks at a time, which on all instances should stay in the processor's cache."""
+from loongjax.scheduler.esp.run_times import Block, PrefillSeconds, Runs, Workspace, runs_of
 
 
 class Batch(NamedTuple):
@@ -141,7 +132,7 @@ class Splits:
 
     @functools.cached_property
     def _table(self) -> _Table:
-        runs = _runs(self._loads.shape[1], self._max_requests)
+        runs = runs_of(self._loads.shape[1], self._max_requests)
         times = self._workspace.times_of(runs, self._loads[:2], self._seconds, self._max_dop)
         table = _Table(runs, self._loads, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
         for block in runs.blocks:
@@ -178,134 +169,6 @@ class SplitMemory:
         return self._last
 
 
-class Workspace:
-    """Arrays that one search after the other uses: to get memory from the operating system takes longer than all that
-    is written to it. And the times that the last one has found, for requests that wait on come to weigh more, or to
-    have more instances, and mostly nothing else changes.
-    """
-
-    def __init__(self) -> None:
-        self._buffers: dict[str, np.ndarray] = {}
-        self._times: _RunTimes | None = None
-
-    def times_of(
-        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, max_dop: int
-    ) -> _RunTimes:
-        """See `_RunTimes`; on at least so many instances."""
-        if self._times is None or not self._times.are_those_of(runs, sizes, seconds, max_dop):
-            out = self.array("times", max_dop, runs.num_runs)
-            self._times = _RunTimes(runs, sizes, seconds, out)
-        return self._times
-
-    def array(self, name: str, num_rows: int, num_columns: int) -> Float[np.ndarray, "rows columns"]:
-        """One of this size, of any content, until it is asked for by the same name again."""
-        size = num_rows * num_columns
-        buffer = self._buffers.get(name)
-        if buffer is None or len(buffer) < size:
-            buffer = self._buffers[name] = np.empty(size)
-        return buffer[:size].reshape(num_rows, num_columns)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Block:
-    """Requests that follow each other, and all runs of neighbours that end with one of them and may be a batch: by
-    their last request, and those with the same by their first."""
-
-    requests: range
-    part: slice
-    """Where its runs are among all."""
-    first: Int[np.ndarray, " runs"]
-    last: Int[np.ndarray, " runs"]
-    offsets: Int[np.ndarray, " requests"]
-    """Where the runs that end with each request begin, in the block."""
-    prefixes: slice
-    """Those of the requests with which a run ends that begins with the first of all: it comes first, at the offset."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Runs:
-    """All runs that may be a batch, in blocks that fit into the processor's cache."""
-
-    blocks: tuple[_Block, ...]
-    parts: tuple[slice, ...]
-    """Where the runs that end with each request are."""
-
-    @property
-    def num_runs(self) -> int:
-        return self.parts[-1].stop
-
-
-@functools.lru_cache(maxsize=64)
-def _runs(num_requests: int, max_requests: int) -> _Runs:
-    """Shared: not to be written to."""
-    last, first = np.nonzero(np.tril(~np.tri(num_requests, k=-max_requests, dtype=bool)))
-    offsets = np.searchsorted(last, np.arange(num_requests + 1)).tolist()
-    blocks: list[_Block] = []
-    begin = 0
-    for end in range(1, num_requests + 1):
-        if end == num_requests or offsets[end + 1] - offsets[begin] > MAX_RUNS_OF_BLOCK:
-            part = slice(offsets[begin], offsets[end])
-            blocks.append(
-                _Block(
-                    requests=range(begin, end),
-                    part=part,
-                    first=first[part].copy(),
-                    last=last[part].copy(),
-                    offsets=np.array(offsets[begin:end]) - part.start,
-                    prefixes=slice(0, max(0, min(end, max_requests) - begin)),
-                )
-            )
-            begin = end
-    return _Runs(tuple(blocks), tuple(itertools.starmap(slice, itertools.pairwise(offsets))))
-
-
-class _RunTimes:
-    """What each run takes as a batch on 1, 2, ... instances, found block by block, whatever its requests weigh.
-
-    Args:
-        runs: those.
-        sizes: of each request the tokens to compute and their square.
-        seconds: see `Splits`.
-        out: where to keep the times.
-    """
-
-    def __init__(
-        self,
-        runs: _Runs,
-        sizes: Float[np.ndarray, "2 requests"],
-        seconds: PrefillSeconds,
-        out: Float[np.ndarray, "dops runs"],
-    ) -> None:
-        self._runs = runs
-        self._sizes = sizes
-        self._seconds = seconds
-        self._out = out
-        self._upto = sizes.cumsum(axis=1)
-        self._num_known = 0
-        """Of all runs, in their order."""
-
-    def are_those_of(
-        self, runs: _Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, max_dop: int
-    ) -> bool:
-        """Whether these are asked for, on no more instances."""
-        return (
-            self._runs is runs
-            and len(self._out) >= max_dop
-            and self._seconds == seconds
-            and self._sizes.tobytes() == sizes.tobytes()
-        )
-
-    def of(self, block: _Block) -> Float[np.ndarray, "dops block_runs"]:
-        """Of the runs of a block; those of blocks before it must have been asked for. Not to be written to."""
-        times = self._out[:, block.part]
-        if self._num_known < block.part.stop:
-            before = self._upto - self._sizes
-            sums = self._upto.take(block.last, axis=1) - before.take(block.first, axis=1)
-            self._seconds(PrefillTotals.of_sums(*sums), times)
-            self._num_known = block.part.stop
-        return times
-
-
 class _Table:
     """The table of f, filled from its first requests on.
 
@@ -319,7 +182,7 @@ class _Table:
 
     def __init__(
         self,
-        runs: _Runs,
+        runs: Runs,
         loads: Float[np.ndarray, "4 requests"],
         free_tokens: Sequence[int],
         workspace: Workspace,
@@ -339,7 +202,7 @@ class _Table:
         """[k - 1, i]: f[i][k]; of the last k, what the first i requests cost as one batch."""
         self.least.fill(np.inf)
 
-    def price(self, block: _Block, times: Float[np.ndarray, "dops block_runs"], max_tokens_per_instance: int) -> None:
+    def price(self, block: Block, times: Float[np.ndarray, "dops block_runs"], max_tokens_per_instance: int) -> None:
         """Finds the costs of a block's runs, which take so long, infinite where instances cannot compute as much, and
         what the first requests cost as one batch.
         """
@@ -354,7 +217,7 @@ class _Table:
             alone[self._upto[3, begin:end] > self._free[:, None]] = np.inf
         self.least[:, begin + 1 : end + 1] = alone
 
-    def fill(self, block: _Block) -> None:
+    def fill(self, block: Block) -> None:
         """Finds the entries of a block's requests; those before are known. Of the last k, only one is asked for."""
         entries = slice(block.requests.start + 1, block.requests.stop + 1)
         num_instances, num_runs = len(self._costs), len(block.first)
@@ -372,7 +235,7 @@ class _Table:
             known = self.least[k - 1, entries]
             np.minimum(known, least, out=known)
 
-    def _sums(self, row: int, block: _Block) -> Float[np.ndarray, " block_runs"]:
+    def _sums(self, row: int, block: Block) -> Float[np.ndarray, " block_runs"]:
         """Of one kind of load, over each run of a block."""
         return self._upto[row].take(block.last) - self._before(row).take(block.first)
 

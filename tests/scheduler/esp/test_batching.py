@@ -9,8 +9,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loongjax.costmodel.work import PrefillTotals
-from loongjax.scheduler.esp import batching
-from loongjax.scheduler.esp.batching import Batch, SplitMemory, Splits, Workspace
+from loongjax.scheduler.esp import run_times
+from loongjax.scheduler.esp.batching import Batch, SplitMemory, Splits
+from loongjax.scheduler.esp.run_times import Workspace
 from tests.scheduler.esp.partitions import Problem, set_partitions
 
 LINEAR = ((0.0, 1.0, 0.0), (0.0, 0.5, 0.0), (0.0, 1 / 3, 0.0), (0.0, 0.25, 0.0))
@@ -325,7 +326,7 @@ def test_blocks_of_any_size_and_memory_of_other_searches_change_nothing(problem:
     workspace.array("costs", 9, 99).fill(-1.0)
     workspace.array("before", 9, 99).fill(-1.0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(batching, "MAX_RUNS_OF_BLOCK", most)
-        batching._runs.cache_clear()
+        patch.setattr(run_times, "MAX_RUNS_OF_BLOCK", most)
+        run_times.runs_of.cache_clear()
         assert solve(problem, workspace) == expected
-    batching._runs.cache_clear()
+    run_times.runs_of.cache_clear()
