@@ -263,8 +263,8 @@ def measure(case: Case, num_samples: int, seed: int, pause_s: float) -> dict[str
     return {
         **dataclasses.asdict(case),
         "num_samples": num_samples,
-        **_percentiles("", wall_ms),
-        **_percentiles("cpu_", cpu_ms),
+        **percentiles("", wall_ms),
+        **percentiles("cpu_", cpu_ms),
         "max_collector_ms": round(max(collector_ms), 3),
         "mean_prefilled": float(np.mean(num_prefilled)),
         "yardstick_ns": round(float(np.mean(yardsticks_ns)), 1),
@@ -283,7 +283,8 @@ def yardstick_ns() -> float:
     return 1e9 * (time.thread_time() - begin_s) / YARDSTICK_STEPS
 
 
-def _percentiles(kind: str, samples_ms: list[float]) -> dict[str, float]:
+def percentiles(kind: str, samples_ms: list[float]) -> dict[str, float]:
+    """p50, p90 and p99, by names that begin with the kind."""
     values = np.percentile(samples_ms, (50, 90, 99)).round(3).tolist()
     return {f"{kind}{name}_ms": value for name, value in zip(("p50", "p90", "p99"), values, strict=True)}
 
