@@ -29,6 +29,9 @@ class Residents:
         self._places: list[list[int]] = [[] for _ in range(num_instances)]
         """In `running`, of those with keys on each instance."""
         for place in sorted(range(len(running)), key=self._orders.__getitem__):
+            if (home := self._homes[place]) != _NO_HOME:
+                self._places[home].append(place)
+                continue
             for instance, _ in running[place].kv:
                 self._places[instance].append(place)
         self.by_instance = [tuple(map(running.__getitem__, places)) for places in self._places]

@@ -64,8 +64,9 @@ class MemoryAdmission:
     def _look_closer(self, running: Sequence[RunningView], candidates: Sequence[WaitingView]) -> None:
         columns = zip(_running_columns(running), _waiting_columns(candidates), strict=True)
         held, left = self._demands(np.array([mine + theirs for mine, theirs in columns], np.int64))
-        self._held, self._candidates_held = np.split(held, [len(running)])
-        self._left, self._candidates_left = np.split(left, [len(running)])
+        count = len(running)
+        self._held, self._candidates_held = held[:count], held[count:]
+        self._left, self._candidates_left = left[:count], left[count:]
         self._most = int(self._held.sum() + self._left.sum())
         self.most = (self._candidates_held + self._candidates_left).tolist()
 

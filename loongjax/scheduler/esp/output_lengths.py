@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 WINDOW = 512
 """Outputs that are remembered."""
@@ -33,7 +33,7 @@ class OutputLengths:
         """The same, for looking up one at a time."""
         self._sums_from = [0.0]
         """[i]: the sum of the ascending lengths from the i-th on."""
-        self._reciprocals_from = [0.0]
+        self._reciprocals_from = np.zeros(1)
         """[i]: the sum of 1 / length from the i-th on."""
         self._means_beyond: list[float] = []
         """[n]: the mean of 1 / length of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
@@ -55,9 +55,9 @@ class OutputLengths:
         self._recent = np.append(self._recent[1 - WINDOW :], num_output_tokens)
         self._ascending = np.sort(self._recent)
         self._ascending_list = self._ascending.tolist()
-        self._sums_from = _sums_from(self._ascending)
+        self._sums_from = _sums_from(self._ascending).tolist()
         self._reciprocals_from = _sums_from(1.0 / np.maximum(self._ascending, 1))
-        means = np.array(self._reciprocals_from[:-1]) / np.arange(len(self._ascending), 0, -1)
+        means = self._reciprocals_from[:-1] / np.arange(len(self._ascending), 0, -1)
         self._means_beyond = means.repeat(np.diff(self._ascending.clip(max=MAX_LOOKED_UP), prepend=0)).tolist()
 
     def bounds(
@@ -96,28 +96,26 @@ class OutputLengths:
         num_known = len(beyond)
         if max(num_output_tokens, default=0) < num_known and min(max_tokens, default=0) > longest:
             return list(map(beyond.__getitem__, num_output_tokens))  # mostly no limit matters
-        return [
-            beyond[generated]
-            if generated < num_known and most > longest
-            else self._expected_reciprocal(generated, most)
-            for generated, most in zip(num_output_tokens, max_tokens, strict=True)
-        ]
+        return self._expected_reciprocals(
+            np.array(num_output_tokens, np.int64), np.array(max_tokens, np.int64)
+        ).tolist()
 
-    def _expected_reciprocal(self, generated: int, most: int) -> float:
-        ascending, num_known = self._ascending_list, len(self._ascending_list)
-        first = bisect.bisect_right(ascending, generated)
-        limit = most if most > generated else generated + 1
-        if first == num_known:
-            guess = 2 * generated or 1
-            return 1.0 / (guess if guess < limit else limit)
-        at_limit = bisect.bisect_left(ascending, limit, first)
-        below = self._reciprocals_from[first] - self._reciprocals_from[at_limit]
-        return (below + (num_known - at_limit) / limit) / (num_known - first)
+    def _expected_reciprocals(
+        self, generated: Int[np.ndarray, " requests"], most: Int[np.ndarray, " requests"]
+    ) -> Float[np.ndarray, " requests"]:
+        ascending, sums_from = self._ascending, self._reciprocals_from
+        first = ascending.searchsorted(generated, side="right")
+        num_longer = len(ascending) - first
+        limit = np.maximum(most, generated + 1)
+        at_limit = ascending.searchsorted(limit)
+        longer = sums_from[first] - sums_from[at_limit] + (len(ascending) - at_limit) / limit
+        half_way = 1.0 / np.minimum(np.maximum(2 * generated, 1), limit)
+        return np.where(num_longer, longer / np.maximum(num_longer, 1), half_way)
 
 
-def _sums_from(numbers: np.ndarray) -> list[float]:
+def _sums_from(numbers: np.ndarray) -> Float[np.ndarray, " numbers_1"]:
     """[i]: the sum of the numbers from the i-th on; 0 behind the last."""
-    return np.append(np.cumsum(numbers[::-1])[::-1], 0.0).tolist()
+    return np.append(np.cumsum(numbers[::-1])[::-1], 0.0)
 
 
 def least_sample() -> int:
