@@ -289,12 +289,29 @@ def percentiles(kind: str, samples_ms: list[float]) -> dict[str, float]:
     return {f"{kind}{name}_ms": value for name, value in zip(("p50", "p90", "p99"), values, strict=True)}
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those of every benchmark of decisions."""
     parser.add_argument("--out", type=pathlib.Path, help="where to write the results, as JSON")
-    parser.add_argument("--samples", type=int, default=200, help="answers a case, a tenth above 100 instances")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pause-s", type=float, default=0.005, help="before each answer, in which caches cool down")
+
+
+def origin(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Where results come from, of these arguments."""
+    return {
+        "commit": checked_out_commit(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "seed": arguments.seed,
+        "pause_s": arguments.pause_s,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=200, help="answers a case, a tenth above 100 instances")
+    add_arguments(parser)
     parser.add_argument("--case", choices=sorted(CASES), action="append", help="only this case; may be repeated")
     arguments = parser.parse_args(argv)
     results: dict[str, Any] = {}
@@ -306,15 +323,7 @@ def main(argv: list[str] | None = None) -> int:
             f"{name}: "
             + ", ".join(f"{key} {value}" for key, value in results[name].items() if key.endswith(("_ms", "_ns")))
         )
-    report = {
-        "commit": checked_out_commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "seed": arguments.seed,
-        "pause_s": arguments.pause_s,
-        "cases": results,
-    }
+    report = {**origin(arguments), "cases": results}
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(report, indent=2) + "\n")
     return 0

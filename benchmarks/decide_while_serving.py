@@ -13,16 +13,13 @@ import argparse
 import dataclasses
 import gc
 import json
-import os
-import pathlib
-import platform
 import sys
 import time
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.decide import LLAMA3_8B, percentiles, yardstick_ns
+from benchmarks.decide import LLAMA3_8B, add_arguments, origin, percentiles, yardstick_ns
 from loongjax.core.plan import Plan, Prefill
 from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
@@ -31,7 +28,6 @@ from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.view import ClusterView
-from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.pod import Job, Pod
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
@@ -143,21 +139,14 @@ def serve(log: Log, num_samples: int, num_ended_before: int, seed: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=pathlib.Path, help="where to write the results, as JSON")
     parser.add_argument("--samples", type=int, default=4000, help="questions, at least")
     parser.add_argument("--ended-before", type=int, default=400, help="requests, before any question is timed")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--pause-s", type=float, default=0.005, help="before each answer, in which caches cool down")
+    add_arguments(parser)
     arguments = parser.parse_args(argv)
     log = Log(arguments.pause_s)
     serve(log, arguments.samples, arguments.ended_before, arguments.seed)
     report = {
-        "commit": checked_out_commit(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "seed": arguments.seed,
-        "pause_s": arguments.pause_s,
+        **origin(arguments),
         "num_instances": CLUSTER.num_instances,
         "max_picked": MAX_PICKED,
         "num_questions": len(log.cpu_ms),

@@ -20,6 +20,23 @@ class Batch(NamedTuple):
     instances: range
 
 
+class Question(NamedTuple):
+    """What is to be split."""
+
+    loads: Float[np.ndarray, "4 requests"]
+    """Of each request the tokens to compute, descending, their square, what a second of its prefill costs, above 0, and
+    the slots that its keys take."""
+    free_tokens: Sequence[int]
+    """Free slots of each instance. If they descend, no instance between two batches is worth leaving out; the last ones
+    may be."""
+    seconds: PrefillSeconds
+    """Asked about every batch of neighbours, a block of them at a time. Equal ones must give equal times."""
+    max_tokens_per_instance: int
+    """A batch on d instances computes at most d times as many."""
+    max_requests: int
+    """Of one batch."""
+
+
 class Splits:
     """The cheapest splits of requests, and of the first 1, 2, ... of a list of instances, into batches.
 
@@ -35,35 +52,12 @@ class Splits:
     Where memory is shorter still, there may be a partition into sets and none into neighbours.
 
     Args:
-        loads: of each request the tokens to compute, descending, their square, what a second of its prefill costs,
-            above 0, and the slots that its keys take.
-        free_tokens: free slots of each instance. If they descend, no instance between two batches is worth leaving
-            out; the last ones may be.
-        seconds: asked about every batch of neighbours, a block of them at a time.
-        max_tokens_per_instance: a batch on d instances computes at most d times as many.
-        max_requests: of one batch.
-        max_dop: up to which `seconds` is asked, at least the number of instances: the same requests may be split on
-            more of them next. None: no more.
+        question: what is to be split.
         workspace: memory of earlier searches, whose answers must have been asked for before; None: new memory.
     """
 
-    def __init__(
-        self,
-        loads: Float[np.ndarray, "4 requests"],
-        free_tokens: Sequence[int],
-        seconds: PrefillSeconds,
-        *,
-        max_tokens_per_instance: int,
-        max_requests: int,
-        max_dop: int | None = None,
-        workspace: Workspace | None = None,
-    ) -> None:
-        self._loads = loads
-        self._free_tokens = free_tokens
-        self._seconds = seconds
-        self._max_tokens_per_instance = max_tokens_per_instance
-        self._max_requests = max_requests
-        self._max_dop = len(free_tokens) if max_dop is None else max_dop
+    def __init__(self, question: Question, workspace: Workspace | None = None) -> None:
+        self._question = question
         self._workspace = Workspace() if workspace is None else workspace
         self._found: dict[int, tuple[Batch, ...] | None] = {}
         """Answers, by the number of instances."""
@@ -71,7 +65,7 @@ class Splits:
     @functools.cached_property
     def is_memory_short(self) -> bool:
         """Whether there may be a batch that some instance could not hold. If not, any instances are as good."""
-        return self._is_short(self._free_tokens)
+        return self._is_short(self._question.free_tokens)
 
     def _is_short(self, free_tokens: Sequence[int]) -> bool:
         return self._num_slots > min(free_tokens, default=0)
@@ -79,26 +73,18 @@ class Splits:
     @functools.cached_property
     def _num_slots(self) -> float:
         """That the keys of all requests take."""
-        return sum(self._loads[3].tolist())
+        return sum(self._question.loads[3].tolist())
 
-    def answer(
-        self,
-        loads: Float[np.ndarray, "4 requests"],
-        free_tokens: Sequence[int],
-        seconds: PrefillSeconds,
-        *,
-        max_tokens_per_instance: int,
-        max_requests: int,
-    ) -> bool:
-        """Whether those of these arguments would be the same, because memory is ample for both, so that how much there
-        is does not matter.
+    def answer(self, question: Question) -> bool:
+        """Whether those of this question would be the same, because memory is ample for both, so that how much there is
+        does not matter.
         """
+        loads, free_tokens, *rest = question
+        own_loads, own_free_tokens, *own_rest = self._question
         return (
-            len(self._free_tokens) == len(free_tokens)
-            and self._max_tokens_per_instance == max_tokens_per_instance
-            and self._max_requests == max_requests
-            and self._seconds == seconds
-            and (self._loads is loads or self._loads.tobytes() == loads.tobytes())
+            len(own_free_tokens) == len(free_tokens)
+            and own_rest == rest
+            and (own_loads is loads or own_loads.tobytes() == loads.tobytes())
             and not (self.is_memory_short or self._is_short(free_tokens))
         )
 
@@ -115,28 +101,29 @@ class Splits:
         return min(self._table.least[:num_instances, -1].tolist(), default=math.inf)
 
     def _find(self, num_instances: int) -> tuple[Batch, ...] | None:
-        num_requests = self._loads.shape[1]
+        num_requests = self._question.loads.shape[1]
         if num_requests == 0:
             return ()
         if num_instances == 0:
             return None
         if num_instances == 1:
-            num_tokens, _, _, num_slots = self._loads.sum(axis=1)
+            num_tokens, _, _, num_slots = self._question.loads.sum(axis=1)
             fits = (
-                num_slots <= self._free_tokens[0]
-                and num_tokens <= self._max_tokens_per_instance
-                and num_requests <= self._max_requests
+                num_slots <= self._question.free_tokens[0]
+                and num_tokens <= self._question.max_tokens_per_instance
+                and num_requests <= self._question.max_requests
             )
             return (Batch(range(num_requests), range(1)),) if fits else None
         return self._table.trace_back(num_instances)
 
     @functools.cached_property
     def _table(self) -> _Table:
-        runs = runs_of(self._loads.shape[1], self._max_requests)
-        times = self._workspace.times_of(runs, self._loads[:2], self._seconds, self._max_dop)
-        table = _Table(runs, self._loads, self._free_tokens, self._workspace, is_memory_short=self.is_memory_short)
+        loads, free_tokens, seconds, max_tokens_per_instance, max_requests = self._question
+        runs = runs_of(loads.shape[1], max_requests)
+        times = self._workspace.times_of(runs, loads[:2], seconds, len(free_tokens))
+        table = _Table(runs, loads, free_tokens, self._workspace, is_memory_short=self.is_memory_short)
         for block in runs.blocks:
-            table.price(block, times.of(block), self._max_tokens_per_instance)
+            table.price(block, times.of(block), max_tokens_per_instance)
             table.fill(block)
         return table
 
@@ -152,20 +139,10 @@ class SplitMemory:
         self._workspace = Workspace()
         self._last: Splits | None = None
 
-    def splits(
-        self,
-        loads: Float[np.ndarray, "4 requests"],
-        free_tokens: Sequence[int],
-        seconds: PrefillSeconds,
-        *,
-        max_tokens_per_instance: int,
-        max_requests: int,
-        max_dop: int | None = None,
-    ) -> Splits:
-        """Those of the arguments of `Splits`, until others are asked for. Equal `seconds` must give equal times."""
-        limits = {"max_tokens_per_instance": max_tokens_per_instance, "max_requests": max_requests}
-        if self._last is None or not self._last.answer(loads, free_tokens, seconds, **limits):
-            self._last = Splits(loads, free_tokens, seconds, **limits, max_dop=max_dop, workspace=self._workspace)
+    def splits(self, question: Question) -> Splits:
+        """Those of a question, until others are asked for."""
+        if self._last is None or not self._last.answer(question):
+            self._last = Splits(question, self._workspace)
         return self._last
 
 
@@ -174,7 +151,7 @@ class _Table:
 
     Args:
         runs: what may be a batch.
-        loads: see `Splits`.
+        loads: see `Question`.
         free_tokens: slots of each instance.
         workspace: for what is known of every run.
         is_memory_short: see `Splits`.

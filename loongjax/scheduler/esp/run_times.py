@@ -78,7 +78,7 @@ class RunTimes:
     Args:
         runs: those.
         sizes: of each request the tokens to compute and their square.
-        seconds: see `Splits`.
+        seconds: see `Question`.
         out: where to keep the times.
     """
 
@@ -98,12 +98,12 @@ class RunTimes:
         """Of all runs, in their order."""
 
     def are_those_of(
-        self, runs: Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, max_dop: int
+        self, runs: Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, num_instances: int
     ) -> bool:
-        """Whether these are asked for, on no more instances."""
+        """Whether these are asked for."""
         return (
             self._runs is runs
-            and len(self._out) >= max_dop
+            and len(self._out) == num_instances
             and self._seconds == seconds
             and self._sizes.tobytes() == sizes.tobytes()
         )
@@ -121,8 +121,8 @@ class RunTimes:
 
 class Workspace:
     """Arrays that one search after the other uses: to get memory from the operating system takes longer than all that
-    is written to it. And the times that the last one has found, for requests that wait on come to weigh more, or to
-    have more instances, and mostly nothing else changes.
+    is written to it. And the times that the last one has found, for requests that wait on come to weigh more, and
+    mostly nothing else changes.
     """
 
     def __init__(self) -> None:
@@ -130,11 +130,11 @@ class Workspace:
         self._times: RunTimes | None = None
 
     def times_of(
-        self, runs: Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, max_dop: int
+        self, runs: Runs, sizes: Float[np.ndarray, "2 requests"], seconds: PrefillSeconds, num_instances: int
     ) -> RunTimes:
-        """See `RunTimes`; on at least so many instances."""
-        if self._times is None or not self._times.are_those_of(runs, sizes, seconds, max_dop):
-            out = self.array("times", max_dop, runs.num_runs)
+        """See `RunTimes`."""
+        if self._times is None or not self._times.are_those_of(runs, sizes, seconds, num_instances):
+            out = self.array("times", num_instances, runs.num_runs)
             self._times = RunTimes(runs, sizes, seconds, out)
         return self._times
 

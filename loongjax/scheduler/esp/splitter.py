@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.esp.batching import SplitMemory, Splits
+from loongjax.scheduler.esp.batching import Question, SplitMemory, Splits
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 
@@ -54,15 +54,14 @@ class Splitter:
 
     def _splits_of(self, by_length: list[int], instances: list[InstanceId]) -> Splits:
         draft, page_size = self._draft, self._draft.shape.page_size
-        max_dop = min(2 * len(instances), draft.shape.num_instances)
-        return self._memory.splits(
-            self._window.loads(by_length),
-            [draft.room(instance) * page_size for instance in instances],
-            self._times.on_first(max_dop),
+        question = Question(
+            loads=self._window.loads(by_length),
+            free_tokens=[draft.room(instance) * page_size for instance in instances],
+            seconds=self._times.on_first(len(instances)),
             max_tokens_per_instance=draft.view.max_num_batched_tokens,
             max_requests=draft.view.max_num_seqs,
-            max_dop=max_dop,
         )
+        return self._memory.splits(question)
 
     def _batches(self, splits: Splits, instances: list[InstanceId]) -> list[PlacedBatch]:
         return [
