@@ -45,7 +45,7 @@ AXIS = "tp"
 EXCHANGES = (64, 128)
 """Of the two programs whose times are subtracted."""
 HIDDEN_SIZE, NUM_HEADS, HEAD_DIM = 4096, 32, 128
-TUNINGS = ("1024/4", "2048/4", "2048/8", "4096/8", "8192/8", "8192/16", "16384/16")
+TUNINGS = ("512/2", "512/4", "1024/4", "2048/4", "2048/8", "4096/8", "8192/16")
 
 type Step = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(peers, x, factor) -> x"""

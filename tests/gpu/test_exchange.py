@@ -100,26 +100,75 @@ def test_all_gather_brings_every_bit(peers, order, dtype):
             np.testing.assert_array_equal(found[rank], x)
 
 
-@pytest.mark.parametrize(("rows", "head_dim"), [((1, 1), 128), ((32, 32), 128), ((5, 3), 80), ((300, 32), 64)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "int16"])
+def test_every_bit_arrives_but_that_a_nan_may_become_another(peers, dtype):
+    mesh = mesh_of((0, 1))
+    patterns = np.arange(2**16, dtype=np.uint16)
+    x = np.stack([patterns, patterns[::-1]]).view(jnp.dtype(dtype))
+    found = np.asarray(over(gather_by_kernel, mesh)(peers.table(mesh), x))
+    # numpy knows no NaN of an integer.
+    is_nan = np.isnan(x.astype(np.float32))
+    assert np.isnan(found[:, is_nan].astype(np.float32)).all()
+    for rank in range(2):
+        np.testing.assert_array_equal(found[rank, ~is_nan].view(np.uint16), x[~is_nan].view(np.uint16))
+
+
+ROWS = [((1, 1), 128), ((32, 32), 128), ((5, 3), 80), ((300, 32), 64)]
+
+
+@pytest.mark.parametrize(("rows", "head_dim"), ROWS)
 @pytest.mark.parametrize("order", ORDERS)
 def test_exchange_and_merge_is_float64s(peers, order, rows, head_dim):
     mesh, n = mesh_of(order), len(order)
+    o, lse = partial_attentions(n, rows, head_dim)
+    found_o, found_lse = map(np.asarray, over(merge_by_kernel, mesh)(peers.table(mesh), o, lse))
+    for master, (exact_o, exact_lse, _) in enumerate(merged_exactly(o, lse)):
+        np.testing.assert_allclose(found_o[master], exact_o, rtol=2e-5, atol=2e-6)
+        np.testing.assert_allclose(found_lse[master], exact_lse, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(("rows", "head_dim"), ROWS)
+@pytest.mark.parametrize("order", ORDERS)
+def test_partial_outputs_that_travel_in_16_bits_are_rounded_in_units_of_their_rows(peers, order, rows, head_dim, dtype):
+    mesh, n = mesh_of(order), len(order)
+    o, lse = partial_attentions(n, rows, head_dim)
+    merge = functools.partial(exchange_and_merge, axis_name=AXIS, out_dtype=dtype, implementation="triton")
+    found_o, found_lse = map(
+        np.asarray, over(lambda peers, o, lse: merge(o, lse, peers=peers), mesh)(peers.table(mesh), o, lse)
+    )
+    half_a_unit = float(jnp.finfo(dtype).eps) / 2
+    for master, (exact_o, exact_lse, largest) in enumerate(merged_exactly(o, lse)):
+        off = np.abs(found_o[master].astype(np.float64) - exact_o)
+        assert (off <= 1.01 * (half_a_unit * np.abs(exact_o) + 2.0**-11 * largest)).all()
+        np.testing.assert_allclose(found_lse[master], exact_lse, rtol=2e-6, atol=2e-6)
+
+
+def partial_attentions(n: int, rows: tuple[int, int], head_dim: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of every rank for every master, some without keys."""
     o, lse = normal(0, n, n, *rows, head_dim), 10 * normal(1, n, n, *rows)
     lse[normal(2, *lse.shape) > 0.5] = -np.inf
     if rows != (1, 1):
         lse[..., 0, 0] = -np.inf
     o[np.isneginf(lse)] = np.nan
-    found_o, found_lse = map(np.asarray, over(merge_by_kernel, mesh)(peers.table(mesh), o, lse))
-    for master in range(n):
+    return o, lse
+
+
+def merged_exactly(o: np.ndarray, lse: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """For each master, output and log-sum-exp, and the weighted mean of the largest element of each part of a row."""
+    for master in range(len(o)):
         lses = lse[:, master].astype(np.float64)
         base = np.where(np.isneginf(lses).all(axis=0), 0, lses.max(axis=0))
         weights = np.exp(lses - base)
         total = weights.sum(axis=0)
-        weighted = (weights[..., None] * np.where(weights[..., None] > 0, o[:, master], 0)).sum(axis=0)
-        exact_o = weighted / np.where(total > 0, total, 1)[..., None]
-        exact_lse = np.where(total > 0, base + np.log(np.where(total > 0, total, 1)), -np.inf)
-        np.testing.assert_allclose(found_o[master], exact_o, rtol=2e-5, atol=2e-6)
-        np.testing.assert_allclose(found_lse[master], exact_lse, rtol=2e-6, atol=2e-6)
+        divisor = np.where(total > 0, total, 1)
+        parts = weights[..., None] * np.where(weights[..., None] > 0, o[:, master], 0)
+        largest = np.abs(parts).max(axis=-1, keepdims=True).sum(axis=0) / divisor[..., None]
+        yield (
+            parts.sum(axis=0) / divisor[..., None],
+            np.where(total > 0, base + np.log(divisor), -np.inf),
+            largest,
+        )
 
 
 @pytest.mark.parametrize("order", [(0, 1), (3, 0, 2, 1)])

@@ -25,13 +25,12 @@ from loongjax.pallas_kernels.exchange import (
 from loongjax.pallas_kernels.exchange.group import group_of
 from loongjax.pallas_kernels.exchange.launch import ExchangeTuning
 from loongjax.pallas_kernels.exchange.workspace import (
+    BUFFER_BYTES,
     BUFFERS,
     COUNTS,
-    FLAGS,
     MAX_DEVICES,
     MAX_PROGRAMS,
     MESSAGE_BYTES,
-    SECTOR_BYTES,
     Failure,
     workspace_bytes,
 )
@@ -304,17 +303,16 @@ def test_check_tells_who_did_not_come(memory):
 
 
 def set_numbers(memory: PeerMemory, place: int, number: int) -> None:
-    """As if a device had exchanged so many messages with all others, on all channels."""
-    begin, end = FLAGS // 4, BUFFERS // 4
-    memory._workspaces[place] = memory._workspaces[place].at[begin:end].set(number)
+    """As if a device had exchanged so many messages with all others, on all channels, and left in buffers what came."""
+    memory._workspaces[place] = memory._workspaces[place].at[COUNTS // 4 :].set(number)
 
 
 def numbers_of(memory: PeerMemory, place: int) -> np.ndarray:
-    """What a device has of each device: int32 [devices, flags and counts]."""
+    """What a device has of each device: int32 [devices, counts and buffers]."""
     words = np.array(memory._workspaces[place])
-    flags = words[FLAGS // 4 : COUNTS // 4].reshape(MAX_DEVICES, MAX_PROGRAMS * SECTOR_BYTES // 4)
     counts = words[COUNTS // 4 : BUFFERS // 4].reshape(MAX_DEVICES, MAX_PROGRAMS)
-    return np.concatenate([flags, counts], axis=1)
+    buffers = words[BUFFERS // 4 :].reshape(3, MAX_PROGRAMS * 2 * BUFFER_BYTES // 4)
+    return np.concatenate([counts[:3], buffers], axis=1)
 
 
 def written_by_hand(memory: PeerMemory) -> PeerMemory:
@@ -344,7 +342,7 @@ def test_a_reset_of_all_forgets_all(memory):
     memory.reset()
     memory.check()
     for place in range(3):
-        assert not numbers_of(memory, place)[:3].any()
+        assert not numbers_of(memory, place).any()
 
 
 def test_a_reset_leaves_addresses_and_tables_as_they_are(memory):

@@ -149,43 +149,56 @@ def test_large_messages_are_left_to_xla():
         assert f"stablehlo.{name}" in module
 
 
+FENCES = r"\b(?:fence|membar)\S*|\S*(?:release|acquire|acq_rel)\S*"
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
-def test_flags_are_released_and_acquired_for_the_whole_system(compiled, num_ranks):
+def test_no_message_waits_for_a_fence_and_all_warps_end_a_wait_together(compiled, num_ranks):
     lower(lambda peers, x: all_reduce(x[0], "sp", peers), line(num_ranks), Shape((num_ranks, 64, 4096), "bfloat16"))
     (ptx,) = compiled
-    assert re.findall(r"atom\S*exch\S*", ptx).count("atom.global.sys.release.exch.b32") >= 2  # status and flag
-    assert "atom.global.sys.acquire.add.u32" in ptx
-    flag = max(m.start() for m in re.finditer(r"atom.global.sys.release.exch", ptx))
-    sends = [m.start() for m in re.finditer(r"st\.global", ptx) if m.start() < flag]
-    assert "bar.sync" in ptx[max(sends) : flag]
-    received = [m.start() for m in re.finditer(r"ld\.global\.cg", ptx)]
-    barrier = ptx.rindex("bar.sync", 0, min(received))
-    assert flag < barrier
-    assert "$L__BB" not in ptx[barrier : min(received)], "somebody jumps over the barrier"
+    assert not re.findall(FENCES, ptx)
+    polled = [m.start() for m in re.finditer(r"ld\.volatile\.global\.v4", ptx)]
+    # Once before the loop, once in it.
+    assert len(polled) == 2 * num_ranks
+    sent = [m.start() for m in re.finditer(r"st\.global\.v4", ptx) if m.start() < polled[0]]
+    assert len(sent) == num_ranks - 1
+    assert "bar.sync" not in ptx[min(sent) : polled[0]]
     # All warps take the time that one of them read, so that all end a wait or none does.
     (time,) = (m.end() for m in re.finditer("%globaltimer", ptx))
     shared = ptx[time : ptx.index("bra", time)]
     assert "ld.shared" in shared[shared.index("bar.sync", shared.rindex("st.shared")) :]
 
 
+def test_between_two_rounds_what_was_cleared_is_so_for_all(compiled):
+    def body(peers, x):
+        return all_reduce(x[0], "sp", peers, implementation="triton")
+
+    lower(body, line(2), Shape((2, 3_000_000), "float32"))
+    (ptx,) = compiled
+    (fence,) = re.finditer(FENCES, ptx)
+    assert fence.group() == "atom.global.sys.acq_rel.or.b32"
+    cleared = max(m.start() for m in re.finditer(r"st\.global\.v4", ptx))
+    assert "bar.sync" in ptx[cleared : fence.start()]
+    assert "bar.sync" in ptx[fence.end() : ptx.index("bra", fence.end())]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_messages_move_in_pieces_of_16_bytes(compiled, dtype):
     lower(lambda peers, x: all_reduce(x[0], "sp", peers), line(2), Shape((2, 64, 4096), dtype))
     (ptx,) = compiled
-    assert re.findall(r"ld\.global\.cg\S*", ptx)
-    assert set(re.findall(r"ld\.global\.cg\S*", ptx)) == {"ld.global.cg.v4.b32"}
+    assert set(re.findall(r"ld\.volatile\.global\.v\S*", ptx)) == {"ld.volatile.global.v4.b32"}
     assert ptx.count("st.global.v4.b32") >= 2
 
 
-def test_partial_outputs_move_in_pieces_of_16_bytes(compiled):
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+def test_partial_outputs_move_in_large_pieces(compiled, out_dtype):
     def body(peers, o, lse):
-        merged = exchange_and_merge(o[0], lse[0], "sp", peers)
+        merged = exchange_and_merge(o[0], lse[0], "sp", peers, out_dtype=out_dtype)
         return merged[0][None], merged[1][None]
 
-    o, lse = Shape((2, 2, 32, 32, 128), "float32"), Shape((2, 2, 32, 32), "float32")
+    o, lse = Shape((2, 2, 64, 32, 128), "float32"), Shape((2, 2, 64, 32), "float32")
     lower(body, line(2), o, lse, out_specs=(CUT, CUT))
     (ptx,) = compiled
-    assert ptx.count("ld.global.cg.v4.b32") >= 2
+    assert ptx.count("ld.global.v4.b32") >= 2
+    assert set(re.findall(r"ld\.volatile\.global\.v\S*", ptx)) == {"ld.volatile.global.v4.b32"}
     assert ptx.count("st.global.v4.b32") >= 2
-    log_sum_exps = {"ld.global.cg.b32"}
-    assert set(re.findall(r"ld\.global\.cg\S*", ptx)) == {"ld.global.cg.v4.b32"} | log_sum_exps

@@ -5,8 +5,7 @@ halves of its workspace's address, the lower one first. The first n rows are in 
 the others begin with this rank and go on round, in which they are sent, so that not all ranks send to one at a time.
 
 A message of more than one chunk a program takes several rounds: chunk c is that of program c % programs in round
-c // programs. What a round has to know is loaded before it sends anything: what was loaded between sending and reading
-would be waited for by all ranks.
+c // programs.
 """
 
 from typing import no_type_check
@@ -20,16 +19,20 @@ from loongjax.pallas_kernels.exchange import workspace
 BUFFER_BYTES = tl.constexpr(workspace.BUFFER_BYTES)
 BUFFERS = tl.constexpr(workspace.BUFFERS)
 COUNTS = tl.constexpr(workspace.COUNTS)
-FLAGS = tl.constexpr(workspace.FLAGS)
 MAX_DEVICES = tl.constexpr(workspace.MAX_DEVICES)
 MAX_PROGRAMS = tl.constexpr(workspace.MAX_PROGRAMS)
-MOST_THREADS = tl.constexpr(1024)
+MAX_ROWS = tl.constexpr(workspace.MAX_ROWS)
 MESSAGE_BYTES = tl.constexpr(workspace.MESSAGE_BYTES)
+MOST_THREADS = tl.constexpr(1024)
 NUMBER_MASK = tl.constexpr(workspace.NUMBER_MASK)
 POLLS_A_LOOK = tl.constexpr(workspace.POLLS_A_LOOK)
-SECTOR_BYTES = tl.constexpr(workspace.SECTOR_BYTES)
 STATUS = tl.constexpr(workspace.STATUS)
 WAIT_LIMIT = tl.constexpr(workspace.WAIT_LIMIT)
+
+# How a wait stands.
+ARRIVED = tl.constexpr(0)
+MISSING = tl.constexpr(1)
+FAILED = tl.constexpr(2)
 
 
 @triton.jit
@@ -40,33 +43,35 @@ def reduce_kernel(
     out_ptr,  # [size]
     size: tl.constexpr,
     num_ranks: tl.constexpr,
-    padded_ranks: tl.constexpr,
     block: tl.constexpr,
     num_rounds: tl.constexpr,
 ):
     """The sum over ranks, in rank order from 0 in float32 on every rank. Grid: chunks of a round."""
     dtype = x_ptr.dtype.element_ty
     rank = rank_of(group_ptr, num_ranks)
-    link = open_link(group_ptr, num_ranks, padded_ranks)
+    counts = load_counts(group_ptr, num_ranks)
     place = tl.arange(0, block)
     for round in range(num_rounds):
         start = (round * tl.num_programs(0) + tl.program_id(0)) * block
         is_there = start + place < size
         own = tl.load(x_ptr + start + place, mask=is_there, other=0.0)
-        outboxes = all_outboxes(group_ptr, round, num_ranks)
-        inboxes = all_inboxes(group_ptr, round, num_ranks)
+        words = encode(own)
+        outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
+        inboxes = all_inboxes(round, group_ptr, num_ranks)
         status = read_status(group_ptr, num_ranks)
-        is_sent = is_there & (status == 0)
+        messages, are_sent = (), ()
         for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], dtype) + place, own, mask=is_sent)
-        signal_and_wait(link, status, round, group_ptr, num_ranks, padded_ranks)
+            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
+        for r in tl.static_range(num_ranks):
+            messages += (pointer(inboxes[r], words.dtype) + place,)
+            are_sent += (is_there & (r != rank),)
+        received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
         total = tl.zeros([block], tl.float32)
         for r in tl.static_range(num_ranks):
-            message = pointer(inboxes[r], dtype) + place
-            received = tl.load(message, mask=is_there & (r != rank), other=0.0, cache_modifier=".cg")
-            total += tl.where(r == rank, own, received).to(tl.float32)
+            total += tl.where(r == rank, own, decode(received[r], dtype)).to(tl.float32)
         tl.store(out_ptr + start + place, total.to(dtype), mask=is_there)
-    close_link(link, num_rounds)
+        clear(messages, are_sent, num_ranks, round + 1 < num_rounds, group_ptr, num_ranks)
+    store_counts(counts, num_rounds, group_ptr, num_ranks)
 
 
 @triton.jit
@@ -77,31 +82,34 @@ def gather_kernel(
     out_ptr,  # [n, size]
     size: tl.constexpr,
     num_ranks: tl.constexpr,
-    padded_ranks: tl.constexpr,
     block: tl.constexpr,
     num_rounds: tl.constexpr,
 ):
     """What every rank has, by rank. Grid: chunks of a round."""
     dtype = x_ptr.dtype.element_ty
     rank = rank_of(group_ptr, num_ranks)
-    link = open_link(group_ptr, num_ranks, padded_ranks)
+    counts = load_counts(group_ptr, num_ranks)
     place = tl.arange(0, block)
     for round in range(num_rounds):
         start = (round * tl.num_programs(0) + tl.program_id(0)) * block
         is_there = start + place < size
         own = tl.load(x_ptr + start + place, mask=is_there, other=0)
-        outboxes = all_outboxes(group_ptr, round, num_ranks)
-        inboxes = all_inboxes(group_ptr, round, num_ranks)
+        words = encode(own)
+        outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
+        inboxes = all_inboxes(round, group_ptr, num_ranks)
         status = read_status(group_ptr, num_ranks)
-        is_sent = is_there & (status == 0)
+        messages, are_sent = (), ()
         for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], dtype) + place, own, mask=is_sent)
-        signal_and_wait(link, status, round, group_ptr, num_ranks, padded_ranks)
+            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
         for r in tl.static_range(num_ranks):
-            message = pointer(inboxes[r], dtype) + place
-            received = tl.load(message, mask=is_there & (r != rank), other=0, cache_modifier=".cg")
-            tl.store(out_ptr + r * size + start + place, tl.where(r == rank, own, received), mask=is_there)
-    close_link(link, num_rounds)
+            messages += (pointer(inboxes[r], words.dtype) + place,)
+            are_sent += (is_there & (r != rank),)
+        received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
+        for r in tl.static_range(num_ranks):
+            x = tl.where(r == rank, own, decode(received[r], dtype))
+            tl.store(out_ptr + r * size + start + place, x, mask=is_there)
+        clear(messages, are_sent, num_ranks, round + 1 < num_rounds, group_ptr, num_ranks)
+    store_counts(counts, num_rounds, group_ptr, num_ranks)
 
 
 @triton.jit
@@ -116,13 +124,18 @@ def merge_kernel(
     head_dim: tl.constexpr,
     padded_dim: tl.constexpr,
     num_ranks: tl.constexpr,
-    padded_ranks: tl.constexpr,
     block: tl.constexpr,  # rows of a chunk
     num_rounds: tl.constexpr,
 ):
-    """Sends every rank the partial outputs of its rows, and merges what arrives. Grid: chunks of a round."""
+    """Sends every rank the partial outputs of its rows, and merges what arrives. Grid: chunks of a round.
+
+    Where the merged output has 16 bits, partial ones travel as float16, in units of the largest of their row: they are
+    rounded at the twelfth bit, float16 and bfloat16 at the eleventh and eighth.
+    """
+    out_dtype = merged_o_ptr.dtype.element_ty
+    sent_dtype = tl.float32 if out_dtype == tl.float32 else tl.float16
     rank = rank_of(group_ptr, num_ranks)
-    link = open_link(group_ptr, num_ranks, padded_ranks)
+    counts = load_counts(group_ptr, num_ranks)
     dim = tl.arange(0, padded_dim)
     message_row = tl.arange(0, block)
     place = message_row[:, None] * padded_dim + dim[None, :]
@@ -132,43 +145,57 @@ def merge_kernel(
         is_row = row < num_rows
         is_there = is_row[:, None] & (dim[None, :] < head_dim)
         element = row[:, None] * head_dim + dim[None, :]
-        outboxes = all_outboxes(group_ptr, round, num_ranks)
-        inboxes = all_inboxes(group_ptr, round, num_ranks)
+        outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
+        inboxes = all_inboxes(round, group_ptr, num_ranks)
         status = read_status(group_ptr, num_ranks)
         for i in tl.static_range(num_ranks - 1):
             first_row = ((rank + i + 1) % num_ranks).to(tl.int64) * num_rows
-            sent_o = tl.load(o_ptr + first_row * head_dim + element, mask=is_there)
-            sent_lse = tl.load(lse_ptr + first_row + row, mask=is_row)
-            is_sent = status == 0
-            tl.store(pointer(outboxes[i], tl.float32) + place, sent_o, mask=is_there & is_sent)
-            tl.store(pointer(outboxes[i] + MESSAGE_BYTES, tl.float32) + message_row, sent_lse, mask=is_row & is_sent)
+            o = tl.load(o_ptr + first_row * head_dim + element, mask=is_there, other=0.0)
+            lse = tl.load(lse_ptr + first_row + row, mask=is_row)
+            unit = tl.full([block], 1.0, tl.float32)
+            if sent_dtype == tl.float16:
+                largest = tl.max(tl.abs(o), axis=1)
+                unit = tl.where(largest > 0, largest, 1.0)
+                o = o / unit[:, None]
+            words = encode(o.to(sent_dtype))
+            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
+            row_words = pointer(outboxes[i] + MESSAGE_BYTES, tl.int32) + message_row
+            tl.store(row_words, encode(lse), mask=is_row & (status == 0))
+            tl.store(row_words + MAX_ROWS, encode(unit), mask=is_row & (status == 0))
         own_lse = tl.load(lse_ptr + own_row + row, mask=is_row, other=float("-inf"))
         own_o = tl.load(o_ptr + own_row * head_dim + element, mask=is_there, other=0.0)
-        signal_and_wait(link, status, round, group_ptr, num_ranks, padded_ranks)
+        messages, are_sent = (), ()
+        for r in tl.static_range(num_ranks):
+            messages += (pointer(inboxes[r], encode(tl.zeros([1], sent_dtype)).dtype) + place,)
+            are_sent += (is_there & (r != rank),)
+        for part in tl.static_range(2):
+            for r in tl.static_range(num_ranks):
+                row_words = pointer(inboxes[r] + MESSAGE_BYTES, tl.int32) + message_row
+                messages += (row_words + part * MAX_ROWS,)
+                are_sent += (is_row & (r != rank),)
+        received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
         base = own_lse
         lses = ()
         for r in tl.static_range(num_ranks):
-            message = pointer(inboxes[r] + MESSAGE_BYTES, tl.float32) + message_row
-            received = tl.load(message, mask=is_row & (r != rank), other=float("-inf"), cache_modifier=".cg")
-            lses += (tl.where(r == rank, own_lse, received),)
+            lses += (tl.where(r == rank, own_lse, decode(received[num_ranks + r], tl.float32)),)
             base = tl.maximum(base, lses[r])
         base = tl.where(base == float("-inf"), 0.0, base)
         total = tl.zeros([block], tl.float32)
         weighted = tl.zeros([block, padded_dim], tl.float32)
         for r in tl.static_range(num_ranks):
             weight = tl.exp(lses[r] - base)
-            message = pointer(inboxes[r], tl.float32) + place
-            received = tl.load(message, mask=is_there & (r != rank), other=0.0, cache_modifier=".cg")
-            o = tl.where(r == rank, own_o, received)
+            unit = decode(received[2 * num_ranks + r], tl.float32)
+            o = tl.where(r == rank, own_o, decode(received[r], sent_dtype).to(tl.float32) * unit[:, None])
             # A part without keys may be anything, NaN too.
             weighted += tl.where(weight[:, None] > 0, weight[:, None] * o, 0.0)
             total += weight
         divisor = tl.where(total > 0, total, 1.0)
         merged = weighted / divisor[:, None]
-        tl.store(merged_o_ptr + element, merged.to(merged_o_ptr.dtype.element_ty), mask=is_there)
+        tl.store(merged_o_ptr + element, merged.to(out_dtype), mask=is_there)
         merged_lse = tl.where(total > 0, base + tl.log(divisor), float("-inf"))
         tl.store(merged_lse_ptr + row, merged_lse, mask=is_row)
-    close_link(link, num_rounds)
+        clear(messages, are_sent, 3 * num_ranks, round + 1 < num_rounds, group_ptr, num_ranks)
+    store_counts(counts, num_rounds, group_ptr, num_ranks)
 
 
 @triton.jit
@@ -185,56 +212,83 @@ def status_kernel(
 
 @triton.jit
 @no_type_check
-def open_link(group_ptr, num_ranks: tl.constexpr, padded_ranks: tl.constexpr):
-    """What `signal_and_wait` has to know of the ranks, this one first, as vectors: whether one is a peer, the count of
-    messages exchanged with it and where that is kept, the flag there and the flag here, and its status word."""
-    places = tl.arange(0, padded_ranks)
-    is_peer = (places > 0) & (places < num_ranks)
-    rows = num_ranks + tl.minimum(places, num_ranks - 1)
-    own = workspace_of(group_ptr, num_ranks)
-    own_channel = channel(device_of(group_ptr, num_ranks))
-    channels = channel(device_of(group_ptr, rows))
-    theirs = workspace_of(group_ptr, rows)
-    counters = (own + COUNTS + channels * 4).to(tl.pointer_type(tl.int32))
-    counts = tl.load(counters)
-    their_flags = (theirs + FLAGS + own_channel * SECTOR_BYTES).to(tl.pointer_type(tl.int32))
-    own_flags = (own + FLAGS + channels * SECTOR_BYTES).to(tl.pointer_type(tl.int32))
-    their_statuses = (theirs + STATUS).to(tl.pointer_type(tl.int32))
-    wait_limit = tl.load((own + WAIT_LIMIT).to(tl.pointer_type(tl.int32)))
-    return is_peer, counts, counters, their_flags, own_flags, their_statuses, wait_limit
+def encode(x):
+    """The words in which elements travel, none of which is 0.
+
+    A floating-point number is the complement of its bits: one NaN, of ones alone, becomes another. An integer takes
+    twice as many bits.
+    """
+    bits: tl.constexpr = x.dtype.primitive_bitwidth
+    if x.dtype.is_floating():
+        words = ~x.to(tl.int16 if bits == 16 else tl.int32, bitcast=True)
+        return tl.where(words == 0, 1, words)
+    else:
+        words = x.to(tl.int16 if bits <= 8 else tl.int32 if bits == 16 else tl.int64)
+        return words & ((1 << bits) - 1) | (1 << bits)
 
 
 @triton.jit
 @no_type_check
-def signal_and_wait(link, status, round, group_ptr, num_ranks: tl.constexpr, padded_ranks: tl.constexpr):
-    """Tells the peers that this round's message is with them, and waits for theirs."""
-    is_peer, counts, _, their_flags, own_flags, their_statuses, wait_limit = link
-    numbers = (counts + round + 1) & NUMBER_MASK
-    before = (counts + round) & NUMBER_MASK
-    has_failed = status != 0
-    # All of this program's threads have written their parts of the messages.
-    tl.debug_barrier()
-    news = tl.zeros([padded_ranks], tl.int32) + status
-    tl.atomic_xchg(their_statuses, news, mask=is_peer & has_failed, sem="release", scope="sys")
-    tl.atomic_xchg(their_flags, numbers, mask=is_peer, sem="release", scope="sys")
-    num_polls = 0
+def decode(words, dtype: tl.constexpr):
+    """What `encode` was given."""
+    if dtype.is_floating():
+        return (~words).to(dtype, bitcast=True)
+    else:
+        return (words & ((1 << dtype.primitive_bitwidth) - 1)).to(dtype)
+
+
+@triton.jit
+@no_type_check
+def receive(messages, are_sent, status, round, group_ptr, num_ranks: tl.constexpr):
+    """The words of all ranks, once all that are sent are there.
+
+    Args:
+        messages: pointers to words of ranks 0, 1 and so on, perhaps followed by others of another shape.
+        are_sent: which of them are sent, as masks.
+        status: this device's.
+        round: of the exchange.
+        group_ptr: uint32 [2 n, 4].
+        num_ranks: n.
+    """
+    wait_limit = tl.load((workspace_of(group_ptr, num_ranks) + WAIT_LIMIT).to(tl.pointer_type(tl.int32)))
+    words, state = poll(messages, are_sent, status, num_ranks)
+    num_polls = 1
     began = tl.cast(0, tl.int64)
     waited = tl.cast(0, tl.int64)
-    num_missing = tl.where(has_failed, 0, num_ranks - 1)
-    is_missing = is_peer
-    while (num_missing > 0) & (waited < wait_limit):
-        flags = tl.atomic_add(own_flags, 0, mask=is_peer, sem="acquire", scope="sys")
-        is_missing = is_peer & (flags == before)
-        num_missing = tl.sum(is_missing.to(tl.int32), axis=0)
-        num_polls += 1
+    while (state == MISSING) & (waited < wait_limit):
         if num_polls % POLLS_A_LOOK == 0:
+            status = read_status(group_ptr, num_ranks)
             now = clock_us()
             began = tl.where(began == 0, now, began)
             waited = now - began
-    if num_missing > 0:
-        report_missing(is_missing, numbers, group_ptr, num_ranks, padded_ranks)
-    # What one thread has acquired, all may read.
-    tl.debug_barrier()
+        words, state = poll(messages, are_sent, status, num_ranks)
+        num_polls += 1
+    if state == MISSING:
+        report_missing(words, round, group_ptr, num_ranks)
+    if state == FAILED:
+        tell_peers(group_ptr, num_ranks)
+    return words
+
+
+@triton.jit
+@no_type_check
+def poll(messages, are_sent, status, num_ranks: tl.constexpr):
+    """Words as they are now, 0 where one is missing, and how the wait stands, the same for all warps: a status that
+    only some of them have read yet counts for all.
+    """
+    words = ()
+    for i in tl.static_range(len(messages)):
+        words += (tl.load(messages[i], mask=are_sent[i] & (status == 0), other=1, volatile=True),)
+    is_missing = words[0] == 0
+    for r in tl.static_range(1, num_ranks):
+        is_missing = is_missing | (words[r] == 0)
+    state = tl.max(tl.where(status != 0, FAILED, tl.where(is_missing, MISSING, ARRIVED)))
+    if len(messages) > num_ranks:
+        is_missing = words[num_ranks] == 0
+        for i in tl.static_range(num_ranks + 1, len(messages)):
+            is_missing = is_missing | (words[i] == 0)
+        state = tl.maximum(state, tl.max(tl.where(is_missing, MISSING, ARRIVED)))
+    return words, state
 
 
 @triton.jit
@@ -247,57 +301,93 @@ def clock_us():
 
 @triton.jit
 @no_type_check
-def report_missing(is_missing, numbers, group_ptr, num_ranks: tl.constexpr, padded_ranks: tl.constexpr):
+def report_missing(words, round, group_ptr, num_ranks: tl.constexpr):
     """Sets this device's status: it has waited long enough."""
-    rows = num_ranks + tl.minimum(tl.arange(0, padded_ranks), num_ranks - 1)
-    devices = device_of(group_ptr, rows)
-    missing = tl.min(tl.where(is_missing, devices, MAX_DEVICES), axis=0)
-    number = tl.max(tl.where(is_missing & (devices == missing), numbers, 0), axis=0)
-    failure = (missing + 1) | (device_of(group_ptr, num_ranks) << 8) | ((number & 0x7FFF) << 16)
-    status = (workspace_of(group_ptr, num_ranks) + STATUS).to(tl.pointer_type(tl.int32))
-    tl.atomic_xchg(status, failure, sem="relaxed", scope="sys")
-
-
-@triton.jit
-@no_type_check
-def close_link(link, num_rounds):
-    """Counts a message a round with every peer, once all threads have loaded the counts."""
-    is_peer, counts, counters, _, _, _, _ = link
-    tl.store(counters, (counts + num_rounds) & NUMBER_MASK, mask=is_peer)
-
-
-@triton.jit
-@no_type_check
-def all_outboxes(group_ptr, round, num_ranks: tl.constexpr):
-    """Addresses of the buffers for this round's messages to the ranks after this one."""
     own = workspace_of(group_ptr, num_ranks)
+    missing = tl.cast(MAX_DEVICES, tl.int32)
+    for i in tl.static_range(len(words)):
+        device = device_of(group_ptr, i % num_ranks)
+        missing = tl.minimum(missing, tl.where(tl.max((words[i] == 0).to(tl.int32)) > 0, device, MAX_DEVICES))
+    number = (tl.load(counter(missing, group_ptr, num_ranks)) + round + 1) & NUMBER_MASK
+    failure = (missing + 1) | (device_of(group_ptr, num_ranks) << 8) | ((number & 0x7FFF) << 16)
+    tl.atomic_xchg((own + STATUS).to(tl.pointer_type(tl.int32)), failure, sem="relaxed", scope="sys")
+
+
+@triton.jit
+@no_type_check
+def tell_peers(group_ptr, num_ranks: tl.constexpr):
+    """Gives this device's status to the others of the group, who get no message from it."""
+    status = read_status(group_ptr, num_ranks)
+    for i in tl.static_range(1, num_ranks):
+        theirs = (workspace_of(group_ptr, num_ranks + i) + STATUS).to(tl.pointer_type(tl.int32))
+        tl.atomic_xchg(theirs, status, sem="relaxed", scope="sys")
+
+
+@triton.jit
+@no_type_check
+def clear(messages, are_sent, num_messages: tl.constexpr, goes_on, group_ptr, num_ranks: tl.constexpr):
+    """Makes room for the messages after the next ones. What all threads have cleared is so for the peers before this
+    device's next message is: at a kernel's end that is so anyway."""
+    for i in tl.static_range(num_messages):
+        tl.store(messages[i], tl.zeros(messages[i].shape, messages[i].dtype.element_ty), mask=are_sent[i])
+    if goes_on:
+        tl.debug_barrier()
+        status = (workspace_of(group_ptr, num_ranks) + STATUS).to(tl.pointer_type(tl.int32))
+        tl.atomic_or(status, 0, sem="acq_rel", scope="sys")
+        tl.debug_barrier()
+
+
+@triton.jit
+@no_type_check
+def load_counts(group_ptr, num_ranks: tl.constexpr):
+    """The messages exchanged so far with the ranks after this one."""
+    counts = ()
+    for i in tl.static_range(1, num_ranks):
+        counts += (tl.load(counter(device_of(group_ptr, num_ranks + i), group_ptr, num_ranks)),)
+    return counts
+
+
+@triton.jit
+@no_type_check
+def store_counts(counts, num_rounds, group_ptr, num_ranks: tl.constexpr):
+    """Counts a message a round with every peer, once all threads have loaded the counts."""
+    tl.debug_barrier()
+    for i in tl.static_range(1, num_ranks):
+        device = device_of(group_ptr, num_ranks + i)
+        tl.store(counter(device, group_ptr, num_ranks), (counts[i - 1] + num_rounds) & NUMBER_MASK)
+
+
+@triton.jit
+@no_type_check
+def all_outboxes(counts, round, group_ptr, num_ranks: tl.constexpr):
+    """Addresses of the buffers for this round's messages to the ranks after this one."""
     own_channel = channel(device_of(group_ptr, num_ranks))
     addresses = ()
     for i in tl.static_range(1, num_ranks):
-        buffer = own_channel * 2 + message_number(own, device_of(group_ptr, num_ranks + i), round) % 2
+        buffer = own_channel * 2 + (counts[i - 1] + round + 1) % 2
         addresses += (workspace_of(group_ptr, num_ranks + i) + BUFFERS + buffer * BUFFER_BYTES,)
     return addresses
 
 
 @triton.jit
 @no_type_check
-def all_inboxes(group_ptr, round, num_ranks: tl.constexpr):
+def all_inboxes(round, group_ptr, num_ranks: tl.constexpr):
     """Addresses of the buffers of this round's messages from ranks 0, 1 and so on."""
     own = workspace_of(group_ptr, num_ranks)
     addresses = ()
     for r in tl.static_range(num_ranks):
         device = device_of(group_ptr, r)
-        buffer = channel(device) * 2 + message_number(own, device, round) % 2
+        buffer = channel(device) * 2 + (tl.load(counter(device, group_ptr, num_ranks)) + round + 1) % 2
         addresses += (own + BUFFERS + buffer * BUFFER_BYTES,)
     return addresses
 
 
 @triton.jit
 @no_type_check
-def message_number(own, device, round):
-    """Of this round's message to and from a device."""
-    count = tl.load((own + COUNTS + channel(device) * 4).to(tl.pointer_type(tl.int32)))
-    return (count + round + 1) & NUMBER_MASK
+def counter(device, group_ptr, num_ranks: tl.constexpr):
+    """Where this device counts the messages of this program with another."""
+    address = workspace_of(group_ptr, num_ranks) + COUNTS + channel(device) * 4
+    return address.to(tl.pointer_type(tl.int32))
 
 
 @triton.jit

@@ -11,13 +11,13 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped, UInt32
 
 from loongjax.errors import ConfigError
 from loongjax.pallas_kernels.exchange.kernels import gather_kernel, merge_kernel, reduce_kernel, status_kernel
-from loongjax.pallas_kernels.exchange.workspace import EXTRA_BYTES, MAX_PROGRAMS, MESSAGE_BYTES
+from loongjax.pallas_kernels.exchange.workspace import MAX_PROGRAMS, MAX_ROWS, MESSAGE_BYTES
 from loongjax.pallas_kernels.triton_call import triton_call
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExchangeTuning:
-    """How a message is cut into chunks. All ranks must use the same."""
+    """How a message is cut into chunks, of so many bytes as they travel. All ranks must use the same."""
 
     max_programs: int = MAX_PROGRAMS
     """Of a grid; at most as many as there are channels."""
@@ -87,10 +87,10 @@ def triton_exchange_and_merge(
     """
     num_ranks, B, N, H = o.shape
     padded_dim = _power_of_two(H)
-    # The log-sum-exps of a chunk's rows have to fit beside it.
-    most = min(tuning.max_chunk_bytes, EXTRA_BYTES * padded_dim)
+    row_bytes = jnp.dtype(out_dtype).itemsize * padded_dim
+    most = min(tuning.max_chunk_bytes, MAX_ROWS * row_bytes)
     tuning = dataclasses.replace(tuning, max_chunk_bytes=most, min_chunk_bytes=min(tuning.min_chunk_bytes, most))
-    block, programs, num_rounds = tuning.cut(B * N, 4 * padded_dim)
+    block, programs, num_rounds = tuning.cut(B * N, row_bytes)
     merged_o, merged_lse = triton_call(
         o,
         lse,
@@ -104,7 +104,6 @@ def triton_exchange_and_merge(
         head_dim=H,
         padded_dim=padded_dim,
         num_ranks=num_ranks,
-        padded_ranks=_padded_ranks(num_ranks),
         block=block,
         num_rounds=num_rounds,
     )
@@ -129,7 +128,7 @@ def triton_status(after: Shaped[Array, "*shape"], group: UInt32[Array, "two_n 4"
 def _exchange(
     kernel: Any, name: str, x: jax.Array, group: jax.Array, result: jax.ShapeDtypeStruct, tuning: ExchangeTuning
 ) -> Any:
-    block, programs, num_rounds = tuning.cut(x.size, x.dtype.itemsize)
+    block, programs, num_rounds = tuning.cut(x.size, _sent_bytes(x.dtype))
     num_ranks = len(group) // 2
     return triton_call(
         x,
@@ -141,14 +140,14 @@ def _exchange(
         num_warps=tuning.num_warps,
         size=x.size,
         num_ranks=num_ranks,
-        padded_ranks=_padded_ranks(num_ranks),
         block=block,
         num_rounds=num_rounds,
     )
 
 
-def _padded_ranks(num_ranks: int) -> int:
-    return max(2, _power_of_two(num_ranks))
+def _sent_bytes(dtype: jnp.dtype) -> int:
+    """Of an element on its way: `encode` says why."""
+    return dtype.itemsize if jnp.issubdtype(dtype, jnp.floating) else 2 * dtype.itemsize
 
 
 def _power_of_two(number: int) -> int:

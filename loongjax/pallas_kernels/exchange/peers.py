@@ -17,11 +17,12 @@ from jaxtyping import Array, Bool, Int32, UInt32
 
 from loongjax.errors import ConfigError, EngineError
 from loongjax.pallas_kernels.exchange.workspace import (
+    BUFFER_BYTES,
     BUFFERS,
     COUNTS,
     DEFAULT_WAIT_LIMIT_S,
-    FLAGS,
     MAX_DEVICES,
+    MAX_PROGRAMS,
     STATUS,
     WAIT_LIMIT,
     Failure,
@@ -98,7 +99,7 @@ class PeerMemory:
         """
         places = [self.devices.index(device) for device in (self.devices if devices is None else devices)]
         jax.block_until_ready(self._headers(places))
-        is_forgotten = np.isin(np.arange(MAX_DEVICES), places)
+        is_forgotten = np.isin(np.arange(len(self.devices)), places)
         for place in places:
             with _only(self.devices[place]):
                 self._workspaces[place] = _forget(self._workspaces[place], is_forgotten)
@@ -165,8 +166,8 @@ def _only(device: jax.Device) -> AbstractContextManager[Any]:
 def _forget(workspace: Int32[Array, "words"], is_forgotten: Bool[Array, "devices"]) -> Int32[Array, "words"]:
     """The same memory, with no status, and as if no message had been exchanged with some devices. Donates it."""
     workspace = workspace.at[STATUS // 4].set(0)
-    for begin, end in ((FLAGS // 4, COUNTS // 4), (COUNTS // 4, BUFFERS // 4)):
-        by_device = workspace[begin:end].reshape(MAX_DEVICES, -1)
+    for begin, num_words in ((COUNTS // 4, MAX_PROGRAMS), (BUFFERS // 4, MAX_PROGRAMS * 2 * BUFFER_BYTES // 4)):
+        by_device = workspace[begin : begin + is_forgotten.size * num_words].reshape(-1, num_words)
         kept = jnp.where(is_forgotten[:, None], 0, by_device).reshape(-1)
         workspace = jax.lax.dynamic_update_slice(workspace, kept, (begin,))
     return workspace

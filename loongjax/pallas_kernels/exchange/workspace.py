@@ -1,16 +1,18 @@
-"""What one GPU's workspace holds, and why two buffers and one flag a channel are enough.
+"""What one GPU's workspace holds, and why two buffers a channel are enough.
 
 Every ordered pair of GPUs and every program of a kernel's grid have a channel of their own, a queue of messages that
-lies in the receiver's workspace: two buffers and one flag. The receiver also keeps a count for each peer and program.
-A program that exchanges message number s = count + 1 with a peer
+lies in the receiver's workspace: two buffers, of zeros where no message is. The receiver also keeps a count for each
+peer and program. No word of a message is 0, so none needs a flag that says that it is there, nor a fence before such a
+flag, which would cost another way to the peer and back. A program that exchanges message number s = count + 1 with a
+peer
 
-1. writes its message into buffer s mod 2 at the peer, and then, released, s into the flag there;
-2. waits, acquiring, until its own flag of that peer is no longer s - 1;
-3. reads buffer s mod 2 of its own workspace.
+1. writes its message into buffer s mod 2 at the peer;
+2. reads buffer s mod 2 of its own workspace, again and again until no word of the peer's message is 0;
+3. writes zeros there.
 
 Every exchange goes both ways, so one number serves both directions. Whoever has received s has proof that the peer had
-read s - 1, since the peer read before it sent. So when message s + 1 is written, over s - 1, nobody reads there any
-more; and while a program waits for s, the flag is s - 1, s, or s + 1, never further.
+read and cleared s - 1, since the peer did before it sent. So when message s + 1 is written, where s - 1 was, nobody
+reads there any more, and nothing is cleared there.
 
 The state belongs to pairs and programs, not to groups: groups may overlap and change from one exchange to the next.
 Both ends of a pair must only take part in the same exchanges, of the same shapes, in the same order. Programs that are
@@ -19,16 +21,16 @@ exchanges that do not depend on each other could run in any order, or at once, w
 
 A program waits for nothing but the same program on its peers, and the grid is small enough that all of it is resident
 at once; so exchanges end if every device comes. One that does not come ends the wait too, after as long as its limit
-says: the waiting device then sets its status word and goes on with whatever its buffers hold. A device with a status
-waits no more and writes no messages, which somebody could still be reading, but before every flag it sets the peer's
-status too. So whoever has taken something for a message that is none has a status from then on, and one failure does
+says: the waiting device then sets its status word and goes on with what it has. A device with a status waits no more
+and writes no messages, into what somebody could still be reading, but sets the peers' statuses instead, at which those
+that wait look now and then. So whoever has gone on without a message has a status from then on, and one failure does
 not cost one wait after another.
 
-After a failure the two ends of a pair may have counted differently, and hold flags for which nobody waits any more. All
-such pairs are among the devices of the program that failed: it knew no others, and whatever ran before went well. So
-these devices forget their statuses and what they have counted between each other, once all of them are through with
-what they were given, and before any of them is given more. Pairs with a device outside keep their numbers, on which
-both ends agree, and meanwhile that device may go on with whom it likes.
+After a failure the two ends of a pair may have counted differently, and hold messages for which nobody waits any more.
+All such pairs are among the devices of the program that failed: it knew no others, and whatever ran before went well.
+So these devices forget their statuses and what they have counted and received between each other, once all of them are
+through with what they were given, and before any of them is given more. Pairs with a device outside keep their numbers,
+on which both ends agree, and meanwhile that device may go on with whom it likes.
 """
 
 from __future__ import annotations
@@ -44,13 +46,12 @@ MAX_PROGRAMS = 128
 MESSAGE_BYTES = 16 * 1024
 """The most that one message carries, but for `EXTRA_BYTES`."""
 
-EXTRA_BYTES = 1024
-"""Room behind it, for the log-sum-exps of the rows whose outputs are the message."""
+MAX_ROWS = 128
+"""Of partial outputs in a message, behind which are their log-sum-exps and units."""
+
+EXTRA_BYTES = 2 * 4 * MAX_ROWS
 
 BUFFER_BYTES = MESSAGE_BYTES + EXTRA_BYTES
-
-SECTOR_BYTES = 32
-"""Every flag has a memory sector of its own."""
 
 NUMBER_MASK = 2**30 - 1
 """Message numbers begin again at 0 after it."""
@@ -59,15 +60,13 @@ DEFAULT_WAIT_LIMIT_S = 30.0
 """A peer may be late by a whole prefill."""
 
 POLLS_A_LOOK = 256
-"""Polls of a flag before a look at the clock, so that none is looked at for peers in time."""
+"""Polls of a message before a look at the clock and the status, so that there is none while peers are in time."""
 
 STATUS = 0
 """int32: 0, or what `Failure.from_status` reads."""
 WAIT_LIMIT = 4
 """int32: microseconds that one wait may take, about."""
-FLAGS = 128
-"""int32 [device, program], a sector each"""
-COUNTS = FLAGS + MAX_DEVICES * MAX_PROGRAMS * SECTOR_BYTES
+COUNTS = 128
 """int32 [device, program]: messages exchanged so far; only its own device touches it."""
 BUFFERS = COUNTS + MAX_DEVICES * MAX_PROGRAMS * 4
 """[device, program, 2, BUFFER_BYTES]"""

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import triton.language as tl
-from triton.runtime import interpreter
+from numpy.typing import DTypeLike
 
 from loongjax.pallas_kernels.exchange import kernels, workspace
 from loongjax.pallas_kernels.exchange.kernels import gather_kernel, merge_kernel, reduce_kernel, status_kernel
@@ -56,10 +56,7 @@ class Device:
 
     def set_numbers(self, count: int) -> None:
         """As if so many messages had been exchanged on every channel."""
-        own = self.memory[self.place]
-        own[workspace.COUNTS : workspace.BUFFERS].view(np.int32)[:] = count
-        flags = own[workspace.FLAGS : workspace.COUNTS].view(np.int32)
-        flags[:: workspace.SECTOR_BYTES // 4] = count
+        self.memory[self.place, workspace.COUNTS : workspace.BUFFERS].view(np.int32)[:] = count
 
     def group(self, members: Sequence[int]) -> np.ndarray:
         """What the kernels take as a group of these devices, in this order."""
@@ -77,15 +74,20 @@ class Device:
         return out
 
     def all_gather(self, x: np.ndarray, members: Sequence[int], cut: Cut) -> np.ndarray:
-        out = np.full((len(members), *x.shape), -1, x.dtype)
+        out = np.zeros((len(members), *x.shape), x.dtype)
         self._run(gather_kernel, members, cut, x, self.group(members), out, size=x.size)
         return out
 
     def exchange_and_merge(
-        self, o: np.ndarray, lse: np.ndarray, members: Sequence[int], cut: Cut
+        self,
+        o: np.ndarray,
+        lse: np.ndarray,
+        members: Sequence[int],
+        cut: Cut,
+        out_dtype: DTypeLike = np.float32,
     ) -> tuple[np.ndarray, np.ndarray]:
         _, num_rows, head_dim = o.shape
-        merged = np.full((num_rows, head_dim), np.nan, np.float32), np.full(num_rows, np.nan, np.float32)
+        merged = np.full((num_rows, head_dim), np.nan, out_dtype), np.full(num_rows, np.nan, np.float32)
         shape = {"num_rows": num_rows, "head_dim": head_dim, "padded_dim": 1 << (head_dim - 1).bit_length()}
         self._run(merge_kernel, members, cut, o, lse, self.group(members), *merged, **shape)
         return merged
@@ -96,12 +98,8 @@ class Device:
         return int(out[0])
 
     def _run(self, kernel: Any, members: Sequence[int], cut: Cut, *arguments: np.ndarray, **shape: int) -> None:
-        num_ranks = len(members)
-        padded_ranks = max(2, 1 << (num_ranks - 1).bit_length())
         cut_by = {"block": cut.block, "num_rounds": cut.num_rounds}
-        interpret(
-            kernel, (cut.programs,), *arguments, num_ranks=num_ranks, padded_ranks=padded_ranks, **shape, **cut_by
-        )
+        interpret(kernel, (cut.programs,), *arguments, num_ranks=len(members), **shape, **cut_by)
 
 
 def map_workspaces(path: str, num_devices: int) -> np.ndarray:
@@ -173,11 +171,12 @@ def time_of(microseconds: int) -> Any:
 
 def _yield_while_polling() -> None:
     """Devices outnumber processors here: one that waits lets others work."""
-    update = interpreter.InterpreterBuilder.create_atomic_rmw
+    poll = kernels.poll
 
-    def yielding(builder: Any, operation: Any, *arguments: Any) -> Any:
-        if operation == interpreter._ir.ATOMIC_OP.ADD:
+    def yielding(*arguments: Any) -> Any:
+        words, state = poll(*arguments)
+        if int(state) == kernels.MISSING:
             time.sleep(POLL_SECONDS)
-        return update(builder, operation, *arguments)
+        return words, state
 
-    interpreter.InterpreterBuilder.create_atomic_rmw = yielding  # pyright: ignore[reportAttributeAccessIssue]
+    kernels.poll = yielding  # pyright: ignore[reportAttributeAccessIssue]
