@@ -34,9 +34,10 @@ planes {
 """
 
 
-def events(*named: tuple[str, float, float]) -> list[KernelEvent]:
+def events(*named: tuple[str, float, float], device: str = "/device:GPU:0") -> list[KernelEvent]:
     return [
-        KernelEvent(name=name, start_ns=float(start), duration_ns=float(duration)) for name, start, duration in named
+        KernelEvent(device=device, name=name, start_ns=float(start), duration_ns=float(duration))
+        for name, start, duration in named
     ]
 
 
@@ -76,6 +77,14 @@ def test_a_kernel_that_runs_twice_in_a_repetition_counts_twice():
 def test_numbers_that_xla_gives_to_kernels_of_a_kind_do_not_tell_them_apart():
     times = times_of_repetitions(events(("loop_fusion", 0, 1), ("loop_fusion_2", 2, 1), ("loop_fusion.3_1", 4, 1)), 3)
     assert list(times.kernel_s) == ["loop_fusion"]
+
+
+def test_of_devices_that_work_together_the_slowest_counts_and_others_do_not():
+    fast = events(("a", 100, 4), ("a", 110, 4), ("a", 120, 4))
+    slow = events(("a", 0, 5), ("a", 12, 5), ("a", 24, 5), device="/device:GPU:1")
+    idle = events(("head_start", 0, 500), device="/device:GPU:2")
+    times = times_of_repetitions([*fast, *slow, *idle], 3)
+    assert (times.span_s, times.period_s) == pytest.approx((5e-9, 12e-9))
 
 
 def test_events_may_come_in_any_order():

@@ -15,12 +15,11 @@ from loongjax.errors import ConfigError, EngineError
 from loongjax.pallas_kernels.exchange import PeerMemory
 from loongjax.parallel.striped import stripe
 from loongjax_profiling.command import KernelsCommand
-from loongjax_profiling.kernels import mesh, profile, timing
+from loongjax_profiling.kernels import mesh, profile
 from loongjax_profiling.kernels.case import Case, Row
 from loongjax_profiling.kernels.mesh import exchange_cases, exchanges_of, mesh_sizes, on_every_rank, ring_cases
 from loongjax_profiling.kernels.profile import possible_ops, select
 from loongjax_profiling.kernels.table import format_table, format_target
-from loongjax_profiling.kernels.timing import SizeTimer, SlopeTimer, sample_in_turn
 from tests.pallas_kernels.brute_force import attend_sequences
 
 LOONGJAX = Path(sys.executable).with_name("loongjax")
@@ -202,31 +201,6 @@ def test_every_repetition_of_the_ring_attends_and_sends_its_keys(monkeypatch):
     assert "collective-permute(" in text
     assert "collective-permute(" not in entry
     assert entry.count(" while(") == 1, "nothing attends before the repetitions begin"
-
-
-def test_what_a_call_costs_is_in_no_time_of_an_exchange(monkeypatch):
-    sizes, called = [], [0]
-
-    def repeat(num):
-        def call():
-            called.append(num)
-            return num
-
-        sizes.append(num)
-        return call
-
-    def elapsed_s(call, num_calls):
-        """A call, each repetition, and the change from one program to another."""
-        changes = called[-1] != call()
-        return num_calls * (1e-3 + call() * 1e-5) + 5e-3 * changes
-
-    monkeypatch.setattr(timing, "_elapsed_s", elapsed_s)
-    timer, other = SizeTimer(repeat, 10), SlopeTimer(repeat, 10)
-    assert sizes == [10, 20, 10]
-    sample_in_turn([timer], 3)
-    assert timer.seconds == pytest.approx(1e-5)
-    sample_in_turn([other], 3)
-    assert other.seconds == pytest.approx(1e-4 + 1e-5)
 
 
 def test_times_of_exchanges_that_gave_up_are_not_believed(monkeypatch, tmp_path):

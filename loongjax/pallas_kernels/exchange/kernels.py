@@ -6,6 +6,9 @@ the others begin with this rank and go on round, in which they are sent, so that
 
 A message of more than one chunk a program takes several rounds: chunk c is that of program c % programs in round
 c // programs.
+
+Where there are fewer elements than threads, several threads have a copy of one, and while a message is on its way these
+may be of different moments. So messages have more, or are read again once all is known to be there.
 """
 
 from typing import no_type_check
@@ -170,22 +173,24 @@ def merge_kernel(
             are_sent += (is_there & (r != rank),)
         for part in tl.static_range(2):
             for r in tl.static_range(num_ranks):
-                row_words = pointer(inboxes[r] + MESSAGE_BYTES, tl.int32) + message_row
-                messages += (row_words + part * MAX_ROWS,)
+                row_words = pointer(inboxes[r] + MESSAGE_BYTES, tl.int32) + part * MAX_ROWS + message_row
+                messages += (row_words,)
                 are_sent += (is_row & (r != rank),)
         received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
         base = own_lse
-        lses = ()
+        lses, units = (), ()
         for r in tl.static_range(num_ranks):
-            lses += (tl.where(r == rank, own_lse, decode(received[num_ranks + r], tl.float32)),)
+            lse = tl.load(messages[num_ranks + r], mask=are_sent[num_ranks + r], other=1, volatile=True)
+            unit = tl.load(messages[2 * num_ranks + r], mask=are_sent[num_ranks + r], other=1, volatile=True)
+            lses += (tl.where(r == rank, own_lse, decode(lse, tl.float32)),)
+            units += (decode(unit, tl.float32),)
             base = tl.maximum(base, lses[r])
         base = tl.where(base == float("-inf"), 0.0, base)
         total = tl.zeros([block], tl.float32)
         weighted = tl.zeros([block, padded_dim], tl.float32)
         for r in tl.static_range(num_ranks):
             weight = tl.exp(lses[r] - base)
-            unit = decode(received[2 * num_ranks + r], tl.float32)
-            o = tl.where(r == rank, own_o, decode(received[r], sent_dtype).to(tl.float32) * unit[:, None])
+            o = tl.where(r == rank, own_o, decode(received[r], sent_dtype).to(tl.float32) * units[r][:, None])
             # A part without keys may be anything, NaN too.
             weighted += tl.where(weight[:, None] > 0, weight[:, None] * o, 0.0)
             total += weight
@@ -326,8 +331,9 @@ def tell_peers(group_ptr, num_ranks: tl.constexpr):
 @triton.jit
 @no_type_check
 def clear(messages, are_sent, num_messages: tl.constexpr, goes_on, group_ptr, num_ranks: tl.constexpr):
-    """Makes room for the messages after the next ones. What all threads have cleared is so for the peers before this
-    device's next message is: at a kernel's end that is so anyway."""
+    """Makes room for the messages after the next ones, once all threads have read these. What is cleared must be so before
+    this device's next message is with a peer: at a kernel's end that is so anyway."""
+    tl.debug_barrier()
     for i in tl.static_range(num_messages):
         tl.store(messages[i], tl.zeros(messages[i].shape, messages[i].dtype.element_ty), mask=are_sent[i])
     if goes_on:

@@ -26,6 +26,7 @@ class ExchangeTuning:
     max_chunk_bytes: int = MESSAGE_BYTES
     """What is larger takes several rounds: a power of two, at most a message."""
     num_warps: int = 8
+    """At most."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_programs <= MAX_PROGRAMS:
@@ -53,6 +54,10 @@ class ExchangeTuning:
         num_chunks = math.ceil(num_items / chunk)
         programs = min(num_chunks, self.max_programs)
         return chunk, programs, math.ceil(num_chunks / programs)
+
+    def warps_for(self, num_elements: int) -> int:
+        """Of a program that reads so many elements at a time: it has no more threads."""
+        return max(1, min(self.num_warps, num_elements // 32))
 
 
 def triton_all_reduce(
@@ -99,7 +104,7 @@ def triton_exchange_and_merge(
         name="exchange_merge",
         out_shape=[jax.ShapeDtypeStruct((B, N, H), out_dtype), jax.ShapeDtypeStruct((B, N), jnp.float32)],
         grid=(programs,),
-        num_warps=tuning.num_warps,
+        num_warps=tuning.warps_for(block * padded_dim),
         num_rows=B * N,
         head_dim=H,
         padded_dim=padded_dim,
@@ -137,7 +142,7 @@ def _exchange(
         name=name,
         out_shape=[result],
         grid=(programs,),
-        num_warps=tuning.num_warps,
+        num_warps=tuning.warps_for(block),
         size=x.size,
         num_ranks=num_ranks,
         block=block,

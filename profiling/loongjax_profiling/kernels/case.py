@@ -48,8 +48,8 @@ class Row:
     seconds: float | None = None
     """Of one repetition; None if it failed, or was over too soon to be told from nothing."""
     method: str | None = None
-    """"slope" between one call and three of a program of repetitions; "sizes": between programs of so many repetitions
-    and of twice as many; "trace": from a repetition's first kernel to the next one's."""
+    """"slope" between one call and three of a program of repetitions; "trace": from a repetition's first kernel to the
+    next one's, on the slowest device."""
     error: str | None = None
 
     @property

@@ -33,6 +33,7 @@ WARM_UP_CALLS = 3
 class KernelEvent:
     """One run of one kernel."""
 
+    device: str
     name: str
     start_ns: float
     duration_ns: float
@@ -55,7 +56,8 @@ class DeviceTimes:
 
 
 def device_times(repeat: Callable[[int], Callable[[], Any]], num: int) -> DeviceTimes:
-    """Times one call of `num` dependent repetitions, all launched while the device is still busy with something else.
+    """Times one call of `num` dependent repetitions, all launched while the devices are still busy with something else;
+    of several devices that work together, the slowest.
 
     Args:
         repeat: as in `device_seconds`; its program may run other kernels, fewer than `num` times each.
@@ -78,19 +80,20 @@ def device_times(repeat: Callable[[int], Callable[[], Any]], num: int) -> Device
 
 
 def _head_start() -> Callable[[], Any]:
-    """Keeps a GPU busy: what is launched in the meantime waits in its stream."""
+    """Keeps all GPUs busy: what is launched in the meantime waits in their streams."""
     if jax.default_backend() != "gpu":
         return lambda: None
-    factor = jax.random.normal(jax.random.key(0), (HEAD_START_DIM, HEAD_START_DIM), jnp.bfloat16)
     multiply = jax.jit(jnp.matmul)
-    jax.block_until_ready(multiply(factor, factor))
-    return lambda: [multiply(factor, factor) for _ in range(HEAD_START_PRODUCTS)]
+    factor = jax.random.normal(jax.random.key(0), (HEAD_START_DIM, HEAD_START_DIM), jnp.bfloat16)
+    factors = [jax.device_put(factor, device) for device in jax.local_devices()]
+    jax.block_until_ready([multiply(factor, factor) for factor in factors])
+    return lambda: [multiply(factor, factor) for _ in range(HEAD_START_PRODUCTS) for factor in factors]
 
 
 def read_kernels(path: str | os.PathLike[str]) -> list[KernelEvent]:
     """The kernels and copies that ran on GPUs, from an xplane file. Only lines of streams count: others sum them up."""
     return [
-        KernelEvent(name=event.name, start_ns=event.start_ns, duration_ns=event.duration_ns)
+        KernelEvent(device=plane.name, name=event.name, start_ns=event.start_ns, duration_ns=event.duration_ns)
         for plane in ProfileData.from_file(os.fspath(path)).planes
         if "/device:GPU" in plane.name
         for line in plane.lines
@@ -100,7 +103,7 @@ def read_kernels(path: str | os.PathLike[str]) -> list[KernelEvent]:
 
 
 def times_of_repetitions(events: Iterable[KernelEvent], num: int) -> DeviceTimes:
-    """Cuts the kernels of one device into `num` equal repetitions.
+    """Cuts the kernels of each device into `num` equal repetitions, and gives the times of the slowest device.
 
     XLA numbers kernels of the same kind: names that differ by such a number count as one. Names that run some other
     number of times than a multiple of `num` belong to no repetition.
@@ -108,13 +111,25 @@ def times_of_repetitions(events: Iterable[KernelEvent], num: int) -> DeviceTimes
     Raises:
         ValueError: there are no kernels, or none is left to belong to a repetition.
     """
-    named = [dataclasses.replace(event, name=re.sub(r"([._]\d+)+$", "", event.name)) for event in events]
-    if not named:
+    by_device: dict[str, list[KernelEvent]] = collections.defaultdict(list)
+    for event in events:
+        named = dataclasses.replace(event, name=re.sub(r"([._]\d+)+$", "", event.name))
+        by_device[event.device].append(named)
+    if not by_device:
         raise ValueError("no kernels of a GPU in the trace: the profiler sees them only where the program ran on one")
+    times = [_times_of_device(named, num) for named in by_device.values()]
+    if not (found := [time for time in times if time is not None]):
+        counts = collections.Counter(event.name for named in by_device.values() for event in named)
+        raise ValueError(f"no kernel ran a multiple of {num} times: {dict(counts)}")
+    return max(found, key=lambda times: times.period_s)
+
+
+def _times_of_device(named: Sequence[KernelEvent], num: int) -> DeviceTimes | None:
+    """None if it ran no repetitions."""
     counts = collections.Counter(event.name for event in named)
     own = sorted((event for event in named if counts[event.name] % num == 0), key=lambda event: event.start_ns)
     if not own:
-        raise ValueError(f"no kernel ran a multiple of {num} times: {dict(counts)}")
+        return None
     repetitions: list[Sequence[KernelEvent]] = list(itertools.batched(own, len(own) // num))
     starts = [repetition[0].start_ns for repetition in repetitions]
     spans = [

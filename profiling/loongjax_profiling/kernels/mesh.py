@@ -91,8 +91,8 @@ def exchanges_of(size: int) -> Iterator[Exchange]:
             op="multi_master",
             work=f"{num_requests} a master, {NUM_HEADS} heads, {size} devices",
             shape=(num_requests, NUM_HEADS, HEAD_DIM),
-            # Queries, and float32 outputs and log-sum-exps back.
-            num_bytes=float(size - 1) * num_requests * NUM_HEADS * (2 * HEAD_DIM + 4 * HEAD_DIM + 4),
+            # Queries, and outputs, their units and log-sum-exps back.
+            num_bytes=float(size - 1) * num_requests * NUM_HEADS * (2 * HEAD_DIM + 2 * HEAD_DIM + 8),
             most_seconds=EXCHANGE_S if is_target and num_requests == TARGET_TOKENS else None,
             step=lambda implementation: functools.partial(_gather_and_merge, implementation),
             without_kernels="reference",

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from loongjax_profiling.kernels.case import Case, Comparison, Repeat, Row, as_record
 from loongjax_profiling.kernels.device_trace import device_times
-from loongjax_profiling.kernels.timing import SizeTimer, SlopeTimer, Timer, sample_in_turn
+from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
 
 logger = logging.getLogger(__name__)
 
@@ -57,11 +57,12 @@ class Program:
 
 
 def _plan(case: Case) -> Program:
-    """On a GPU what moves bytes in its memory is traced, as the copy is timed by events: slopes hold launches."""
+    """On a GPU what moves bytes is traced, as the copy is timed by events: slopes hold launches, and those of several
+    devices take a host longer than an exchange takes the devices."""
     is_gpu = jax.default_backend() == "gpu"
     expected_s = case.amount / EXPECTED["gpu" if is_gpu else "cpu"][case.unit]
     repetitions = max(2, min(MAX_REPETITIONS, round(TARGET_S / expected_s)))
-    is_traced = is_gpu and case.unit == "B" and not case.is_exchange
+    is_traced = is_gpu and case.unit == "B"
     program = Program(
         case=case,
         repetitions=max(MIN_TRACED_REPETITIONS, repetitions) if is_traced else repetitions,
@@ -77,8 +78,7 @@ def _compile(program: Program) -> Program:
     if program.repeat is None:
         return program
     try:
-        for factor in (1, 2) if program.case.is_exchange else (1,):
-            program.repeat(factor * program.repetitions)
+        program.repeat(program.repetitions)
     except Exception as error:
         return dataclasses.replace(program, repeat=None, failed=_failure(program.case, error))
     return program
@@ -92,7 +92,7 @@ def _failure(case: Case, error: Exception) -> Row:
 def _measure(programs: Sequence[Program]) -> list[Row]:
     """Of the same work."""
     rows = {i: program.failed for i, program in enumerate(programs) if program.failed is not None}
-    timers: dict[int, Timer] = {}
+    timers: dict[int, SlopeTimer] = {}
     for i, program in enumerate(programs):
         if program.repeat is None:
             continue
@@ -101,8 +101,7 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
                 traced = device_times(program.repeat, program.repetitions)
                 rows[i] = Row(case=program.case, seconds=traced.period_s, method="trace")
             else:
-                timer = SizeTimer if program.case.is_exchange else SlopeTimer
-                timers[i] = timer(program.repeat, program.repetitions)
+                timers[i] = SlopeTimer(program.repeat, program.repetitions)
         except Exception as error:
             rows[i] = _failure(program.case, error)
     sample_in_turn(list(timers.values()), SAMPLES, enough_s=SAMPLING_S)
@@ -110,8 +109,7 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
         if timer.seconds <= 0.0:
             rows[i] = Row(case=programs[i].case, error="too short to be timed")
         else:
-            method = "sizes" if isinstance(timer, SizeTimer) else "slope"
-            rows[i] = Row(case=programs[i].case, seconds=timer.seconds, method=method)
+            rows[i] = Row(case=programs[i].case, seconds=timer.seconds, method="slope")
     return [rows[i] for i in range(len(programs))]
 
 

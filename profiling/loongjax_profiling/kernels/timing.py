@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import math
 import random
 import statistics
@@ -16,26 +15,9 @@ import jax.numpy as jnp
 from loongjax_profiling.kernels.chain import repeat_step
 
 
-class Timer(abc.ABC):
-    """Seconds of one repetition of an op: the median of slopes, in which what a call itself costs cancels out."""
-
-    def __init__(self) -> None:
-        self._slopes: list[float] = []
-
-    def sample(self) -> None:
-        """Takes one more slope."""
-        self._slopes.append(self._slope_s())
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self._slopes)
-
-    @abc.abstractmethod
-    def _slope_s(self) -> float: ...
-
-
-class SlopeTimer(Timer):
-    """The slope between one call and three of a program of `num` dependent repetitions.
+class SlopeTimer:
+    """Seconds of one repetition of an op: the median of slopes between one call and three of a program of `num`
+    dependent repetitions, in which what a call itself costs cancels out.
 
     Compiles it, if it is not, and runs it once.
 
@@ -45,50 +27,24 @@ class SlopeTimer(Timer):
     """
 
     def __init__(self, repeat: Callable[[int], Callable[[], Any]], num: int) -> None:
-        super().__init__()
+        self._slopes: list[float] = []
         self._num = num
         self._call = repeat(num)
         jax.block_until_ready(self._call())
 
-    def _slope_s(self) -> float:
-        return (_elapsed_s(self._call, 3) - _elapsed_s(self._call, 1)) / (2 * self._num)
+    def sample(self) -> None:
+        """Takes one more slope."""
+        self._slopes.append((_elapsed_s(self._call, 3) - _elapsed_s(self._call, 1)) / (2 * self._num))
 
-
-class SizeTimer(Timer):
-    """For an op that takes microseconds: the slope between calls of a program of `num` dependent repetitions and of
-    another of twice as many, each behind a call of the same program, since changing programs takes time.
-
-    Compiles both, if they are not, and runs them once.
-
-    Args:
-        repeat: makes a call of so many dependent repetitions.
-        num: repetitions of a call of the first program.
-    """
-
-    SAMPLE_S = 0.02
-    """What the calls of one program take together, as far as `MOST_CALLS` do."""
-    MOST_CALLS = 20
-
-    def __init__(self, repeat: Callable[[int], Callable[[], Any]], num: int) -> None:
-        super().__init__()
-        self._num = num
-        self._calls = repeat(num), repeat(2 * num)
-        for call in self._calls:
-            jax.block_until_ready(call())
-        self._num_calls = max(1, min(self.MOST_CALLS, round(self.SAMPLE_S / _elapsed_s(self._calls[1], 1))))
-
-    def _slope_s(self) -> float:
-        seconds = []
-        for call in self._calls:
-            jax.block_until_ready(call())
-            seconds.append(_elapsed_s(call, self._num_calls))
-        return (seconds[1] - seconds[0]) / (self._num_calls * self._num)
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self._slopes)
 
 
 LEAST_SAMPLES = 3
 
 
-def sample_in_turn(timers: Sequence[Timer], samples: int, *, enough_s: float = math.inf) -> None:
+def sample_in_turn(timers: Sequence[SlopeTimer], samples: int, *, enough_s: float = math.inf) -> None:
     """So many slopes of each, in another order every round: a GPU's clock falls under load, and rises behind what takes
     less power, so what always comes first or behind the same rival is not timed fairly.
 
