@@ -77,7 +77,7 @@ def test_amounts_are_what_a_rank_sends_and_what_it_computes():
     amounts = {case.work: case.amount for case in exchange_cases(None, 4, has_targets=False)}
     assert amounts["32 x 4096, 2 devices"] == 32 * 4096 * 2
     assert amounts["32 x 4096, 4 devices"] == 3 * 32 * 4096 * 2
-    assert amounts["1 a master, 32 heads, 4 devices"] == 3 * 32 * (128 * 2 + 128 * 4 + 4)
+    assert amounts["1 a master, 32 heads, 4 devices"] == 3 * 32 * (128 * 2 + 128 * 2 + 8)
     rings = {case.work: case.amount for case in ring_cases("blockwise", 4, 1)}
     assert rings["128K causal, 32/8, 1 device"] == 131072 * 131073 // 2 * 4 * 32 * 128
     assert rings["128K causal, 32/8, 4 devices"] * 4 == rings["128K causal, 32/8, 1 device"]

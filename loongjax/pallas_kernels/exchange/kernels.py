@@ -331,8 +331,8 @@ def tell_peers(group_ptr, num_ranks: tl.constexpr):
 @triton.jit
 @no_type_check
 def clear(messages, are_sent, num_messages: tl.constexpr, goes_on, group_ptr, num_ranks: tl.constexpr):
-    """Makes room for the messages after the next ones, once all threads have read these. What is cleared must be so before
-    this device's next message is with a peer: at a kernel's end that is so anyway."""
+    """Makes room for the messages after the next ones, once all threads have read these. What is cleared must be so
+    before this device's next message is with a peer: at a kernel's end that is so anyway."""
     tl.debug_barrier()
     for i in tl.static_range(num_messages):
         tl.store(messages[i], tl.zeros(messages[i].shape, messages[i].dtype.element_ty), mask=are_sent[i])
