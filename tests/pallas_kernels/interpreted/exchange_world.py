@@ -171,7 +171,7 @@ def time_of(microseconds: int) -> Any:
 
 def _yield_while_polling() -> None:
     """Devices outnumber processors here: one that waits lets others work."""
-    poll = kernels.poll
+    poll: Any = kernels.poll
 
     def yielding(*arguments: Any) -> Any:
         words, state = poll(*arguments)
