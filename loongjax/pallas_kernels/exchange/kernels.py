@@ -248,7 +248,7 @@ def receive(messages, are_sent, status, round, group_ptr, num_ranks: tl.constexp
     """The words of all ranks, once all that are sent are there.
 
     Args:
-        messages: pointers to words of ranks 0, 1 and so on, perhaps followed by others of another shape.
+        messages: pointers to words of ranks 0, 1 and so on, perhaps followed by some to words of their rows.
         are_sent: which of them are sent, as masks.
         status: this device's.
         round: of the exchange.
@@ -278,8 +278,8 @@ def receive(messages, are_sent, status, round, group_ptr, num_ranks: tl.constexp
 @triton.jit
 @no_type_check
 def poll(messages, are_sent, status, num_ranks: tl.constexpr):
-    """Words as they are now, 0 where one is missing, and how the wait stands, the same for all warps: a status that
-    only some of them have read yet counts for all.
+    """Words as they are now, 0 where one is missing, and how the wait stands, the same for all warps, who each have
+    elements of what is reduced: a status that only some of them have read yet counts for all.
     """
     words = ()
     for i in tl.static_range(len(messages)):
@@ -287,12 +287,12 @@ def poll(messages, are_sent, status, num_ranks: tl.constexpr):
     is_missing = words[0] == 0
     for r in tl.static_range(1, num_ranks):
         is_missing = is_missing | (words[r] == 0)
-    state = tl.max(tl.where(status != 0, FAILED, tl.where(is_missing, MISSING, ARRIVED)))
     if len(messages) > num_ranks:
-        is_missing = words[num_ranks] == 0
+        is_row_missing = words[num_ranks] == 0
         for i in tl.static_range(num_ranks + 1, len(messages)):
-            is_missing = is_missing | (words[i] == 0)
-        state = tl.maximum(state, tl.max(tl.where(is_missing, MISSING, ARRIVED)))
+            is_row_missing = is_row_missing | (words[i] == 0)
+        is_missing = is_missing | is_row_missing[:, None]
+    state = tl.max(tl.where(status != 0, FAILED, tl.where(is_missing, MISSING, ARRIVED)))
     return words, state
 
 
