@@ -8,7 +8,7 @@ A message of more than one chunk a program takes several rounds: chunk c is that
 c // programs.
 
 Where there are fewer elements than threads, several threads have a copy of one, and while a message is on its way these
-may be of different moments. So messages have more, or are read again once all is known to be there.
+may be of different moments. So no thread reads what another one reads, or it does that as an element of its own.
 """
 
 from typing import no_type_check
@@ -24,10 +24,11 @@ BUFFERS = tl.constexpr(workspace.BUFFERS)
 COUNTS = tl.constexpr(workspace.COUNTS)
 MAX_DEVICES = tl.constexpr(workspace.MAX_DEVICES)
 MAX_PROGRAMS = tl.constexpr(workspace.MAX_PROGRAMS)
-MAX_ROWS = tl.constexpr(workspace.MAX_ROWS)
+LEAST_WORD = tl.constexpr(-(2**31))
 MESSAGE_BYTES = tl.constexpr(workspace.MESSAGE_BYTES)
 MOST_THREADS = tl.constexpr(1024)
 NUMBER_MASK = tl.constexpr(workspace.NUMBER_MASK)
+ROW_WORDS = tl.constexpr(workspace.ROW_BYTES // 4)
 POLLS_A_LOOK = tl.constexpr(workspace.POLLS_A_LOOK)
 STATUS = tl.constexpr(workspace.STATUS)
 WAIT_LIMIT = tl.constexpr(workspace.WAIT_LIMIT)
@@ -128,6 +129,7 @@ def merge_kernel(
     padded_dim: tl.constexpr,
     num_ranks: tl.constexpr,
     block: tl.constexpr,  # rows of a chunk
+    copies: tl.constexpr,  # of what is said of a row, for as many threads, at least two
     num_rounds: tl.constexpr,
 ):
     """Sends every rank the partial outputs of its rows, and merges what arrives. Grid: chunks of a round.
@@ -142,6 +144,9 @@ def merge_kernel(
     dim = tl.arange(0, padded_dim)
     message_row = tl.arange(0, block)
     place = message_row[:, None] * padded_dim + dim[None, :]
+    copy = tl.arange(0, copies)
+    is_lse = copy[None, :] % 2 == 0
+    row_place = message_row[:, None] * ROW_WORDS + copy[None, :] % 2
     own_row = rank.to(tl.int64) * num_rows
     for round in range(num_rounds):
         row = (round * tl.num_programs(0) + tl.program_id(0)) * block + message_row
@@ -162,26 +167,25 @@ def merge_kernel(
                 o = o / unit[:, None]
             words = encode(o.to(sent_dtype))
             tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
-            row_words = pointer(outboxes[i] + MESSAGE_BYTES, tl.int32) + message_row
+            row_words = pointer(outboxes[i] + MESSAGE_BYTES, tl.int32) + message_row * ROW_WORDS
             tl.store(row_words, encode(lse), mask=is_row & (status == 0))
-            tl.store(row_words + MAX_ROWS, encode(unit), mask=is_row & (status == 0))
+            tl.store(row_words + 1, encode(unit), mask=is_row & (status == 0))
         own_lse = tl.load(lse_ptr + own_row + row, mask=is_row, other=float("-inf"))
         own_o = tl.load(o_ptr + own_row * head_dim + element, mask=is_there, other=0.0)
         messages, are_sent = (), ()
         for r in tl.static_range(num_ranks):
             messages += (pointer(inboxes[r], encode(tl.zeros([1], sent_dtype)).dtype) + place,)
             are_sent += (is_there & (r != rank),)
-        for part in tl.static_range(2):
-            for r in tl.static_range(num_ranks):
-                row_words = pointer(inboxes[r] + MESSAGE_BYTES, tl.int32) + part * MAX_ROWS + message_row
-                messages += (row_words,)
-                are_sent += (is_row & (r != rank),)
+        for r in tl.static_range(num_ranks):
+            messages += (pointer(inboxes[r] + MESSAGE_BYTES, tl.int32) + row_place,)
+            are_sent += ((is_row & (r != rank))[:, None] & (copy[None, :] < copies),)
         received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
         base = own_lse
         lses, units = (), ()
         for r in tl.static_range(num_ranks):
-            lse = tl.load(messages[num_ranks + r], mask=are_sent[num_ranks + r], other=1, volatile=True)
-            unit = tl.load(messages[2 * num_ranks + r], mask=are_sent[num_ranks + r], other=1, volatile=True)
+            said = received[num_ranks + r]
+            lse = tl.max(tl.where(is_lse, said, LEAST_WORD), axis=1)
+            unit = tl.max(tl.where(is_lse, LEAST_WORD, said), axis=1)
             lses += (tl.where(r == rank, own_lse, decode(lse, tl.float32)),)
             units += (decode(unit, tl.float32),)
             base = tl.maximum(base, lses[r])
@@ -199,7 +203,7 @@ def merge_kernel(
         tl.store(merged_o_ptr + element, merged.to(out_dtype), mask=is_there)
         merged_lse = tl.where(total > 0, base + tl.log(divisor), float("-inf"))
         tl.store(merged_lse_ptr + row, merged_lse, mask=is_row)
-        clear(messages, are_sent, 3 * num_ranks, round + 1 < num_rounds, group_ptr, num_ranks)
+        clear(messages, are_sent, 2 * num_ranks, round + 1 < num_rounds, group_ptr, num_ranks)
     store_counts(counts, num_rounds, group_ptr, num_ranks)
 
 
@@ -248,7 +252,8 @@ def receive(messages, are_sent, status, round, group_ptr, num_ranks: tl.constexp
     """The words of all ranks, once all that are sent are there.
 
     Args:
-        messages: pointers to words of ranks 0, 1 and so on, perhaps followed by some to words of their rows.
+        messages: pointers to words of ranks 0, 1 and so on, perhaps followed by others of each; of both as many as
+            there are threads at least.
         are_sent: which of them are sent, as masks.
         status: this device's.
         round: of the exchange.
@@ -289,9 +294,9 @@ def poll(messages, are_sent, status, num_ranks: tl.constexpr):
         is_missing = is_missing | (words[r] == 0)
     if len(messages) > num_ranks:
         is_row_missing = words[num_ranks] == 0
-        for i in tl.static_range(num_ranks + 1, len(messages)):
-            is_row_missing = is_row_missing | (words[i] == 0)
-        is_missing = is_missing | is_row_missing[:, None]
+        for r in tl.static_range(1, num_ranks):
+            is_row_missing = is_row_missing | (words[num_ranks + r] == 0)
+        is_missing = is_missing | (tl.max(is_row_missing.to(tl.int32), axis=1)[:, None] > 0)
     state = tl.max(tl.where(status != 0, FAILED, tl.where(is_missing, MISSING, ARRIVED)))
     return words, state
 

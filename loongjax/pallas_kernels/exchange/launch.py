@@ -96,6 +96,7 @@ def triton_exchange_and_merge(
     most = min(tuning.max_chunk_bytes, MAX_ROWS * row_bytes)
     tuning = dataclasses.replace(tuning, max_chunk_bytes=most, min_chunk_bytes=min(tuning.min_chunk_bytes, most))
     block, programs, num_rounds = tuning.cut(B * N, row_bytes)
+    num_warps = tuning.warps_for(block * padded_dim)
     merged_o, merged_lse = triton_call(
         o,
         lse,
@@ -104,12 +105,13 @@ def triton_exchange_and_merge(
         name="exchange_merge",
         out_shape=[jax.ShapeDtypeStruct((B, N, H), out_dtype), jax.ShapeDtypeStruct((B, N), jnp.float32)],
         grid=(programs,),
-        num_warps=tuning.warps_for(block * padded_dim),
+        num_warps=num_warps,
         num_rows=B * N,
         head_dim=H,
         padded_dim=padded_dim,
         num_ranks=num_ranks,
         block=block,
+        copies=max(2, 32 * num_warps // block),
         num_rounds=num_rounds,
     )
     return merged_o, merged_lse

@@ -46,10 +46,13 @@ MAX_PROGRAMS = 128
 MESSAGE_BYTES = 16 * 1024
 """The most that one message carries, but for `EXTRA_BYTES`."""
 
-MAX_ROWS = 128
-"""Of partial outputs in a message, behind which are their log-sum-exps and units."""
+MAX_ROWS = 64
+"""Of partial outputs in a message, behind which is what is said of them."""
 
-EXTRA_BYTES = 2 * 4 * MAX_ROWS
+ROW_BYTES = 32
+"""A memory sector each: the row's log-sum-exp and unit."""
+
+EXTRA_BYTES = ROW_BYTES * MAX_ROWS
 
 BUFFER_BYTES = MESSAGE_BYTES + EXTRA_BYTES
 

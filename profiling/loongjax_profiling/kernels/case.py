@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 Repeat = Callable[[int], Callable[[], Any]]
@@ -50,6 +50,8 @@ class Row:
     method: str | None = None
     """"slope" between one call and three of a program of repetitions; "trace": from a repetition's first kernel to the
     next one's, on the slowest device."""
+    kernels: Mapping[str, float] | None = None
+    """Of a traced repetition, the seconds of each kernel, by name."""
     error: str | None = None
 
     @property
@@ -79,6 +81,7 @@ def as_record(row: Row, comparison: Comparison | None) -> dict[str, Any]:
         "unit": case.unit,
         "seconds": row.seconds,
         "method": row.method,
+        "kernels": None if row.kernels is None else dict(row.kernels),
         "rate": row.rate,
         "error": row.error,
         "target": target,

@@ -99,7 +99,7 @@ def _measure(programs: Sequence[Program]) -> list[Row]:
         try:
             if program.is_traced:
                 traced = device_times(program.repeat, program.repetitions)
-                rows[i] = Row(case=program.case, seconds=traced.period_s, method="trace")
+                rows[i] = Row(case=program.case, seconds=traced.period_s, method="trace", kernels=traced.kernel_s)
             else:
                 timers[i] = SlopeTimer(program.repeat, program.repetitions)
         except Exception as error:

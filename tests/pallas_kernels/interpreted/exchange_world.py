@@ -88,7 +88,12 @@ class Device:
     ) -> tuple[np.ndarray, np.ndarray]:
         _, num_rows, head_dim = o.shape
         merged = np.full((num_rows, head_dim), np.nan, out_dtype), np.full(num_rows, np.nan, np.float32)
-        shape = {"num_rows": num_rows, "head_dim": head_dim, "padded_dim": 1 << (head_dim - 1).bit_length()}
+        shape = {
+            "num_rows": num_rows,
+            "head_dim": head_dim,
+            "padded_dim": 1 << (head_dim - 1).bit_length(),
+            "copies": 4,
+        }
         self._run(merge_kernel, members, cut, o, lse, self.group(members), *merged, **shape)
         return merged
 
