@@ -113,12 +113,12 @@ def exchange_cases(implementation: str | None, num_devices: int, *, has_targets:
                 amount=exchange.num_bytes,
                 unit="B",
                 num_devices=size,
-                build=functools.partial(_repeat_exchange, exchange, exchange.step(chosen), size, chosen == "triton"),
+                build=functools.partial(repeat_exchange, exchange, exchange.step(chosen), size, chosen == "triton"),
                 most_seconds=exchange.most_seconds if has_targets else None,
             )
             yield ours
             if chosen != exchange.rival_implementation:
-                build = functools.partial(_repeat_exchange, exchange, exchange.rival_step, size, False)
+                build = functools.partial(repeat_exchange, exchange, exchange.rival_step, size, False)
                 yield dataclasses.replace(ours, variant=exchange.rival, is_rival=True, most_seconds=None, build=build)
 
 
@@ -191,17 +191,8 @@ def on_every_rank(step: Step, mesh: Mesh) -> Step:
     return jax.shard_map(body, mesh=mesh, in_specs=(P(), P(AXIS), P(AXIS)), out_specs=P(AXIS), check_vma=False)
 
 
-def _reduce(implementation: str, peers: jax.Array | None, x: jax.Array, factor: jax.Array) -> jax.Array:
-    return all_reduce(x * factor, AXIS, peers, implementation=implementation)
-
-
-def _gather_and_merge(implementation: str, peers: jax.Array | None, q: jax.Array, factor: jax.Array) -> jax.Array:
-    o, lse = attend_stand_in(all_gather(q, AXIS, peers, implementation=implementation), factor)
-    merged, _ = exchange_and_merge(o, lse, AXIS, peers, out_dtype=q.dtype, implementation=implementation)
-    return merged
-
-
-def _repeat_exchange(exchange: Exchange, step: Step, size: int, has_peers: bool) -> Repeat:
+def repeat_exchange(exchange: Exchange, step: Step, size: int, has_peers: bool) -> Repeat:
+    """Exchanges of so many devices, each of what the one before gave; with the table of peers or without."""
     mesh = _mesh(size)
     mapped = on_every_rank(step, mesh)
     peers = peer_memory().table(mesh) if has_peers else None
@@ -210,6 +201,16 @@ def _repeat_exchange(exchange: Exchange, step: Step, size: int, has_peers: bool)
     x = jax.device_put(_random(0, size, *exchange.shape), by_rank)
     operands = peers, jax.device_put(jnp.asarray(factors, x.dtype), by_rank)
     return repeat_step(lambda operands, x, i: mapped(operands[0], x, operands[1]), operands, x)
+
+
+def _reduce(implementation: str, peers: jax.Array | None, x: jax.Array, factor: jax.Array) -> jax.Array:
+    return all_reduce(x * factor, AXIS, peers, implementation=implementation)
+
+
+def _gather_and_merge(implementation: str, peers: jax.Array | None, q: jax.Array, factor: jax.Array) -> jax.Array:
+    o, lse = attend_stand_in(all_gather(q, AXIS, peers, implementation=implementation), factor)
+    merged, _ = exchange_and_merge(o, lse, AXIS, peers, out_dtype=q.dtype, implementation=implementation)
+    return merged
 
 
 def _ring(implementation: str, length: int, heads: tuple[int, int], size: int) -> Repeat:
