@@ -79,6 +79,33 @@ def check_supported(op: str, dtype: str, head_dim: int) -> None:
         )
 
 
+class Cut(NamedTuple):
+    """Sizes of a call."""
+
+    num_queries: int
+    num_q_heads: int
+    head_dim: int
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    num_tiles: int
+    tile_queries: int
+
+    @property
+    def padded_tiles(self) -> int:
+        """Tiles, as a power of two."""
+        return max(2, 1 << (self.num_tiles - 1).bit_length())
+
+    def num_shares(self, num_programs: int) -> int:
+        """Programs of a KV head, if a multiprocessor runs so many of any."""
+        return max(1, num_multiprocessors() * num_programs // self.num_kv_heads)
+
+    def results(self, out_dtype: np.dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        """Output and log-sum-exp."""
+        T, N, H = self[:3]
+        return jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
+
+
 def attend_tiles(
     q: Float[Array, "T N H"],
     kv_pool: Float[Array, "L 2 P page_size K H"],
@@ -123,33 +150,6 @@ def attend_tiles(
     num_shares = cut.num_shares(num_programs)
     results = triton_call(*operands, name="paged_attend", grid=(K, num_shares), **settings(num_programs))
     return _merge_shares(cut, num_shares, tiles, row_kv_lens, results, block=tuning.block)
-
-
-class Cut(NamedTuple):
-    """Sizes of a call."""
-
-    num_queries: int
-    num_q_heads: int
-    head_dim: int
-    num_pages: int
-    page_size: int
-    num_kv_heads: int
-    num_tiles: int
-    tile_queries: int
-
-    @property
-    def padded_tiles(self) -> int:
-        """Tiles, as a power of two."""
-        return max(2, 1 << (self.num_tiles - 1).bit_length())
-
-    def num_shares(self, num_programs: int) -> int:
-        """Programs of a KV head, if a multiprocessor runs so many of any."""
-        return max(1, num_multiprocessors() * num_programs // self.num_kv_heads)
-
-    def results(self, out_dtype: np.dtype) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-        """Output and log-sum-exp."""
-        T, N, H = self[:3]
-        return jax.ShapeDtypeStruct((T, N, H), out_dtype), jax.ShapeDtypeStruct((T, N), jnp.float32)
 
 
 def _attend_settings(

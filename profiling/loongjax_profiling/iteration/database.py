@@ -218,13 +218,15 @@ class Database:
 
     def runs(self, system: System) -> list[Run]:
         """The runs that points of this system are from, oldest first."""
-        return list(self._runs(system).values())
+        rows = self._rows("SELECT DISTINCT run_id FROM points WHERE system_id = ?", (self._system_id(system),))
+        used = {run_id for (run_id,) in rows}
+        return [run for run_id, run in self._runs(system).items() if run_id in used]
 
     def _runs(self, system: System) -> dict[int, Run]:
-        """By id."""
+        """By id. None is ever deleted, so a point that was read before has its run here, whatever happens meanwhile."""
         columns = "id, num_devices, model_name, commit_id, jax, command, page_size, token_buckets, row_buckets"
         rows = self._rows(
-            f"SELECT {columns} FROM runs WHERE system_id = ? AND id IN (SELECT run_id FROM points) ORDER BY id",
+            f"SELECT {columns} FROM runs WHERE system_id = ? ORDER BY id",
             (self._system_id(system),),
         )
         return {

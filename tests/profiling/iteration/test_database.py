@@ -57,6 +57,22 @@ def test_a_case_measured_again_replaces_what_was_there(path):
         assert database.runs(H200) == [other_run]
 
 
+def test_another_profiler_may_replace_a_runs_last_point_while_points_are_read(path, monkeypatch):
+    other_run = dataclasses.replace(RUN, commit="4567def")
+    with Database(path, create=True) as database, Database(path) as other:
+        database.add(database.begin_run(H200, RUN), Point(case=CASE, error="no memory"))
+        read_runs = database._runs
+
+        def replace_and_read(system):
+            other.add(other.begin_run(system, other_run), Point(case=CASE, timing=TIMING))
+            return read_runs(system)
+
+        monkeypatch.setattr(database, "_runs", replace_and_read)
+        assert database.points_and_runs(H200) == [(Point(case=CASE, error="no memory"), RUN)]
+        monkeypatch.undo()
+        assert database.points_and_runs(H200) == [(Point(case=CASE, timing=TIMING), other_run)]
+
+
 def test_systems_do_not_see_each_others_points(path):
     others = [
         dataclasses.replace(H200, device="NVIDIA H100"),
