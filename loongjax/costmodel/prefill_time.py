@@ -47,8 +47,8 @@ class PaperPrefillTime:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RefinedPrefillTime:
-    """The longer of a floor and constant + B padded + C sum(new^2), and if there are past tokens, the extend's constant
-    + D sum(new x past) + E sum(past) / sp on top.
+    """The longer of a floor and constant + B padded + C sum(new^2), and of an extend its constant + D sum(new x past)
+    + E sum(past) / sp on top.
 
     `padded` are the tokens of one rank, in the bucket that holds them: the engine computes that many. The floor is what
     a prefill takes however small it is, for reading the weights and launching kernels. Attention to past tokens is
@@ -85,12 +85,12 @@ class RefinedPrefillTime:
     @staticmethod
     def past_features(totals: PrefillTotals[np.ndarray], sp: int) -> np.ndarray:
         """What the extend's constant, D and E multiply: float64 [..., 3]."""
-        return _stack(totals.past_keys > 0.0, totals.new_times_past, totals.past_keys / sp)
+        return _stack(totals.is_extend, totals.new_times_past, totals.past_keys / sp)
 
     def seconds[Real: (float, np.ndarray)](self, totals: PrefillTotals[Real]) -> Real:
         """float64, of the totals' broadcast shape; a number of numbers."""
         past = (
-            self.extend_constant_s * (totals.past_keys > 0.0)
+            self.extend_constant_s * totals.is_extend
             + self.per_new_times_past_s * totals.new_times_past
             + self.per_past_key_s / self.sp * totals.past_keys
         )

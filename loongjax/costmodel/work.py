@@ -71,6 +71,8 @@ class PrefillTotals[Real: (float, np.ndarray)]:
     Few new tokens do so little with a key that reading it is what takes time, as in a decode step: on an H200, 120 ns
     for reading a key of a 7B without grouped heads, and 1 ns for computing with it.
     """
+    is_extend: Real
+    """1 for an extend, 0 for whole prompts."""
 
     @classmethod
     def of_sums(
@@ -79,6 +81,7 @@ class PrefillTotals[Real: (float, np.ndarray)]:
         squared_lens: Numbers,
         new_times_past: Numbers = _ZERO,
         past_keys: Numbers = _ZERO,
+        is_extend: Numbers = _ZERO,
     ) -> PrefillTotals[np.ndarray]:
         """Totals from sums in any numeric type; of scalars: arrays [1]."""
         return PrefillTotals(
@@ -86,13 +89,18 @@ class PrefillTotals[Real: (float, np.ndarray)]:
             squared_lens=per_batch(squared_lens),
             new_times_past=per_batch(new_times_past),
             past_keys=per_batch(past_keys),
+            is_extend=per_batch(is_extend),
         )
 
     @classmethod
     def of_batch(cls, num_tokens: int, squared_lens: int) -> PrefillTotals[float]:
         """Totals of a single batch of whole prompts, as numbers."""
         return PrefillTotals(
-            num_tokens=float(num_tokens), squared_lens=float(squared_lens), new_times_past=0.0, past_keys=0.0
+            num_tokens=float(num_tokens),
+            squared_lens=float(squared_lens),
+            new_times_past=0.0,
+            past_keys=0.0,
+            is_extend=0.0,
         )
 
     @classmethod
@@ -103,6 +111,7 @@ class PrefillTotals[Real: (float, np.ndarray)]:
             [work.squared_lens for work in works],
             [work.new_times_past for work in works],
             [work.past_keys for work in works],
+            [float(work.is_extend) for work in works],
         )
 
     @property
@@ -121,7 +130,7 @@ class PrefillWork:
     new_lens: tuple[int, ...]
     """Tokens to compute, of each request."""
     past_lens: tuple[int, ...] = ()
-    """Tokens of each request whose keys are there already; empty: none anywhere."""
+    """Of an extend, tokens of each request whose keys are there already; empty: whole prompts."""
 
     def __post_init__(self) -> None:
         if not self.new_lens or min(self.new_lens) < 1:
@@ -131,13 +140,10 @@ class PrefillWork:
                 f"past lengths are one a request and not negative, got {self.past_lens} "
                 f"for {len(self.new_lens)} requests"
             )
-        if not any(self.past_lens):
-            # Equal works are equal values.
-            object.__setattr__(self, "past_lens", ())
 
     @property
     def is_extend(self) -> bool:
-        """Whether some tokens were there before; else it is of whole prompts."""
+        """Whether the new tokens attend to the pool too, even if nothing is there yet; else it is of whole prompts."""
         return bool(self.past_lens)
 
     @property
@@ -159,7 +165,7 @@ class PrefillWork:
     @property
     def totals(self) -> PrefillTotals[np.ndarray]:
         """Totals of this batch alone: arrays [1]."""
-        return PrefillTotals.of_sums(self.num_tokens, self.squared_lens, self.new_times_past, self.past_keys)
+        return PrefillTotals.of([self])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -70,6 +70,11 @@ def test_what_is_past_comes_on_top_of_the_new_tokens():
     assert unpadded.seconds(long.totals).item() == pytest.approx(expected)
 
 
+def test_a_first_chunk_takes_what_its_tokens_take_as_a_prompt_and_the_constant_of_an_extend():
+    chunk, prompt = (PrefillWork(new_lens=(2000,), past_lens=past_lens) for past_lens in ((0,), ()))
+    assert REFINED.seconds(chunk.totals).item() == pytest.approx(REFINED.seconds(prompt.totals).item() + 0.001)
+
+
 def test_an_extend_in_the_papers_form_reads_a_key_as_long_as_a_decode_step_does():
     times = StrategyTimes(paper_prefill=PAPER, decode=DECODE)
     # 0.02 + 1e-4 x 302 + 1e-9 (300^2 + 2 + 2 x 400,000) + 1e-8 x 50,500

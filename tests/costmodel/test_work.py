@@ -63,8 +63,11 @@ def test_totals_of_many_batches_are_arrays_in_their_order():
     assert totals.num_tokens.dtype == np.float64
 
 
-def test_past_lengths_of_zero_are_no_past_lengths():
-    assert PrefillWork(new_lens=(4, 4), past_lens=(0, 0)) == PrefillWork(new_lens=(4, 4))
+def test_a_first_chunk_is_an_extend_with_nothing_in_the_pool_yet():
+    chunk, prompt = PrefillWork(new_lens=(4, 4), past_lens=(0, 0)), PrefillWork(new_lens=(4, 4))
+    assert (chunk.is_extend, prompt.is_extend) == (True, False)
+    assert PrefillTotals.of([chunk, prompt]).is_extend.tolist() == [1.0, 0.0]
+    assert chunk.past_keys == chunk.new_times_past == 0
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ class Case:
     def prefill_work(self) -> PrefillWork:
         """Of a prefill or an extend."""
         new_lens = (self.input_len,) * self.batch_size + (1,) * self.num_decodes
-        return PrefillWork(new_lens=new_lens, past_lens=(self.past_len,) * len(new_lens))
+        return PrefillWork(new_lens=new_lens, past_lens=(self.past_len,) * len(new_lens) if self.past_len else ())
 
     @property
     def decode_totals(self) -> DecodeTotals:
