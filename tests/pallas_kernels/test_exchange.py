@@ -167,15 +167,21 @@ def test_a_group_is_its_ranks_entries_in_order_and_from_its_own_on(axis):
         assert groups[sp, tp].tolist() == rows + rows[rank:] + rows[:rank]
 
 
-powers_of_two = st.integers(4, 14).map(lambda exponent: 2**exponent)
+powers_of_two = st.integers(8, 14).map(lambda exponent: 2**exponent)
 tunings = st.tuples(st.integers(1, MAX_PROGRAMS), powers_of_two, powers_of_two).map(
     lambda drawn: ExchangeTuning(max_programs=drawn[0], min_chunk_bytes=min(drawn[1:]), max_chunk_bytes=max(drawn[1:]))
 )
 
 
-@given(tuning=tunings, num_items=st.integers(1, 10_000_000), item_bytes=st.sampled_from([1, 2, 4, 12, 16]))
-def test_every_item_is_in_one_chunk_and_no_round_is_empty(tuning, num_items, item_bytes):
-    chunk, programs, num_rounds = tuning.cut(num_items, item_bytes)
+@given(
+    tuning=tunings,
+    num_items=st.integers(1, 10_000_000),
+    item_bytes=st.sampled_from([1, 2, 4, 12, 16]),
+    most_items=st.none() | st.sampled_from([1, 4, 1024]),
+)
+def test_every_item_is_in_one_chunk_and_no_round_is_empty(tuning, num_items, item_bytes, most_items):
+    chunk, programs, num_rounds = tuning.cut(num_items, item_bytes, most_items)
+    assert chunk <= (most_items or chunk)
     assert chunk & (chunk - 1) == 0
     assert chunk * item_bytes <= tuning.max_chunk_bytes
     assert 1 <= programs <= tuning.max_programs
@@ -197,6 +203,7 @@ def test_items_larger_than_a_message_are_refused():
     [
         ({"max_programs": MAX_PROGRAMS + 1}, "max_programs must be 1 to"),
         ({"min_chunk_bytes": 100}, "min_chunk_bytes must be a power of two"),
+        ({"min_chunk_bytes": 128}, "min_chunk_bytes must be a power of two from 256"),
         ({"max_chunk_bytes": 2 * MESSAGE_BYTES}, "max_chunk_bytes must be a power of two"),
         ({"max_chunk_bytes": 1024}, "min_chunk_bytes must not exceed"),
     ],

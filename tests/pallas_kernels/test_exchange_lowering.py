@@ -1,15 +1,19 @@
 """The exchange kernels lower for CUDA without a GPU, inside shard_map on a part of the devices, as they should be."""
 
+import functools
 import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loongjax.pallas_kernels.exchange import all_gather, all_reduce, exchange_and_merge, exchange_status
+from loongjax.pallas_kernels.exchange.launch import ExchangeTuning, triton_exchange_and_merge
+from loongjax.pallas_kernels.exchange.workspace import MAX_ROWS, MESSAGE_BYTES
 from loongjax.pallas_kernels.triton_compile import compile_kernel
 from loongjax.parallel import multi_master_decode
 
@@ -64,7 +68,7 @@ def test_all_reduce_is_one_kernel_whose_result_is_the_same_on_all_ranks(num_rank
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32", "int8", "bool"])
 def test_all_gather_is_one_kernel(dtype, check_vma):
     def body(peers, x):
         return all_gather(x[0], "sp", peers)[None]
@@ -130,7 +134,7 @@ def test_what_the_kernels_do_not_take_is_left_to_xla_unless_they_are_named(dtype
     assert num_kernels(lower(lambda peers, o, lse: exchange_and_merge(o, lse, "sp", peers)[0], line(3), o, lse)) == 0
     with pytest.raises(ValueError, match=f"takes bfloat16.* got {dtype}"):
         lower(lambda peers, x: all_gather(x, "sp", peers, implementation="triton")[None], line(3), x)
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(ValueError, match="takes head dims up to 4096, got 4100"):
         lower(
             lambda peers, o, lse: exchange_and_merge(o, lse, "sp", peers, implementation="triton")[0], line(3), o, lse
         )
@@ -147,6 +151,68 @@ def test_large_messages_are_left_to_xla():
     assert num_kernels(module) == 0
     for name in ("all_reduce", "all_gather", "all_to_all"):
         assert f"stablehlo.{name}" in module
+
+
+def check_each_word_is_read_by_one_thread(ptx: str, num_words: int) -> None:
+    """So many of a program's words are polled for twice, before a loop and in it, each by one thread, and none is read
+    otherwise: copies could be of different moments. Other threads' views of them come through shared memory.
+    """
+    (num_threads,) = map(int, re.findall(r"\.reqntid (\d+)", ptx))
+    widths = re.findall(r"ld\.volatile\.global(?:\.v(\d))?\.b(\d+)", ptx)
+    status_loads = 3  # before the loop, in it, and to tell the peers
+    pieces = [int(vector or 1) * int(bits) // 8 for vector, bits in widths]
+    assert num_threads * (sum(pieces) - 4 * status_loads) == 2 * num_words
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "word"), [(1, "bfloat16", 2), (64 * 4096, "float32", 4), (77, "bool", 2), (9_001, "int32", 8)]
+)
+@pytest.mark.parametrize("num_ranks", [3])
+def test_no_word_of_a_gathered_message_is_read_by_two_threads(compiled, num_ranks, size, dtype, word):
+    lower(lambda peers, x: all_gather(x[0], "sp", peers)[None], line(num_ranks), Shape((num_ranks, size), dtype))
+    (ptx,) = compiled
+    block, _, _ = ExchangeTuning().cut(size, word)
+    check_each_word_is_read_by_one_thread(ptx, num_ranks * block * word)
+
+
+@pytest.mark.parametrize("out_dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "head_dim"), [(1, 1), (1000, 1), (7, 5), (1024, 128), (40, 4096)])
+@pytest.mark.parametrize("num_ranks", [3])
+def test_no_word_of_a_partial_output_is_read_by_two_threads(compiled, num_ranks, rows, head_dim, out_dtype):
+    def body(peers, o, lse):
+        merged = exchange_and_merge(o[0], lse[0], "sp", peers, out_dtype=out_dtype)
+        return merged[0][None], merged[1][None]
+
+    shape = (num_ranks, num_ranks, rows, 1)
+    lower(body, line(num_ranks), Shape((*shape, head_dim), "float32"), Shape(shape, "float32"), out_specs=(CUT, CUT))
+    (ptx,) = compiled
+    (num_threads,) = map(int, re.findall(r"\.reqntid (\d+)", ptx))
+    row_bytes = (2 if out_dtype == "bfloat16" else 4) * (1 << (head_dim - 1).bit_length())
+    block, _, _ = ExchangeTuning().cut(rows, row_bytes, MAX_ROWS)
+    said = 4 * max(2 * block, num_threads)
+    check_each_word_is_read_by_one_thread(ptx, num_ranks * (block * row_bytes + said))
+
+
+@pytest.mark.parametrize("out_dtype", ["float8_e4m3fn", "bfloat16", "float32"])
+@pytest.mark.parametrize(("rows", "head_dim"), [(8192, 256), (600, 4096), (70_000, 8)])
+@pytest.mark.parametrize("num_ranks", [2, 16])
+def test_no_message_is_larger_than_its_buffer(monkeypatch, num_ranks, rows, head_dim, out_dtype):
+    calls = []
+
+    def record(*operands, out_shape, **settings):
+        calls.append(settings)
+        return [jnp.zeros(x.shape, x.dtype) for x in out_shape]
+
+    monkeypatch.setattr("loongjax.pallas_kernels.exchange.launch.triton_call", record)
+    shape = (num_ranks, rows, 1)
+    o, lse = Shape((*shape, head_dim), "float32"), Shape(shape, "float32")
+    merge = functools.partial(triton_exchange_and_merge, out_dtype=out_dtype, tuning=ExchangeTuning())
+    jax.eval_shape(merge, o, lse, Shape((2 * num_ranks, 4), "uint32"))
+    (call,) = calls
+    word = 2 if out_dtype == "bfloat16" else 4
+    assert call["block"] <= MAX_ROWS
+    row_bytes = call["padded_dim"] * word
+    assert call["block"] * row_bytes <= max(row_bytes, MESSAGE_BYTES // (num_ranks // 8 or 1)) <= MESSAGE_BYTES
 
 
 FENCES = r"\b(?:fence|membar)\S*|\S*(?:release|acquire|acq_rel)\S*"

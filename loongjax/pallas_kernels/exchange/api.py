@@ -102,7 +102,9 @@ def exchange_and_merge(
         lse: their natural log-sum-exps; -inf where this rank has no keys of a row.
         axis_name: the mesh axis, of n ranks.
         peers: of the mesh.
-        out_dtype: of the merged output.
+        out_dtype: of the merged output. If it has 16 bits, "triton" sends partial outputs as float16 in units of the
+            largest element of their row, so each is off by up to 2^-12 of that, however small it is itself; an element
+            beyond 65504 in a row with an infinite one becomes infinite too.
         implementation: "reference" (by XLA), "triton", or None for "triton" where there are peers and the outputs for
             one rank have at most `MAX_MERGED_BYTES`, "reference" elsewhere.
 
@@ -166,6 +168,10 @@ def _triton_exchange_and_merge(
 ) -> tuple[jax.Array, jax.Array]:
     if _is_trivial(o, axis_name):
         return reference_exchange_and_merge(o, lse, axis_name, out_dtype)
+    if o.shape[-1] > MAX_HEAD_DIM:
+        raise ValueError(
+            f"exchange_and_merge: implementation 'triton' takes head dims up to {MAX_HEAD_DIM}, got {o.shape[-1]}"
+        )
     group = _group("exchange_and_merge", axis_name, peers)
     from loongjax.pallas_kernels.exchange.launch import ExchangeTuning, triton_exchange_and_merge
 

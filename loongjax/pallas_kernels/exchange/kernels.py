@@ -29,6 +29,7 @@ MESSAGE_BYTES = tl.constexpr(workspace.MESSAGE_BYTES)
 MOST_THREADS = tl.constexpr(1024)
 NUMBER_MASK = tl.constexpr(workspace.NUMBER_MASK)
 ROW_WORDS = tl.constexpr(workspace.ROW_BYTES // 4)
+PIECE_WORDS = tl.constexpr(8)
 POLLS_A_LOOK = tl.constexpr(workspace.POLLS_A_LOOK)
 STATUS = tl.constexpr(workspace.STATUS)
 WAIT_LIMIT = tl.constexpr(workspace.WAIT_LIMIT)
@@ -58,6 +59,7 @@ def reduce_kernel(
     for round in range(num_rounds):
         start = (round * tl.num_programs(0) + tl.program_id(0)) * block
         is_there = start + place < size
+        is_sent = start + place < round_up(size)
         own = tl.load(x_ptr + start + place, mask=is_there, other=0.0)
         words = encode(own)
         outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
@@ -65,10 +67,10 @@ def reduce_kernel(
         status = read_status(group_ptr, num_ranks)
         messages, are_sent = (), ()
         for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
+            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
         for r in tl.static_range(num_ranks):
             messages += (pointer(inboxes[r], words.dtype) + place,)
-            are_sent += (is_there & (r != rank),)
+            are_sent += (is_sent & (r != rank),)
         received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
         total = tl.zeros([block], tl.float32)
         for r in tl.static_range(num_ranks):
@@ -97,6 +99,7 @@ def gather_kernel(
     for round in range(num_rounds):
         start = (round * tl.num_programs(0) + tl.program_id(0)) * block
         is_there = start + place < size
+        is_sent = start + place < round_up(size)
         own = tl.load(x_ptr + start + place, mask=is_there, other=0)
         words = encode(own)
         outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
@@ -104,10 +107,10 @@ def gather_kernel(
         status = read_status(group_ptr, num_ranks)
         messages, are_sent = (), ()
         for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
+            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
         for r in tl.static_range(num_ranks):
             messages += (pointer(inboxes[r], words.dtype) + place,)
-            are_sent += (is_there & (r != rank),)
+            are_sent += (is_sent & (r != rank),)
         received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
         for r in tl.static_range(num_ranks):
             x = tl.where(r == rank, own, decode(received[r], dtype))
@@ -134,11 +137,11 @@ def merge_kernel(
 ):
     """Sends every rank the partial outputs of its rows, and merges what arrives. Grid: chunks of a round.
 
-    Where the merged output has 16 bits, partial ones travel as float16, in units of the largest of their row: they are
-    rounded at the twelfth bit, float16 and bfloat16 at the eleventh and eighth.
+    Where the merged output has 16 bits, partial ones travel as float16, in units of the largest of their row, off by
+    2^-12 of it at most.
     """
     out_dtype = merged_o_ptr.dtype.element_ty
-    sent_dtype = tl.float32 if out_dtype == tl.float32 else tl.float16
+    sent_dtype = tl.float16 if out_dtype.primitive_bitwidth == 16 else tl.float32
     rank = rank_of(group_ptr, num_ranks)
     counts = load_counts(group_ptr, num_ranks)
     dim = tl.arange(0, padded_dim)
@@ -152,6 +155,7 @@ def merge_kernel(
         row = (round * tl.num_programs(0) + tl.program_id(0)) * block + message_row
         is_row = row < num_rows
         is_there = is_row[:, None] & (dim[None, :] < head_dim)
+        is_sent = is_row[:, None] & (dim[None, :] < round_up(head_dim))
         element = row[:, None] * head_dim + dim[None, :]
         outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
         inboxes = all_inboxes(round, group_ptr, num_ranks)
@@ -163,10 +167,10 @@ def merge_kernel(
             unit = tl.full([block], 1.0, tl.float32)
             if sent_dtype == tl.float16:
                 largest = tl.max(tl.abs(o), axis=1)
-                unit = tl.where(largest > 0, largest, 1.0)
+                unit = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
                 o = o / unit[:, None]
             words = encode(o.to(sent_dtype))
-            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_there & (status == 0))
+            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
             row_words = pointer(outboxes[i] + MESSAGE_BYTES, tl.int32) + message_row * ROW_WORDS
             tl.store(row_words, encode(lse), mask=is_row & (status == 0))
             tl.store(row_words + 1, encode(unit), mask=is_row & (status == 0))
@@ -175,7 +179,7 @@ def merge_kernel(
         messages, are_sent = (), ()
         for r in tl.static_range(num_ranks):
             messages += (pointer(inboxes[r], encode(tl.zeros([1], sent_dtype)).dtype) + place,)
-            are_sent += (is_there & (r != rank),)
+            are_sent += (is_sent & (r != rank),)
         for r in tl.static_range(num_ranks):
             messages += (pointer(inboxes[r] + MESSAGE_BYTES, tl.int32) + row_place,)
             are_sent += ((is_row & (r != rank))[:, None] & (copy[None, :] < copies),)
@@ -244,6 +248,12 @@ def decode(words, dtype: tl.constexpr):
         return (~words).to(dtype, bitcast=True)
     else:
         return (words & ((1 << dtype.primitive_bitwidth) - 1)).to(dtype)
+
+
+@triton.constexpr_function
+def round_up(size):
+    """So that a message is whole pieces of 16 bytes, which one instruction loads or stores."""
+    return -(-size // PIECE_WORDS.value) * PIECE_WORDS.value
 
 
 @triton.jit
@@ -336,9 +346,9 @@ def tell_peers(group_ptr, num_ranks: tl.constexpr):
 @triton.jit
 @no_type_check
 def clear(messages, are_sent, num_messages: tl.constexpr, goes_on, group_ptr, num_ranks: tl.constexpr):
-    """Makes room for the messages after the next ones, once all threads have read these. What is cleared must be so
-    before this device's next message is with a peer: at a kernel's end that is so anyway."""
-    tl.debug_barrier()
+    """Makes room for the messages after the next ones; all threads have read these, or none would know that they are
+    there. What is cleared must be so before this device's next message is with a peer: at a kernel's end that is so
+    anyway."""
     for i in tl.static_range(num_messages):
         tl.store(messages[i], tl.zeros(messages[i].shape, messages[i].dtype.element_ty), mask=are_sent[i])
     if goes_on:
@@ -361,8 +371,7 @@ def load_counts(group_ptr, num_ranks: tl.constexpr):
 @triton.jit
 @no_type_check
 def store_counts(counts, num_rounds, group_ptr, num_ranks: tl.constexpr):
-    """Counts a message a round with every peer, once all threads have loaded the counts."""
-    tl.debug_barrier()
+    """Counts a message a round with every peer; all threads have loaded the counts, to find the messages."""
     for i in tl.static_range(1, num_ranks):
         device = device_of(group_ptr, num_ranks + i)
         tl.store(counter(device, group_ptr, num_ranks), (counts[i - 1] + num_rounds) & NUMBER_MASK)

@@ -14,6 +14,12 @@ from loongjax.pallas_kernels.exchange.kernels import gather_kernel, merge_kernel
 from loongjax.pallas_kernels.exchange.workspace import MAX_PROGRAMS, MAX_ROWS, MESSAGE_BYTES
 from loongjax.pallas_kernels.triton_call import triton_call
 
+WARP = 32
+LEAST_CHUNK_BYTES = 8 * WARP
+"""A word for each thread of a warp: `kernels` says why no thread may go without."""
+MOST_RANKS_AT_ONCE = 8
+"""Of whose messages a program holds one of the largest size each in registers."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExchangeTuning:
@@ -33,31 +39,37 @@ class ExchangeTuning:
             raise ConfigError(f"max_programs must be 1 to {MAX_PROGRAMS}, got {self.max_programs}")
         for name in ("min_chunk_bytes", "max_chunk_bytes"):
             value = getattr(self, name)
-            if not 16 <= value <= MESSAGE_BYTES or value & (value - 1):
-                raise ConfigError(f"{name} must be a power of two from 16 to {MESSAGE_BYTES}, got {value}")
+            if not LEAST_CHUNK_BYTES <= value <= MESSAGE_BYTES or value & (value - 1):
+                raise ConfigError(
+                    f"{name} must be a power of two from {LEAST_CHUNK_BYTES} to {MESSAGE_BYTES}, got {value}"
+                )
         if self.min_chunk_bytes > self.max_chunk_bytes:
             raise ConfigError(
                 f"min_chunk_bytes must not exceed max_chunk_bytes, got {self.min_chunk_bytes} > {self.max_chunk_bytes}"
             )
 
-    def cut(self, num_items: int, item_bytes: int) -> tuple[int, int, int]:
-        """Items of a chunk, programs, and rounds, for a message of so many items; an item is never cut.
+    def cut(self, num_items: int, item_bytes: int, most_items: int | None = None) -> tuple[int, int, int]:
+        """Items of a chunk, at most so many, programs, and rounds, for a message of so many items; an item is never
+        cut.
 
         Raises:
             ValueError: items larger than a chunk.
         """
-        fewest = max(1, self.min_chunk_bytes // _power_of_two(item_bytes))
-        most = self.max_chunk_bytes // _power_of_two(item_bytes)
+        padded_bytes = _power_of_two(item_bytes)
+        most = self.max_chunk_bytes // padded_bytes
         if most == 0:
             raise ValueError(f"items of {item_bytes} bytes do not fit chunks of {self.max_chunk_bytes}")
+        most = min(most, most_items or most)
+        fewest = max(1, self.min_chunk_bytes // padded_bytes)
         chunk = min(most, max(fewest, _power_of_two(math.ceil(num_items / self.max_programs))))
         num_chunks = math.ceil(num_items / chunk)
         programs = min(num_chunks, self.max_programs)
         return chunk, programs, math.ceil(num_chunks / programs)
 
     def warps_for(self, num_elements: int) -> int:
-        """Of a program that reads so many elements at a time: it has no more threads."""
-        return max(1, min(self.num_warps, num_elements // 32))
+        """Of a program that reads so many elements at a time, which are at least as many as its threads."""
+        assert num_elements >= WARP, num_elements
+        return min(self.num_warps, num_elements // WARP)
 
 
 def triton_all_reduce(
@@ -92,10 +104,9 @@ def triton_exchange_and_merge(
     """
     num_ranks, B, N, H = o.shape
     padded_dim = _power_of_two(H)
-    row_bytes = jnp.dtype(out_dtype).itemsize * padded_dim
-    most = min(tuning.max_chunk_bytes, MAX_ROWS * row_bytes)
-    tuning = dataclasses.replace(tuning, max_chunk_bytes=most, min_chunk_bytes=min(tuning.min_chunk_bytes, most))
-    block, programs, num_rounds = tuning.cut(B * N, row_bytes)
+    row_bytes = padded_dim * (2 if jnp.dtype(out_dtype).itemsize == 2 else 4)
+    most_rows = min(MAX_ROWS, _most_bytes(num_ranks) // row_bytes)
+    block, programs, num_rounds = tuning.cut(B * N, row_bytes, max(1, most_rows))
     num_warps = tuning.warps_for(block * padded_dim)
     merged_o, merged_lse = triton_call(
         o,
@@ -111,7 +122,7 @@ def triton_exchange_and_merge(
         padded_dim=padded_dim,
         num_ranks=num_ranks,
         block=block,
-        copies=max(2, 32 * num_warps // block),
+        copies=max(2, WARP * num_warps // block),
         num_rounds=num_rounds,
     )
     return merged_o, merged_lse
@@ -135,8 +146,8 @@ def triton_status(after: Shaped[Array, "*shape"], group: UInt32[Array, "two_n 4"
 def _exchange(
     kernel: Any, name: str, x: jax.Array, group: jax.Array, result: jax.ShapeDtypeStruct, tuning: ExchangeTuning
 ) -> Any:
-    block, programs, num_rounds = tuning.cut(x.size, _sent_bytes(x.dtype))
-    num_ranks = len(group) // 2
+    num_ranks, item_bytes = len(group) // 2, _sent_bytes(x.dtype)
+    block, programs, num_rounds = tuning.cut(x.size, item_bytes, _most_bytes(num_ranks) // item_bytes)
     return triton_call(
         x,
         group,
@@ -155,6 +166,11 @@ def _exchange(
 def _sent_bytes(dtype: jnp.dtype) -> int:
     """Of an element on its way: `encode` says why."""
     return dtype.itemsize if jnp.issubdtype(dtype, jnp.floating) else 2 * dtype.itemsize
+
+
+def _most_bytes(num_ranks: int) -> int:
+    """Of a chunk between so many."""
+    return MESSAGE_BYTES * MOST_RANKS_AT_ONCE // max(MOST_RANKS_AT_ONCE, _power_of_two(num_ranks))
 
 
 def _power_of_two(number: int) -> int:

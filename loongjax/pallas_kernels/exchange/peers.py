@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Int32, UInt32
+from jaxtyping import Array, Int32, UInt32
 
 from loongjax.errors import ConfigError, EngineError
 from loongjax.pallas_kernels.exchange.workspace import (
@@ -99,10 +99,9 @@ class PeerMemory:
         """
         places = [self.devices.index(device) for device in (self.devices if devices is None else devices)]
         jax.block_until_ready(self._headers(places))
-        is_forgotten = np.isin(np.arange(len(self.devices)), places)
         for place in places:
             with _only(self.devices[place]):
-                self._workspaces[place] = _forget(self._workspaces[place], is_forgotten)
+                self._workspaces[place] = _forget(self._workspaces[place], tuple(sorted(places)))
             address = self._workspaces[place].unsafe_buffer_pointer()
             assert address == self._addresses[place], "donated memory has moved"
         jax.block_until_ready([self._workspaces[place] for place in places])
@@ -162,14 +161,16 @@ def _only(device: jax.Device) -> AbstractContextManager[Any]:
     return jax.set_mesh(Mesh(np.array([device]), ("device",)))
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _forget(workspace: Int32[Array, "words"], is_forgotten: Bool[Array, "devices"]) -> Int32[Array, "words"]:
-    """The same memory, with no status, and as if no message had been exchanged with some devices. Donates it."""
+@functools.partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _forget(workspace: Int32[Array, "words"], places: tuple[int, ...]) -> Int32[Array, "words"]:
+    """The same memory, with no status, and as if no message had been exchanged with the devices in these places. What
+    is of others is not touched. Donates it.
+    """
     workspace = workspace.at[STATUS // 4].set(0)
     for begin, num_words in ((COUNTS // 4, MAX_PROGRAMS), (BUFFERS // 4, MAX_PROGRAMS * 2 * BUFFER_BYTES // 4)):
-        by_device = workspace[begin : begin + is_forgotten.size * num_words].reshape(-1, num_words)
-        kept = jnp.where(is_forgotten[:, None], 0, by_device).reshape(-1)
-        workspace = jax.lax.dynamic_update_slice(workspace, kept, (begin,))
+        for place in places:
+            zeros = jnp.zeros(num_words, jnp.int32)
+            workspace = jax.lax.dynamic_update_slice(workspace, zeros, (begin + place * num_words,))
     return workspace
 
 

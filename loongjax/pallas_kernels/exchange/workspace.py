@@ -10,6 +10,9 @@ peer
 2. reads buffer s mod 2 of its own workspace, again and again until no word of the peer's message is 0;
 3. writes zeros there.
 
+Messages are written by plain stores and read by volatile loads, which go to the receiver's L2, where messages arrive.
+No order between words is asked for, and no word is wider than what is stored and loaded whole.
+
 Every exchange goes both ways, so one number serves both directions. Whoever has received s has proof that the peer had
 read and cleared s - 1, since the peer did before it sent. So when message s + 1 is written, where s - 1 was, nobody
 reads there any more, and nothing is cleared there.

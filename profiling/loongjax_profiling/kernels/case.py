@@ -51,7 +51,8 @@ class Row:
     """"slope" between one call and three of a program of repetitions; "trace": from a repetition's first kernel to the
     next one's, on the slowest device."""
     kernels: Mapping[str, float] | None = None
-    """Of a traced repetition, the seconds of each kernel, by name."""
+    """Of a traced repetition, the seconds of each kernel that runs in all of them, by name; those of exchanges wait for
+    each other meanwhile."""
     error: str | None = None
 
     @property

@@ -23,7 +23,8 @@ from jax.profiler import ProfileData, ProfileOptions
 
 HEAD_START_DIM = 8192
 HEAD_START_PRODUCTS = 3
-"""Of square bfloat16 matrices, which go first: 4 ms on an H200, in which a host launches some hundreds of kernels."""
+"""Of square bfloat16 matrices, on each GPU for each GPU, which go first: 4 ms on one H200, in which a host launches
+some hundreds of kernels."""
 
 WARM_UP_CALLS = 3
 """In which XLA records what it then launches as CUDA graphs."""
@@ -86,8 +87,9 @@ def _head_start() -> Callable[[], Any]:
     multiply = jax.jit(jnp.matmul)
     factor = jax.random.normal(jax.random.key(0), (HEAD_START_DIM, HEAD_START_DIM), jnp.bfloat16)
     factors = [jax.device_put(factor, device) for device in jax.local_devices()]
+    num_products = HEAD_START_PRODUCTS * len(factors)
     jax.block_until_ready([multiply(factor, factor) for factor in factors])
-    return lambda: [multiply(factor, factor) for _ in range(HEAD_START_PRODUCTS) for factor in factors]
+    return lambda: [multiply(factor, factor) for _ in range(num_products) for factor in factors]
 
 
 def read_kernels(path: str | os.PathLike[str]) -> list[KernelEvent]:
