@@ -41,24 +41,32 @@ def _each_alone(draft: Draft) -> list[Component]:
 def _tied_together(draft: Draft) -> list[Component]:
     root = list(range(draft.shape.num_instances))
     stalled: set[str] = set()
-    for instance in draft.prefilling:
-        stalled.update([request.request_id for request in draft.residents[instance]])
+    shared: set[InstanceId] = set()
+    """Instances with keys of requests that have keys elsewhere, too."""
     for request in draft.straddling:
-        if request.request_id not in stalled:
-            first = _find(root, request.kv[0][0])
-            for instance, _ in request.kv[1:]:
-                root[_find(root, instance)] = first
+        holders = [instance for instance, _ in request.kv]
+        shared.update(holders)
+        if not draft.prefilling.isdisjoint(holders):
+            stalled.add(request.request_id)
+            continue
+        first = _find(root, holders[0])
+        for instance in holders[1:]:
+            root[_find(root, instance)] = first
+    components: list[Component] = []
     tied: dict[int, tuple[set[InstanceId], list[RunningView]]] = {}
     for instance, residents in enumerate(draft.residents):
-        if residents and instance not in draft.prefilling:
-            instances, requests = tied.setdefault(_find(root, instance), (set(), []))
-            instances.add(instance)
-            requests += [
-                request
-                for request in residents
-                if request.kv[-1][0] == instance and (not stalled or request.request_id not in stalled)
-            ]
-    return [Component(instances, oldest_first(requests)) for instances, requests in tied.values() if requests]
+        if not residents or instance in draft.prefilling:
+            continue
+        if instance not in shared:
+            components.append(Component({instance}, residents))
+            continue
+        instances, requests = tied.setdefault(_find(root, instance), (set(), []))
+        instances.add(instance)
+        requests += [
+            request for request in residents if request.kv[-1][0] == instance and request.request_id not in stalled
+        ]
+    components += [Component(instances, oldest_first(requests)) for instances, requests in tied.values() if requests]
+    return components
 
 
 def _find(root: list[int], instance: InstanceId) -> InstanceId:
