@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import operator
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
+from loongjax.scheduler.queue import order_of
 from loongjax.scheduler.view import RunningView
 
 _NO_HOME: InstanceId = -1
@@ -22,28 +24,31 @@ class Residents:
 
     def __init__(self, running: tuple[RunningView, ...], num_instances: int) -> None:
         self.running = running
-        self.straddling: tuple[RunningView, ...] = tuple([request for request in running if len(request.kv) > 1])
-        """Requests with keys on more than one instance."""
-        self._orders = _orders(running)
         self._homes = _homes(running)
-        self._places: list[list[int]] = [[] for _ in range(num_instances)]
-        """In `running`, of those with keys on each instance."""
-        for place in sorted(range(len(running)), key=self._orders.__getitem__):
-            if (home := self._homes[place]) != _NO_HOME:
-                self._places[home].append(place)
-                continue
-            for instance, _ in running[place].kv:
-                self._places[instance].append(place)
-        self.by_instance = [tuple(map(running.__getitem__, places)) for places in self._places]
-        """Those with keys on each instance, oldest first."""
-        self.num_newest = [len(places) for places in self._places]
+        by_instance: list[list[RunningView]] = [[] for _ in range(num_instances)]
+        homeless: list[RunningView] = []
+        for request, home in zip(running, self._homes, strict=True):
+            (by_instance[home] if home != _NO_HOME else homeless).append(request)
+        self.num_newest = list(map(len, by_instance))
         """Those whose newest token lies on each instance."""
+        self.straddling: tuple[RunningView, ...] = tuple([request for request in homeless if request.kv])
+        """Requests with keys on more than one instance."""
         for request in self.straddling:
-            for instance, _ in request.kv[:-1]:
-                self.num_newest[instance] -= 1
-        most = [request.max_total_tokens for request in running if request.kv]
-        self.num_requests, self.max_total_tokens = len(most), sum(most)
-        """Those with keys anywhere, and what they may become together."""
+            for instance, _ in request.kv:
+                by_instance[instance].append(request)
+            self.num_newest[request.kv[-1][0]] += 1
+        self.by_instance = list(map(_oldest_first, by_instance))
+        """Those with keys on each instance, oldest first."""
+
+    @functools.cached_property
+    def num_requests(self) -> int:
+        """Those with keys anywhere."""
+        return len(self.running) - self._homes.count(_NO_HOME) + len(self.straddling)
+
+    @functools.cached_property
+    def max_total_tokens(self) -> int:
+        """What those with keys may become together."""
+        return sum([request.max_total_tokens for request in self.running if request.kv])
 
     def after(self, running: tuple[RunningView, ...]) -> Residents:
         """Those of the next view of the same cluster.
@@ -62,7 +67,7 @@ class Residents:
         is_as_before = (
             _NO_HOME not in homes
             and homes == list(itertools.compress(self._homes, is_new))
-            and _orders(changed) == list(itertools.compress(self._orders, is_new))
+            and _orders(changed) == _orders(list(itertools.compress(before, is_new)))
         )
         if not is_as_before:
             return Residents(running, len(self.by_instance))
@@ -70,8 +75,15 @@ class Residents:
         following.__dict__.update(self.__dict__)
         following.running, following.by_instance = running, self.by_instance.copy()
         for instance in set(homes):
-            following.by_instance[instance] = tuple(map(running.__getitem__, self._places[instance]))
+            news = {request.order: request for request, home in zip(changed, homes, strict=True) if home == instance}
+            following.by_instance[instance] = tuple(
+                [news.get(request.order, request) for request in self.by_instance[instance]]
+            )
         return following
+
+
+def _oldest_first(requests: list[RunningView]) -> tuple[RunningView, ...]:
+    return tuple(sorted(requests, key=order_of))
 
 
 def _orders(running: Sequence[RunningView]) -> list[int]:

@@ -15,7 +15,8 @@ NUM_INSTANCES = 3
 
 
 def described(residents: Residents) -> dict[str, object]:
-    return {name: value for name, value in vars(residents).items() if name != "running"}
+    names = ("by_instance", "straddling", "num_newest", "num_requests", "max_total_tokens")
+    return {name: getattr(residents, name) for name in names}
 
 
 def test_residents_by_hand() -> None:
