@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import math
 from collections.abc import Sequence
 
@@ -26,51 +27,31 @@ class OutputLengths:
     """
 
     def __init__(self) -> None:
-        self._recent = np.empty(0, np.int64)
-        """In order of their end."""
-        self._ascending = self._recent
-        self._ascending_list: list[int] = []
-        """The same, for looking up one at a time."""
-        self._sums_from = [0.0]
-        """[i]: the sum of the ascending lengths from the i-th on."""
-        self._reciprocals_from = np.zeros(1)
-        """[i]: the sum of 1 / length from the i-th on."""
-        self._means_beyond: list[float] = []
-        """[n]: the mean of 1 / length of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
+        self._sample = _Sample(np.empty(0, np.int64))
 
     def copy(self) -> OutputLengths:
         other = object.__new__(OutputLengths)
-        other.__dict__.update(self.__dict__)
+        other._sample = self._sample
         return other
 
     def knows_the_same(self, other: OutputLengths) -> bool:
         """Whether neither has learned anything since one was copied from the other."""
-        return self._recent is other._recent
+        return self._sample is other._sample
 
     def __len__(self) -> int:
-        return len(self._recent)
+        return len(self._sample.recent)
 
     def add(self, num_output_tokens: int) -> None:
         """Learns from an output that ended."""
-        self._recent = np.append(self._recent[1 - WINDOW :], num_output_tokens)
-        self._ascending = np.sort(self._recent)
-        self._ascending_list = self._ascending.tolist()
-        self._sums_from = _sums_from(self._ascending).tolist()
-        self._reciprocals_from = _sums_from(1.0 / np.maximum(self._ascending, 1))
-        means = self._reciprocals_from[:-1] / np.arange(len(self._ascending), 0, -1)
-        self._means_beyond = means.repeat(np.diff(self._ascending.clip(max=MAX_LOOKED_UP), prepend=0)).tolist()
+        self._sample = _Sample(np.append(self._sample.recent[1 - WINDOW :], num_output_tokens))
 
     def bounds(
         self, num_output_tokens: Int[np.ndarray, " requests"], max_tokens: Int[np.ndarray, " requests"]
     ) -> Int[np.ndarray, " requests"]:
         """The 0.9-quantile of each request's final output length, given what it has generated; at most its limit."""
-        ascending = self._ascending
-        first = np.searchsorted(ascending, num_output_tokens, side="right")
-        num_longer = len(ascending) - first
-        rank = np.ceil(QUANTILE * (num_longer + 1)).astype(np.int64)
-        padded = np.append(ascending, np.iinfo(np.int64).max)
-        index = np.where(rank <= num_longer, first + rank - 1, len(ascending))
-        return np.minimum(padded[index], max_tokens)
+        sample = self._sample
+        first = sample.ascending.searchsorted(num_output_tokens, side="right")
+        return np.minimum(sample.quantiles_from.take(first), max_tokens)
 
     def expected_left(self, num_output_tokens: Sequence[int], max_tokens: Sequence[int]) -> list[float]:
         """Tokens that each request is still expected to generate: the mean of the longer outputs, less its own.
@@ -78,7 +59,7 @@ class OutputLengths:
         Where none was longer, it is taken to be half way. Asked about few requests at a time, where lists are faster
         than arrays.
         """
-        ascending, sums_from, num_known = self._ascending_list, self._sums_from, len(self._ascending_list)
+        ascending, sums_from, num_known = self._sample.ascending_list, self._sample.sums_from, len(self)
         result: list[float] = []
         for generated, limit in zip(num_output_tokens, max_tokens, strict=True):
             first = bisect.bisect_right(ascending, generated)
@@ -92,10 +73,21 @@ class OutputLengths:
 
         Where none was longer, it is taken to be half way.
         """
-        beyond, longest = self._means_beyond, self._ascending_list[-1] if self._ascending_list else 0
-        num_known = len(beyond)
-        if max(num_output_tokens, default=0) < num_known and min(max_tokens, default=0) > longest:
-            return list(map(beyond.__getitem__, num_output_tokens))  # mostly no limit matters
+        sample = self._sample
+        longest = sample.longest
+        if max(num_output_tokens, default=0) < min(longest, MAX_LOOKED_UP) and min(max_tokens, default=0) > longest:
+            return list(map(sample.mean_reciprocals_beyond.__getitem__, num_output_tokens))  # mostly no limit matters
+        if longest <= MAX_LOOKED_UP:
+            numbers, sums = sample.numbers_beyond, sample.reciprocals_beyond
+            result: list[float] = []
+            for generated, most in zip(num_output_tokens, max_tokens, strict=True):
+                limit = most if most > generated else generated + 1
+                if generated < longest:
+                    last = limit - 1 if limit <= longest else longest
+                    result.append((sums[generated] - sums[last] + numbers[last] / limit) / numbers[generated])
+                else:
+                    result.append(1.0 / min(2 * generated or 1, limit))
+            return result
         return self._expected_reciprocals(
             np.array(num_output_tokens, np.int64), np.array(max_tokens, np.int64)
         ).tolist()
@@ -103,7 +95,7 @@ class OutputLengths:
     def _expected_reciprocals(
         self, generated: Int[np.ndarray, " requests"], most: Int[np.ndarray, " requests"]
     ) -> Float[np.ndarray, " requests"]:
-        ascending, sums_from = self._ascending, self._reciprocals_from
+        ascending, sums_from = self._sample.ascending, self._sample.reciprocals_from
         first = ascending.searchsorted(generated, side="right")
         num_longer = len(ascending) - first
         limit = np.maximum(most, generated + 1)
@@ -111,6 +103,66 @@ class OutputLengths:
         longer = sums_from[first] - sums_from[at_limit] + (len(ascending) - at_limit) / limit
         half_way = 1.0 / np.minimum(np.maximum(2 * generated, 1), limit)
         return np.where(num_longer, longer / np.maximum(num_longer, 1), half_way)
+
+
+class _Sample:
+    """Lengths, and what they say of one that is longer than so many tokens, worked out when somebody asks.
+
+    Args:
+        recent: those, in order of their end.
+    """
+
+    def __init__(self, recent: Int[np.ndarray, " lengths"]) -> None:
+        self.recent = recent
+        self.ascending = np.sort(recent)
+
+    @functools.cached_property
+    def ascending_list(self) -> list[int]:
+        """The same, for looking up one at a time."""
+        return self.ascending.tolist()
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """0 if there are none."""
+        return int(self.ascending[-1]) if len(self.ascending) else 0
+
+    @functools.cached_property
+    def sums_from(self) -> list[float]:
+        """[i]: the sum of the ascending lengths from the i-th on."""
+        return _sums_from(self.ascending).tolist()
+
+    @functools.cached_property
+    def reciprocals_from(self) -> Float[np.ndarray, " lengths_1"]:
+        """[i]: the sum of 1 / length from the i-th on."""
+        return _sums_from(1.0 / np.maximum(self.ascending, 1))
+
+    @functools.cached_property
+    def quantiles_from(self) -> Int[np.ndarray, " lengths_1"]:
+        """[i]: what bounds one length more with probability 0.9, by those from the i-th on; no bound if they are too
+        few."""
+        num_longer = np.arange(len(self.ascending), -1, -1)
+        rank = np.ceil(QUANTILE * (num_longer + 1)).astype(np.int64)
+        index = np.where(rank <= num_longer, rank - 1 - num_longer, 0) - 1
+        return np.append(self.ascending, np.iinfo(np.int64).max)[index]
+
+    @functools.cached_property
+    def mean_reciprocals_beyond(self) -> list[float]:
+        """[n]: the mean of 1 / length of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
+        return self._beyond(self.reciprocals_from[:-1] / np.arange(len(self.ascending), 0, -1))
+
+    @functools.cached_property
+    def reciprocals_beyond(self) -> list[float]:
+        """[n]: the sum of 1 / length of those longer than n, up to `MAX_LOOKED_UP`; the last one is 0."""
+        return [*self._beyond(self.reciprocals_from[:-1]), 0.0]
+
+    @functools.cached_property
+    def numbers_beyond(self) -> list[int]:
+        """[n]: how many are longer than n, up to `MAX_LOOKED_UP`; the last one is 0."""
+        return [*self._beyond(np.arange(len(self.ascending), 0, -1)), 0]
+
+    def _beyond(self, from_each: np.ndarray) -> list:
+        """[n]: what is known from the first length on that is longer than n, as far as there is one."""
+        return from_each.repeat(np.diff(self.ascending.clip(max=MAX_LOOKED_UP), prepend=0)).tolist()
 
 
 def _sums_from(numbers: np.ndarray) -> Float[np.ndarray, " numbers_1"]:
