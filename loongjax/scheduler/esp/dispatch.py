@@ -155,14 +155,14 @@ class Dispatcher:
         picked: list[int] = []
         if not taken:
             # Mostly all that fit are the first ones.
-            num_first = window.num_first_within(num_tokens, num_pages, memory.num_free)
-            picked = window.order[: max(0, min(num_first, num_seats))]
+            num_first = max(0, min(window.num_first_within(num_tokens, num_pages), num_seats))
+            if num_first:
+                picked = window.order[: min(num_first, window.num_first_of_most(memory.num_free))]
         company = [*taken, *picked]
         if len(picked) >= num_seats or len(company) >= len(window):
             return picked
         num_tokens -= sum([window.lens[place] for place in picked])
         num_pages -= sum([window.pages[place] for place in picked])
-        num_slots = memory.num_free - sum([memory.most[place] for place in company])
         num_seats -= len(picked)
         already, num_skipped = set(company), 0
         for place in window.order:
@@ -175,13 +175,12 @@ class Dispatcher:
                 window.lens[place] <= num_tokens
                 and window.pages[place] <= num_pages
                 and not (request.is_suspect and company)
-                and (memory.most[place] <= num_slots or memory.fits([*company, place]))
+                and memory.fits([*company, place])
             ):
                 company.append(place)
                 num_tokens -= window.lens[place]
                 num_pages -= window.pages[place]
                 num_seats -= 1
-                num_slots -= memory.most[place]
                 if request.is_suspect:
                     break
             else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -11,7 +13,7 @@ from loongjax.scheduler.esp.config import Admission
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView, RunningView
 
 
 def peak_tokens(held: Int[np.ndarray, " requests"], left: Int[np.ndarray, " requests"]) -> int:
@@ -32,7 +34,7 @@ class MemoryAdmission:
     """Lets requests in while the peak of all outputs, as long as they may become, fits the whole pool.
 
     Any token may lie on any instance, so the pool is one. What was promised and turns out too little is made up for by
-    preemption.
+    preemption. Nothing is worked out before somebody asks, which is when pages and tokens would suffice.
 
     Args:
         view: the cluster.
@@ -50,39 +52,52 @@ class MemoryAdmission:
         lengths: OutputLengths,
         admission: Admission,
     ) -> None:
+        self._view = view
+        self._residents = residents
+        self._window = candidates
         self._page_size = view.shape.page_size
         self._lengths = lengths
         self._admission: Admission = admission
         self._capacity = view.shape.num_instances * view.shape.num_slots
-        self.most = candidates.sizes.most
+
+    @functools.cached_property
+    def most(self) -> list[int]:
         """Slots that each candidate may take in the end, and if there is room for all of them, no less than that."""
-        self._most = residents.max_total_tokens + self._page_size * residents.num_requests
-        # Nobody takes more than its full length and the rest of a page; mostly that is all there is to know.
-        if self._most + candidates.sizes.sum_of_most > self._capacity:
-            self._look_closer([request for request in view.running if request.kv], candidates.requests)
+        closer = self._closer
+        return self._window.sizes.most if closer is None else (closer.candidates_held + closer.candidates_left).tolist()
 
-    def _look_closer(self, running: Sequence[RunningView], candidates: Sequence[WaitingView]) -> None:
-        columns = zip(_running_columns(running), _waiting_columns(candidates), strict=True)
-        held, left = self._demands(np.array([mine + theirs for mine, theirs in columns], np.int64))
-        count = len(running)
-        self._held, self._candidates_held = held[:count], held[count:]
-        self._left, self._candidates_left = left[:count], left[count:]
-        self._most = int(self._held.sum() + self._left.sum())
-        self.most = (self._candidates_held + self._candidates_left).tolist()
-
-    @property
+    @functools.cached_property
     def num_free(self) -> int:
-        """Slots that are left even if all that run reach their full length at once; may be negative."""
-        return self._capacity - self._most
+        """Slots that are left when those that run take most at once; may be negative. Candidates that may not take more
+        than these, together, fit: each adds no more to any moment than what it may take."""
+        closer = self._closer
+        return self._capacity - (self._most_of_running if closer is None else peak_tokens(closer.held, closer.left))
 
     def fits(self, candidates: Sequence[int]) -> bool:
         """Whether these fit beside what runs."""
-        if sum([self.most[place] for place in candidates]) <= self.num_free:
+        closer = self._closer
+        if closer is None or sum([self.most[place] for place in candidates]) <= self.num_free:
             return True
         places = np.array(candidates, np.int64)
-        held = np.concatenate((self._held, self._candidates_held[places]))
-        left = np.concatenate((self._left, self._candidates_left[places]))
+        held = np.concatenate((closer.held, closer.candidates_held[places]))
+        left = np.concatenate((closer.left, closer.candidates_left[places]))
         return peak_tokens(held, left) <= self._capacity
+
+    @property
+    def _most_of_running(self) -> int:
+        """Nobody takes more than its full length and the rest of a page."""
+        return self._residents.max_total_tokens + self._page_size * self._residents.num_requests
+
+    @functools.cached_property
+    def _closer(self) -> _Demands | None:
+        """Mostly the most that anybody takes is all there is to know."""
+        if self._most_of_running + self._window.sizes.sum_of_most <= self._capacity:
+            return None
+        running = [request for request in self._view.running if request.kv]
+        table = np.array(_running_columns(running), np.int64)
+        held, left = self._demands(np.concatenate((table, self._window.sizes.tokens), axis=1))
+        count = len(running)
+        return _Demands(held[:count], left[:count], held[count:], left[count:])
 
     def _demands(
         self, table: Int[np.ndarray, "3 requests"]
@@ -97,19 +112,19 @@ class MemoryAdmission:
         return -(-num_tokens // self._page_size) * self._page_size, left
 
 
+class _Demands(NamedTuple):
+    """Slots held, and tokens still to come."""
+
+    held: Int[np.ndarray, " running"]
+    left: Int[np.ndarray, " running"]
+    candidates_held: Int[np.ndarray, " candidates"]
+    candidates_left: Int[np.ndarray, " candidates"]
+
+
 def _running_columns(requests: Sequence[RunningView]) -> tuple[list[int], list[int], list[int]]:
     """Tokens with keys, most tokens ever, and generated tokens that have keys: at rest, all but the newest."""
     return (
         [request.num_tokens for request in requests],
         [request.max_total_tokens for request in requests],
         [request.num_output_tokens - (not request.is_in_flight) for request in requests],
-    )
-
-
-def _waiting_columns(requests: Sequence[WaitingView]) -> tuple[list[int], list[int], list[int]]:
-    """As for running ones, as if their prefill were over; of one that keeps no keys, nothing."""
-    return (
-        [request.num_tokens * request.keeps_kv for request in requests],
-        [request.max_total_tokens * request.keeps_kv for request in requests],
-        [request.num_output_tokens * request.keeps_kv for request in requests],
     )

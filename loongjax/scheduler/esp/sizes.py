@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from loongjax.core.cluster import ClusterShape
 from loongjax.scheduler.esp.objective import PrefillWeights
@@ -43,6 +44,15 @@ class Sizes:
         self._loads[0] = self.lens
         self._loads[1] = self.squared_lens
         self._loads[3] = page_size * self.limited[1]
+
+    @functools.cached_property
+    def tokens(self) -> Int[np.ndarray, "3 requests"]:
+        """Tokens that have keys, that there may be at most, and that were generated, as if all prefills were over; of
+        who keeps no keys, nothing. Shared: not to be written to."""
+        keeps = [request.keeps_kv for request in self.requests]
+        most = [request.max_total_tokens for request in self.requests]
+        generated = [request.num_output_tokens for request in self.requests]
+        return np.array((self.lens, most, generated), np.int64) * np.array(keeps, bool)
 
     def loads(self, weights: Float[np.ndarray, " requests"]) -> Float[np.ndarray, "4 requests"]:
         """Length, squared length, weight, and slots that the prefill leaves filled, of each."""

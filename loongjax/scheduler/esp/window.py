@@ -61,14 +61,17 @@ class Window:
     def __getitem__(self, place: int) -> WaitingView:
         return self.requests[place]
 
-    def num_first_within(self, num_tokens: int, num_pages: int, num_slots: int) -> int:
-        """How many of the first in order, none of them suspect, together take no more tokens, pages and slots."""
+    def num_first_within(self, num_tokens: int, num_pages: int) -> int:
+        """How many of the first in order, none of them suspect, together take no more tokens and pages."""
         return min(
             bisect.bisect_right(self._tokens_upto, num_tokens),
             bisect.bisect_right(self._pages_upto, num_pages),
-            bisect.bisect_right(self._slots_upto, num_slots),
             self._num_before_suspects,
         )
+
+    def num_first_of_most(self, num_slots: int) -> int:
+        """How many of the first in order together take no more slots in the end."""
+        return bisect.bisect_right(self._slots_upto, num_slots)
 
     def views(self, places: Sequence[int]) -> list[WaitingView]:
         return [self.requests[place] for place in places]

@@ -35,7 +35,7 @@ def test_the_first_that_fit_together(
     requests: list[tuple[int, bool, int]], is_patient: bool, limits: tuple[int, int, int]
 ) -> None:
     window = window_of(requests, is_patient=is_patient)
-    number = window.num_first_within(*limits)
+    number = min(window.num_first_within(*limits[:2]), window.num_first_of_most(limits[2]))
 
     def fits(count: int) -> bool:
         some = window.order[:count]
