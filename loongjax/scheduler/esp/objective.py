@@ -154,7 +154,7 @@ def _urgencies(
 ) -> list[float]:
     """Decode weight over 1 / output length of each."""
     implied = TOKEN_S / implied_tpot_s
-    if not any(map(_priority, requests)) and not have_paces(requests):
+    if not any([request.priority or request.slo.tpot_s is not None for request in requests]):
         return [implied] * len(requests)
     urgencies: list[float] = []
     for request, reciprocal in zip(requests, reciprocals, strict=True):

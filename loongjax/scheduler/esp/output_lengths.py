@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import functools
 import math
 from collections.abc import Sequence
@@ -59,12 +58,15 @@ class OutputLengths:
         Where none was longer, it is taken to be half way. Asked about few requests at a time, where lists are faster
         than arrays.
         """
-        ascending, sums_from, num_known = self._sample.ascending_list, self._sample.sums_from, len(self)
+        means, longest = self._sample.means_beyond, self._sample.longest
         result: list[float] = []
         for generated, limit in zip(num_output_tokens, max_tokens, strict=True):
-            first = bisect.bisect_right(ascending, generated)
-            num_longer = num_known - first
-            guess = sums_from[first] / num_longer - generated if num_longer else float(generated or 1)
+            if generated < len(means):
+                guess = means[generated] - generated
+            elif generated < longest:
+                guess = self._sample.mean_beyond(generated) - generated
+            else:
+                guess = float(generated or 1)
             result.append(min(guess, float(limit - generated)))
         return result
 
@@ -117,19 +119,23 @@ class _Sample:
         self.ascending = np.sort(recent)
 
     @functools.cached_property
-    def ascending_list(self) -> list[int]:
-        """The same, for looking up one at a time."""
-        return self.ascending.tolist()
-
-    @functools.cached_property
     def longest(self) -> int:
         """0 if there are none."""
         return int(self.ascending[-1]) if len(self.ascending) else 0
 
+    def mean_beyond(self, num_tokens: int) -> float:
+        """The mean of those longer than so many tokens, of which there are some."""
+        return float(self._means_from[self.ascending.searchsorted(num_tokens, side="right")])
+
     @functools.cached_property
-    def sums_from(self) -> list[float]:
-        """[i]: the sum of the ascending lengths from the i-th on."""
-        return _sums_from(self.ascending).tolist()
+    def means_beyond(self) -> list[float]:
+        """[n]: the mean of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
+        return self._beyond(self._means_from)
+
+    @functools.cached_property
+    def _means_from(self) -> Float[np.ndarray, " lengths"]:
+        """[i]: the mean of the ascending lengths from the i-th on."""
+        return _sums_from(self.ascending)[:-1] / np.arange(len(self.ascending), 0, -1)
 
     @functools.cached_property
     def reciprocals_from(self) -> Float[np.ndarray, " lengths_1"]:
