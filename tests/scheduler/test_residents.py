@@ -52,9 +52,10 @@ def changes(draw: st.DrawFn) -> list[tuple[RunningView, ...]]:
     keys = places.map(lambda instances: tuple([(instance, 5 + instance) for instance in instances]))
     some = [running(f"r{order}", order, *draw(keys)) for order in draw(st.permutations(range(draw(st.integers(0, 5)))))]
     views = [tuple(some)]
-    for step in range(draw(st.integers(1, 5))):
+    for _ in range(draw(st.integers(1, 5))):
         for _ in range(draw(st.integers(0, 3))):
-            order = 10 * step + draw(st.integers(5, 9))
+            taken = {request.order for request in some}
+            order = draw(st.integers(0, 30).filter(lambda order, taken=taken: order not in taken))
             match draw(st.sampled_from(["grow", "put", "age", "come", "go", "swap"])), some:
                 case "grow", [first, *rest] if first.kv:
                     *others, (instance, count) = first.kv
@@ -65,7 +66,7 @@ def changes(draw: st.DrawFn) -> list[tuple[RunningView, ...]]:
                 case "age", [first, *rest]:
                     some = [dataclasses.replace(first, order=order), *rest]
                 case "come", _:
-                    some = [*some, running(f"r{order}", order, *draw(keys))]
+                    some = [*some, running(f"n{order}", order, *draw(keys))]
                 case "go", [_, *rest]:
                     some = rest
                 case "swap", [first, *rest]:
@@ -74,6 +75,20 @@ def changes(draw: st.DrawFn) -> list[tuple[RunningView, ...]]:
                     pass
         views.append(tuple(some))
     return views
+
+
+@given(views=changes())
+def test_residents_are_those_of_the_definition(views: list[tuple[RunningView, ...]]) -> None:
+    for view in views:
+        residents = Residents(view, NUM_INSTANCES)
+        oldest_first = sorted(view, key=lambda request: request.order)
+        for instance in range(NUM_INSTANCES):
+            those = [request for request in oldest_first if instance in dict(request.kv)]
+            assert residents.by_instance[instance] == tuple(those)
+            assert residents.num_newest[instance] == sum(request.kv[-1][0] == instance for request in those)
+        assert residents.straddling == tuple([request for request in view if len(request.kv) > 1])
+        holders = [request.max_total_tokens for request in view if request.kv]
+        assert (residents.num_requests, residents.max_total_tokens) == (len(holders), sum(holders))
 
 
 @given(views=changes())

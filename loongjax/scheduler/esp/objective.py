@@ -154,7 +154,8 @@ def _urgencies(
 ) -> list[float]:
     """Decode weight over 1 / output length of each."""
     implied = TOKEN_S / implied_tpot_s
-    if not any([request.priority or request.slo.tpot_s is not None for request in requests]):
+    are_plain = [not request.priority and request.slo.tpot_s is None for request in requests]
+    if all(are_plain):
         return [implied] * len(requests)
     urgencies: list[float] = []
     for request, reciprocal in zip(requests, reciprocals, strict=True):

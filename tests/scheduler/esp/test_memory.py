@@ -116,6 +116,9 @@ def test_what_fits_is_what_counting_step_by_step_finds_however_ample_memory_is(
     )
     memory = worst_case(view)
     candidates = list(range(len(waits)))
+    at_most = 2 * 4 * num_pages - memory.num_free
+    peak = counted_peak([-(-count // 4) * 4 for count, _ in runs], [new - 1 for _, new in runs])
+    assert at_most >= peak
     held = [-(-count // 4) * 4 for count, _ in (*runs, *waits)]
     left = [new - 1 for _, new in (*runs, *waits)]
     does_fit = counted_peak(held, left) <= 2 * 4 * num_pages

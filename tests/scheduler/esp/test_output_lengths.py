@@ -46,6 +46,20 @@ def test_what_is_left_is_the_mean_of_longer_outputs_within_the_limit(
     assert np.allclose(left, min(guess, num_more))
 
 
+@settings(max_examples=50, deadline=None)
+@given(outputs=LENGTHS, requests=st.lists(st.tuples(st.integers(0, 60), st.integers(1, 90)), max_size=6))
+def test_what_is_looked_up_is_what_is_found_otherwise(outputs: list[int], requests: list[tuple[int, int]]) -> None:
+    generated = [count for count, _ in requests]
+    limits = [count + room for count, room in requests]
+    answers = []
+    for most in (1, 20, output_lengths.MAX_LOOKED_UP):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(output_lengths, "MAX_LOOKED_UP", most)
+            lengths = learned(outputs)
+            answers.append((lengths.expected_left(generated, limits), lengths.expected_reciprocals(generated, limits)))
+    assert answers[0] == answers[1] == answers[2]
+
+
 def test_without_enough_outputs_a_request_is_taken_to_reach_its_limit():
     few = least_sample() - 1
     assert bound(learned([5] * few), 0, 1000) == 1000
