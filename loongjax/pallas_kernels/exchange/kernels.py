@@ -61,17 +61,9 @@ def reduce_kernel(
         is_there = start + place < size
         is_sent = start + place < round_up(size)
         own = tl.load(x_ptr + start + place, mask=is_there, other=0.0)
-        words = encode(own)
-        outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
-        inboxes = all_inboxes(round, group_ptr, num_ranks)
-        status = read_status(group_ptr, num_ranks)
-        messages, are_sent = (), ()
-        for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
-        for r in tl.static_range(num_ranks):
-            messages += (pointer(inboxes[r], words.dtype) + place,)
-            are_sent += (is_sent & (r != rank),)
-        received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
+        received, messages, are_sent = send_and_receive(
+            encode(own), place, is_sent, rank, counts, round, group_ptr, num_ranks
+        )
         total = tl.zeros([block], tl.float32)
         for r in tl.static_range(num_ranks):
             total += tl.where(r == rank, own, decode(received[r], dtype)).to(tl.float32)
@@ -101,17 +93,9 @@ def gather_kernel(
         is_there = start + place < size
         is_sent = start + place < round_up(size)
         own = tl.load(x_ptr + start + place, mask=is_there, other=0)
-        words = encode(own)
-        outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
-        inboxes = all_inboxes(round, group_ptr, num_ranks)
-        status = read_status(group_ptr, num_ranks)
-        messages, are_sent = (), ()
-        for i in tl.static_range(num_ranks - 1):
-            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
-        for r in tl.static_range(num_ranks):
-            messages += (pointer(inboxes[r], words.dtype) + place,)
-            are_sent += (is_sent & (r != rank),)
-        received = receive(messages, are_sent, status, round, group_ptr, num_ranks)
+        received, messages, are_sent = send_and_receive(
+            encode(own), place, is_sent, rank, counts, round, group_ptr, num_ranks
+        )
         for r in tl.static_range(num_ranks):
             x = tl.where(r == rank, own, decode(received[r], dtype))
             tl.store(out_ptr + r * size + start + place, x, mask=is_there)
@@ -164,16 +148,7 @@ def merge_kernel(
             first_row = ((rank + i + 1) % num_ranks).to(tl.int64) * num_rows
             o = tl.load(o_ptr + first_row * head_dim + element, mask=is_there, other=0.0)
             lse = tl.load(lse_ptr + first_row + row, mask=is_row)
-            unit = tl.full([block], 1.0, tl.float32)
-            if sent_dtype == tl.float16:
-                largest = tl.max(tl.abs(o), axis=1)
-                unit = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
-                o = o / unit[:, None]
-            words = encode(o.to(sent_dtype))
-            tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
-            row_words = pointer(outboxes[i] + MESSAGE_BYTES, tl.int32) + message_row * ROW_WORDS
-            tl.store(row_words, encode(lse), mask=is_row & (status == 0))
-            tl.store(row_words + 1, encode(unit), mask=is_row & (status == 0))
+            send_partials(o, lse, outboxes[i], place, is_sent & (status == 0), is_row & (status == 0), sent_dtype)
         own_lse = tl.load(lse_ptr + own_row + row, mask=is_row, other=float("-inf"))
         own_o = tl.load(o_ptr + own_row * head_dim + element, mask=is_there, other=0.0)
         messages, are_sent = (), ()
@@ -209,6 +184,40 @@ def merge_kernel(
         tl.store(merged_lse_ptr + row, merged_lse, mask=is_row)
         clear(messages, are_sent, 2 * num_ranks, round + 1 < num_rounds, group_ptr, num_ranks)
     store_counts(counts, num_rounds, group_ptr, num_ranks)
+
+
+@triton.jit
+@no_type_check
+def send_and_receive(words, place, is_sent, rank, counts, round, group_ptr, num_ranks: tl.constexpr):
+    """Sends the same words to all peers: theirs, the pointers from which they come, and which of these are sent."""
+    outboxes = all_outboxes(counts, round, group_ptr, num_ranks)
+    inboxes = all_inboxes(round, group_ptr, num_ranks)
+    status = read_status(group_ptr, num_ranks)
+    messages, are_sent = (), ()
+    for i in tl.static_range(num_ranks - 1):
+        tl.store(pointer(outboxes[i], words.dtype) + place, words, mask=is_sent & (status == 0))
+    for r in tl.static_range(num_ranks):
+        messages += (pointer(inboxes[r], words.dtype) + place,)
+        are_sent += (is_sent & (r != rank),)
+    return receive(messages, are_sent, status, round, group_ptr, num_ranks), messages, are_sent
+
+
+@triton.jit
+@no_type_check
+def send_partials(o, lse, outbox, place, is_sent, is_row_sent, sent_dtype: tl.constexpr):
+    """Sends partial outputs [rows, H] and, behind them, what is said of each row: its log-sum-exp, and the unit of its
+    output.
+    """
+    unit = tl.full([o.shape[0]], 1.0, tl.float32)
+    if sent_dtype == tl.float16:
+        largest = tl.max(tl.abs(o), axis=1)
+        unit = tl.where((largest > 0) & (largest < float("inf")), largest, 1.0)
+        o = o / unit[:, None]
+    words = encode(o.to(sent_dtype))
+    tl.store(pointer(outbox, words.dtype) + place, words, mask=is_sent)
+    row_words = pointer(outbox + MESSAGE_BYTES, tl.int32) + tl.arange(0, o.shape[0]) * ROW_WORDS
+    tl.store(row_words, encode(lse), mask=is_row_sent)
+    tl.store(row_words + 1, encode(unit), mask=is_row_sent)
 
 
 @triton.jit
