@@ -43,7 +43,10 @@ from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.output_lengths import WINDOW
 from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.observation import RequestEnded
-from loongjax.scheduler.view import ClusterView, FlightView, InstanceView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.residents import Residents
+from loongjax.scheduler.view import ClusterView, FlightView, InstanceView
+from loongjax.scheduler.waiting import Waiting
 from loongjax_profiling.provenance import checked_out_commit
 
 LLAMA3_8B = ModelShape(
@@ -141,6 +144,8 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
                 slo=ServiceLevel(ttft_s=case.ttft_slo_s),
             )
         )
+    queue = Waiting(waiting)
+    assert queue.table.shape[1] == case.num_waiting, "an engine keeps it up to date"
     return ClusterView(
         shape=shape,
         instances=tuple(
@@ -152,8 +157,8 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
             )
             for instance in range(case.num_instances)
         ),
-        waiting=tuple(waiting),
-        running=tuple(running),
+        waiting=queue,
+        residents=Residents.of(running, case.num_instances),
         max_num_batched_tokens=65_536,
         max_num_seqs=256,
         now_s=NOW_S,
@@ -180,22 +185,21 @@ def _flights(case: Case, running: list[RunningView]) -> tuple[FlightView, ...]:
 
 def a_step_before(view: ClusterView, num_new: int = 0) -> ClusterView:
     """The same when those who are idle now had a token less, and so many of those who wait had not come yet."""
-    running = []
+    news: dict[str, RunningView | None] = {}
     for request in view.running:
-        if request.is_in_flight or request.num_output_tokens < 2:
-            running.append(request)
-            continue
-        ((instance, num_tokens),) = request.kv
-        running.append(
-            dataclasses.replace(
-                request,
+        if not request.is_in_flight and request.num_output_tokens > 1:
+            ((instance, num_tokens),) = request.kv
+            news[request.request_id] = request._replace(
                 num_tokens=num_tokens - 1,
                 num_output_tokens=request.num_output_tokens - 1,
                 kv=((instance, num_tokens - 1),),
             )
-        )
-    waiting = view.waiting[: len(view.waiting) - num_new] if num_new else view.waiting
-    return dataclasses.replace(view, running=tuple(running), waiting=waiting, now_s=view.now_s - 0.01)
+    return dataclasses.replace(
+        view,
+        residents=view.residents.after(news, ()),
+        waiting=Waiting(view.waiting[:-num_new]) if num_new else view.waiting,
+        now_s=view.now_s - 0.01,
+    )
 
 
 def while_nobody_is_idle(view: ClusterView) -> ClusterView:

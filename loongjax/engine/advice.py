@@ -71,7 +71,7 @@ class Advice:
         Where something else would, that is remembered; where nobody is left, nobody is asked.
         """
         view = self._snapshot(as_if_over=flight)
-        if not (view.running or view.waiting):
+        if not (len(view.residents) or view.waiting):
             return False
         iteration_id = flight.iteration.iteration_id
         known = self._rehearsals.get(iteration_id)
@@ -105,7 +105,7 @@ class Advice:
             limits=self._runtime.limits,
             kv_cache=state.kv_cache,
             waiting=state.waiting,
-            live=state.live,
+            roster=state.roster,
             flights=state.flights,
             now_s=self._runtime.now_s(),
             as_if_over=as_if_over,

@@ -51,6 +51,7 @@ class Departure:
             continues=isinstance(plan, Decode) and state.flights.continues(plan),
         )
         self._num_submitted += 1
+        state.roster.note(flight.requests)
         for live in flight.requests:
             live.num_in_flight += 1
             if isinstance(plan, Prefill | Extend) and live in state.waiting:

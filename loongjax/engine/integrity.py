@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from loongjax.engine.state import EngineState
+from loongjax.scheduler.residents import Residents
+from loongjax.scheduler.waiting import Waiting
 
 
 def check_state(state: EngineState) -> None:
@@ -20,6 +24,19 @@ def check_state(state: EngineState) -> None:
     for request_id, request in state.live.items():
         assert request.num_in_flight == num_in_flight[request_id], request_id
         assert request_id not in waiting_ids or request.num_in_flight == 0, request_id
+    _check_roster(state)
+    views = state.waiting.views()
+    assert np.array_equal(views.table, Waiting(views).table), "the queue's table is out of date"
+
+
+def _check_roster(state: EngineState) -> None:
+    """Asserts that nobody has forgotten to tell the roster of a change."""
+    residents = state.roster.residents()
+    for request in residents.running:
+        now = state.live[request.request_id].running_view(state.kv_cache.local_lens(request.request_id))
+        assert request == now, f"{request} is out of date: {now}"
+    assert sorted(request.request_id for request in residents.running) == sorted(state.kv_cache.request_ids)
+    assert residents == Residents.of(residents.running, state.shape.num_instances), "somebody is elsewhere"
 
 
 def lost_when_idle(state: EngineState) -> str | None:

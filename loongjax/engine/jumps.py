@@ -23,6 +23,7 @@ from loongjax.core.plan import Decode
 from loongjax.engine.binding import Flight
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import JumpingRuntime
+from loongjax.scheduler.request_view import RunningView
 from loongjax.scheduler.view import ClusterView
 
 MAX_STEPS = 4096
@@ -103,24 +104,25 @@ def foresee(view: ClusterView, decode: Decode, num_tokens: int) -> ClusterView:
     """A view in which every request of the decode has generated so many tokens more, all on its master."""
     names = set(decode.request_ids)
     num_pages = dict.fromkeys(decode.group.instances, 0)
-    running = list(view.running)
-    for index, request in enumerate(running):
-        if request.request_id in names:
-            *others, (master, num_held) = request.kv
-            grown = num_held + num_tokens
-            num_pages[master] += view.shape.num_pages_for(grown) - view.shape.num_pages_for(num_held)
-            running[index] = dataclasses.replace(
-                request,
-                num_tokens=request.num_tokens + num_tokens,
-                num_output_tokens=request.num_output_tokens + num_tokens,
-                kv=(*others, (master, grown)),
-            )
+    news: dict[str, RunningView | None] = {}
+    for instance in decode.group.instances:
+        for request in view.residents.local[instance].newest:
+            if request.request_id in names:
+                *others, (master, num_held) = request.kv
+                grown = num_held + num_tokens
+                num_pages[master] += view.shape.num_pages_for(grown) - view.shape.num_pages_for(num_held)
+                news[request.request_id] = request._replace(
+                    num_tokens=request.num_tokens + num_tokens,
+                    num_output_tokens=request.num_output_tokens + num_tokens,
+                    kv=(*others, (master, grown)),
+                )
     instances = list(view.instances)
     for instance in decode.group.instances:
         before = instances[instance]
         num_free = before.num_free_pages - num_pages[instance]
         instances[instance] = dataclasses.replace(before, num_free_pages=num_free)
-    return dataclasses.replace(view, running=tuple(running), instances=tuple(instances))
+    residents = view.residents.after(news, decode.group.instances)
+    return dataclasses.replace(view, residents=residents, instances=tuple(instances))
 
 
 def _has_pages(flight: Flight, kv_cache: KVCache, num_steps: int) -> bool:

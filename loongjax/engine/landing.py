@@ -62,6 +62,7 @@ class Landing:
             return
         if flight.is_void:
             return
+        self._state.roster.note(flight.requests)
         for live in flight.requests:
             live.num_in_flight -= not live.has_ended
         if completion.error is not None:
@@ -73,6 +74,7 @@ class Landing:
 
     def _pass_steps(self, flight: Flight, completion: Completion) -> None:
         """Takes in steps of a decode that is in the next one now."""
+        self._state.roster.note(flight.requests)
         self._grow(flight, completion.num_steps)
         self._succeed(flight, completion)
         flight.pass_steps(completion.num_steps, flight.submitted_s + completion.elapsed_s)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.request import Phase, Request, Timings
-from loongjax.scheduler.view import RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
 
 
 class LiveRequest:
@@ -144,6 +142,7 @@ class LiveRequest:
             or view.is_in_flight != is_in_flight
             or view.num_output_tokens != num_output_tokens
             or view.is_suspect != is_suspect
+            or view.first_token_s != self._first_token_s
         ):
             num_held = sum([num_held for _, num_held in kv])
             view = self._running_view = RunningView(
@@ -162,48 +161,3 @@ class LiveRequest:
                 slo=self.request.slo,
             )
         return view
-
-
-class WaitingQueue:
-    """Requests by priority, then in order of arrival. One that was preempted comes back to its old place."""
-
-    def __init__(self) -> None:
-        self._requests: list[LiveRequest] = []
-        self._views: list[WaitingView] = []
-        self._snapshot: tuple[WaitingView, ...] | None = ()
-
-    def __len__(self) -> int:
-        return len(self._requests)
-
-    def __iter__(self) -> Iterator[LiveRequest]:
-        return iter(self._requests)
-
-    def __contains__(self, live: LiveRequest) -> bool:
-        index = self._index(live)
-        return index < len(self._requests) and self._requests[index] is live
-
-    def add(self, live: LiveRequest) -> None:
-        assert live not in self, live.request_id
-        index = self._index(live)
-        self._requests.insert(index, live)
-        self._views.insert(index, live.waiting_view())
-        self._snapshot = None
-
-    def remove(self, live: LiveRequest) -> None:
-        assert live in self, live.request_id
-        index = self._index(live)
-        del self._requests[index], self._views[index]
-        self._snapshot = None
-
-    def views(self) -> tuple[WaitingView, ...]:
-        """In queue order; the same tuple until the queue changes."""
-        if self._snapshot is None:
-            self._snapshot = tuple(self._views)
-        return self._snapshot
-
-    def _index(self, live: LiveRequest) -> int:
-        return bisect.bisect_left(self._requests, _place(live), key=_place)
-
-
-def _place(live: LiveRequest) -> tuple[int, int]:
-    return live.request.priority, live.order

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from loongjax.core.cluster import ClusterShape, InstanceId
 from loongjax.core.plan import Prefill
 from loongjax.engine.binding import Flight
-from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.engine.roster import Roster
+from loongjax.engine.waiting_queue import WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax.scheduler.view import ClusterView, InstanceView
@@ -20,7 +21,7 @@ def take_snapshot(
     limits: RuntimeLimits,
     kv_cache: KVCache,
     waiting: WaitingQueue,
-    live: Mapping[str, LiveRequest],
+    roster: Roster,
     flights: Iterable[Flight],
     now_s: float,
     as_if_over: Flight | None = None,
@@ -32,13 +33,11 @@ def take_snapshot(
     """
     aloft = [flight for flight in flights if flight is not as_if_over]
     busy = {instance: isinstance(flight.plan, Prefill) for flight in aloft for instance in flight.group.instances}
-    requests = as_if_over.requests if as_if_over is not None else ()
-    landed = {request.request_id for request in requests}
-    ended = {request.request_id for request in requests if request.num_tokens_left <= 0}
     num_free_pages = kv_cache.all_free_pages()
-    for request_id in ended:
-        for instance, num_held in kv_cache.local_lens(request_id):
-            num_free_pages[instance] += shape.num_pages_for(num_held)
+    for request in as_if_over.requests if as_if_over is not None else ():
+        if request.num_tokens_left <= 0:
+            for instance, num_held in kv_cache.local_lens(request.request_id):
+                num_free_pages[instance] += shape.num_pages_for(num_held)
     return ClusterView(
         shape=shape,
         instances=tuple(
@@ -48,13 +47,7 @@ def take_snapshot(
             ]
         ),
         waiting=waiting.views(),
-        running=tuple(
-            [
-                live[request_id].running_view(kv, int(request_id in landed))
-                for request_id, kv in kv_cache.all_local_lens()
-                if request_id not in ended
-            ]
-        ),
+        residents=roster.residents() if as_if_over is None else roster.residents_after(as_if_over),
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         now_s=now_s,

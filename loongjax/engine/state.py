@@ -5,7 +5,9 @@ from __future__ import annotations
 from loongjax.core.cluster import ClusterShape, InstanceId
 from loongjax.core.request import Request
 from loongjax.engine.flights import Flights
-from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.engine.live_request import LiveRequest
+from loongjax.engine.roster import Roster
+from loongjax.engine.waiting_queue import WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
 
 
@@ -17,6 +19,8 @@ class EngineState:
         self.live: dict[str, LiveRequest] = {}
         """By request id."""
         self.waiting = WaitingQueue()
+        self.roster = Roster(self.kv_cache, self.live)
+        """Is told of all that changes of running requests, here or elsewhere."""
         self.flights = Flights()
         self._num_accepted = 0
 
@@ -32,7 +36,7 @@ class EngineState:
     @property
     def has_request_out_of_flight(self) -> bool:
         """Whether some live request, waiting or running, takes part in nothing that is in flight."""
-        return any(live.num_in_flight == 0 for live in self.live.values())
+        return bool(len(self.waiting)) or any(live.num_in_flight == 0 for live in self.live.values())
 
     def accept(self, request: Request, now_s: float) -> None:
         """A request joins the queue, behind all that were accepted before it with its priority."""
@@ -43,6 +47,7 @@ class EngineState:
 
     def requeue(self, live: LiveRequest) -> None:
         """Gives up a request's keys; it is recomputed with the tokens it has, before all that arrived after it."""
+        self.roster.note([live])
         self.kv_cache.release(live.request_id)
         self.flights.leave_out(live)
         live.num_in_flight = 0
@@ -51,6 +56,7 @@ class EngineState:
     def forget(self, live: LiveRequest) -> None:
         """A request is over, wherever it was. Its pages are free; iterations in flight may still name them."""
         live.has_ended = True
+        self.roster.note([live])
         del self.live[live.request_id]
         if live.request_id in self.kv_cache:
             self.kv_cache.release(live.request_id)

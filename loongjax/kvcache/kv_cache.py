@@ -60,10 +60,6 @@ class KVCache:
         """
         return self._requests[request_id].local_lens
 
-    def all_local_lens(self) -> list[tuple[str, tuple[tuple[InstanceId, int], ...]]]:
-        """(request id, its `local_lens`) for every request."""
-        return [(request_id, request.local_lens) for request_id, request in self._requests.items()]
-
     def intervals(self, request_id: str) -> tuple[TokenInterval, ...]:
         """Which token lies where: in local order on each instance."""
         return tuple(

@@ -7,7 +7,7 @@ import dataclasses
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.queue import oldest_first
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 
 
 @dataclasses.dataclass

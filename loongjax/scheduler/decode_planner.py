@@ -11,7 +11,7 @@ from loongjax.scheduler.decode_rules import DecodeRules
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.queue import oldest_first
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 
 
 class DecodePlanner:

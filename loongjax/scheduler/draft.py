@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill, PrefillRequest, SubBatch
-from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import ClusterView, RunningView
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.view import ClusterView
 
 
 class Draft:
@@ -17,10 +17,9 @@ class Draft:
     Args:
         view: the cluster.
         growth_tokens: tokens of room that a running request is promised where its newest token lies.
-        residents: the view's; None: they are found.
     """
 
-    def __init__(self, view: ClusterView, growth_tokens: int, residents: Residents | None = None) -> None:
+    def __init__(self, view: ClusterView, growth_tokens: int) -> None:
         self.view = view
         self.shape = view.shape
         self.free = [instance.num_free_pages for instance in view.instances]
@@ -31,13 +30,11 @@ class Draft:
         """Instances that will be busy for long, those of this answer's prefills included."""
         self.decoding = {instance.instance for instance in view.instances if instance.is_busy} - self.prefilling
         """Instances that will be idle soon."""
-        residents = Residents(view.running, len(view.instances)) if residents is None else residents
-        assert residents.running is view.running, "of another view"
-        self.residents = residents.by_instance.copy()
+        self.residents = [local.requests for local in view.residents.local]
         """Requests with keys on an instance, oldest first."""
-        self.straddling = residents.straddling
-        """Requests with keys on more than one instance."""
-        self.num_newest = residents.num_newest.copy()
+        self.straddling = view.residents.straddling
+        """Requests with keys on more than one instance, oldest first."""
+        self.num_newest = [len(local.newest) for local in view.residents.local]
         """Requests whose newest token lies on an instance."""
         self.has_prefills = False
         """Whether this answer starts a prefill."""

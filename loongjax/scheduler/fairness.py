@@ -7,7 +7,8 @@ import copy
 from collections.abc import Iterable, Sequence
 
 from loongjax.core.cluster import InstanceId
-from loongjax.scheduler.view import RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.residents import Residents
 
 _PRUNE_SLACK = 64
 """Requests that are remembered beyond twice those that live before the dead are looked for."""
@@ -42,7 +43,7 @@ class Fairness:
         """Whether a running request has let enough prefills pass."""
         return self._num_prefills_passed[request.request_id] >= self._max_prefills_before_decode
 
-    def barred_instances(self, running: Iterable[RunningView], num_instances: int) -> set[InstanceId]:
+    def barred_instances(self, residents: Residents) -> set[InstanceId]:
         """Instances on which no prefill may start, because an overdue request needs them for its next token.
 
         All of them, if what an overdue request lacks is a page, which prefills would take.
@@ -51,10 +52,10 @@ class Fairness:
         late = {name for name, count in self._num_prefills_passed.items() if count >= limit}
         barred: set[InstanceId] = set()
         if late:
-            for request in running:
+            for request in residents.running:
                 if request.request_id in late and not request.is_in_flight:
                     if request.request_id in self._starved:
-                        return set(range(num_instances))
+                        return set(range(len(residents.local)))
                     barred.update(instance for instance, _ in request.kv)
         return barred
 
@@ -95,13 +96,13 @@ class Fairness:
     def note_migrated(self, request: RunningView) -> None:
         self._migrated_at[request.request_id] = request.num_tokens
 
-    def prune(self, running: Sequence[RunningView], waiting: Sequence[WaitingView]) -> None:
+    def prune(self, residents: Residents, waiting: Sequence[WaitingView]) -> None:
         """Forgets requests that are gone, once enough has been gathered to make it worth while."""
         memories = (self._num_prefills_passed, self._num_overtakes, self._migrated_at)
         most = max(len(self._starved), *map(len, memories))
-        if most <= 2 * (len(running) + len(waiting)) + _PRUNE_SLACK:
+        if most <= 2 * (len(residents) + len(waiting)) + _PRUNE_SLACK:
             return
-        live = {request.request_id for request in running} | {request.request_id for request in waiting}
+        live = {request.request_id for request in residents.running} | {request.request_id for request in waiting}
         for memory in memories:
             for request_id in memory.keys() - live:
                 del memory[request_id]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import PrefillRequest, TokenInterval
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.request_view import WaitingView
 
 
 @dataclasses.dataclass

@@ -6,7 +6,7 @@ import bisect
 import operator
 from collections.abc import Iterable, Sequence
 
-from loongjax.scheduler.view import RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
 
 
 def priority_classes(waiting: Sequence[WaitingView]) -> list[tuple[int, int]]:

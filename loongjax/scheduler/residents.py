@@ -1,99 +1,166 @@
-"""Which requests have keys on which instance, followed from one picture of the cluster to the next."""
+"""Which running requests have keys on which instance, followed from one picture of the cluster to the next."""
 
 from __future__ import annotations
 
 import functools
 import itertools
-import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Int
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.queue import order_of
-from loongjax.scheduler.view import RunningView
-
-_NO_HOME: InstanceId = -1
+from loongjax.scheduler.request_view import RunningView
 
 
-class Residents:
-    """The running requests of a view, by instance. A value: what has changed makes another one.
+class LocalRequests:
+    """Those with keys on one instance. A value, the same in all pictures for as long as nothing about them changes.
 
     Args:
-        running: those of the view.
-        num_instances: the cluster's.
+        instance: that one.
+        requests: those, oldest first.
     """
 
-    def __init__(self, running: tuple[RunningView, ...], num_instances: int) -> None:
-        self.running = running
-        self._homes = _homes(running)
-        by_instance: list[list[RunningView]] = [[] for _ in range(num_instances)]
-        homeless: list[RunningView] = []
-        for request, home in zip(running, self._homes, strict=True):
-            (by_instance[home] if home != _NO_HOME else homeless).append(request)
-        self.num_newest = list(map(len, by_instance))
-        """Those whose newest token lies on each instance."""
-        self.straddling: tuple[RunningView, ...] = tuple([request for request in homeless if request.kv])
-        """Requests with keys on more than one instance."""
-        for request in self.straddling:
-            for instance, _ in request.kv:
-                by_instance[instance].append(request)
-            self.num_newest[request.kv[-1][0]] += 1
-        self.by_instance = list(map(_oldest_first, by_instance))
-        """Those with keys on each instance, oldest first."""
+    def __init__(self, instance: InstanceId, requests: tuple[RunningView, ...] = ()) -> None:
+        self.instance = instance
+        self.requests = requests
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, LocalRequests) and (self.instance, self.requests) == (other.instance, other.requests)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.instance, self.requests))
 
     @functools.cached_property
-    def num_requests(self) -> int:
-        """Those with keys anywhere."""
-        return len(self.running) - self._homes.count(_NO_HOME) + len(self.straddling)
+    def straddling(self) -> tuple[RunningView, ...]:
+        """Those that have keys elsewhere, too."""
+        return tuple([request for request in self.requests if len(request.kv) > 1])
+
+    @functools.cached_property
+    def newest(self) -> tuple[RunningView, ...]:
+        """Those whose newest token lies here."""
+        if not self.straddling:
+            return self.requests
+        return tuple([request for request in self.requests if request.kv[-1][0] == self.instance])
 
     @functools.cached_property
     def max_total_tokens(self) -> int:
-        """What those with keys may become together."""
-        return sum([request.max_total_tokens for request in self.running if request.kv])
+        """What the `newest` may become together."""
+        return sum([request.max_total_tokens for request in self.newest])
 
-    def after(self, running: tuple[RunningView, ...]) -> Residents:
-        """Those of the next view of the same cluster.
-
-        Views are made anew only if something changed, and mostly that is a token more of those that have just decoded:
-        the others are not even looked at.
-        """
-        before = self.running
-        if running is before:
-            return self
-        if len(running) != len(before):
-            return Residents(running, len(self.by_instance))
-        is_new = list(map(operator.is_not, before, running))
-        changed = list(itertools.compress(running, is_new))
-        homes = _homes(changed)
-        is_as_before = (
-            _NO_HOME not in homes
-            and homes == list(itertools.compress(self._homes, is_new))
-            and _orders(changed) == _orders(list(itertools.compress(before, is_new)))
+    @functools.cached_property
+    def columns(self) -> Int[np.ndarray, "3 newest"]:
+        """Of the `newest` the tokens with keys, the most tokens ever, and the generated tokens that have keys: at rest,
+        all but the last."""
+        return np.array(
+            (
+                [request.num_tokens for request in self.newest],
+                [request.max_total_tokens for request in self.newest],
+                [request.num_output_tokens - (not request.is_in_flight) for request in self.newest],
+            ),
+            np.int64,
         )
-        if not is_as_before:
-            return Residents(running, len(self.by_instance))
-        following = object.__new__(Residents)
-        following.__dict__.update(self.__dict__)
-        following.running, following.by_instance = running, self.by_instance.copy()
-        for instance in set(homes):
-            news = {request.order: request for request, home in zip(changed, homes, strict=True) if home == instance}
-            following.by_instance[instance] = tuple(
-                [news.get(request.order, request) for request in self.by_instance[instance]]
-            )
-        return following
 
 
-def _oldest_first(requests: list[RunningView]) -> tuple[RunningView, ...]:
-    return tuple(sorted(requests, key=order_of))
+class Residents:
+    """All running requests. A value: what has changed makes another one.
+
+    Args:
+        local: those with keys on each instance.
+        keyless: those without keys anywhere, oldest first.
+    """
+
+    def __init__(self, local: Sequence[LocalRequests], keyless: tuple[RunningView, ...] = ()) -> None:
+        self.local = tuple(local)
+        self.keyless = keyless
+
+    @classmethod
+    def of(cls, running: Iterable[RunningView], num_instances: int) -> Residents:
+        """These, in a cluster of so many instances."""
+        nobody = cls([LocalRequests(instance) for instance in range(num_instances)])
+        return nobody.after({request.request_id: request for request in running}, ())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Residents) and (self.local, self.keyless) == (other.local, other.keyless)
+
+    def __hash__(self) -> int:
+        return hash((self.local, self.keyless))
+
+    def __len__(self) -> int:
+        """How many requests there are."""
+        return self.num_requests + len(self.keyless)
+
+    @functools.cached_property
+    def num_requests(self) -> int:
+        """Those with keys."""
+        return sum([len(local.newest) for local in self.local])
+
+    @functools.cached_property
+    def running(self) -> tuple[RunningView, ...]:
+        """Each once, in any order."""
+        return (*itertools.chain.from_iterable([local.newest for local in self.local]), *self.keyless)
+
+    @functools.cached_property
+    def straddling(self) -> tuple[RunningView, ...]:
+        """Those with keys on more than one instance, oldest first."""
+        found = {request.order: request for local in self.local for request in local.straddling}
+        return tuple([found[order] for order in sorted(found)])
+
+    @property
+    def max_total_tokens(self) -> int:
+        """What those with keys may become together."""
+        return sum([local.max_total_tokens for local in self.local])
+
+    @property
+    def columns(self) -> Int[np.ndarray, "3 requests"]:
+        """Those of `LocalRequests`, of all requests with keys."""
+        return np.concatenate([local.columns for local in self.local], axis=1)
+
+    def is_anybody_older(self, order: int) -> bool:
+        """Whether any of them came before the request of that order."""
+        first = [local.requests[0] for local in self.local if local.requests]
+        return any(request.order < order for request in itertools.chain(first, self.keyless[:1]))
+
+    def after(self, news: Mapping[str, RunningView | None], left: Iterable[InstanceId]) -> Residents:
+        """These when something has changed.
+
+        Args:
+            news: by request id, whoever has changed or come as it is now; None if it runs no more.
+            left: every instance that had keys of anybody among them.
+        """
+        come: dict[InstanceId, list[RunningView]] = {instance: [] for instance in left}
+        keyless: list[RunningView] = []
+        for request in news.values():
+            if request is not None:
+                for instance, _ in request.kv:
+                    come.setdefault(instance, []).append(request)
+                if not request.kv:
+                    keyless.append(request)
+        if keyless or self.keyless:
+            keyless = _merged(self.keyless, news, keyless)
+        return self.with_local(
+            [
+                LocalRequests(instance, tuple(_merged(self.local[instance].requests, news, requests)))
+                for instance, requests in come.items()
+            ],
+            tuple(keyless),
+        )
+
+    def with_local(self, changed: Iterable[LocalRequests], keyless: tuple[RunningView, ...] | None = None) -> Residents:
+        """With others on some instances, and others without keys; None: the same."""
+        local = list(self.local)
+        for requests in changed:
+            local[requests.instance] = requests
+        return Residents(local, self.keyless if keyless is None else keyless)
 
 
-def _orders(running: Sequence[RunningView]) -> list[int]:
-    return [request.order for request in running]
-
-
-def _homes(running: Sequence[RunningView]) -> list[InstanceId]:
-    """The only instance with keys of each; none if there are several or no keys."""
-    keys = [request.kv for request in running]
-    try:
-        return [instance for ((instance, _),) in keys]
-    except ValueError:
-        return [kv[0][0] if len(kv) == 1 else _NO_HOME for kv in keys]
+def _merged(
+    requests: Sequence[RunningView], news: Mapping[str, RunningView | None], come: list[RunningView]
+) -> list[RunningView]:
+    """Those of the requests that are not news, and who has come, oldest first."""
+    merged = come + [request for request in requests if request.request_id not in news]
+    merged.sort(key=order_of)
+    return merged

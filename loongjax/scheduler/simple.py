@@ -51,5 +51,5 @@ class SimplePolicy:
             PrefillPlanner(draft, self._config, self._fairness).plan()
         if draft.idle:
             DecodePlanner(draft, ThresholdRules(self._config), self._fairness).plan()
-        self._fairness.prune(view.running, view.waiting)
+        self._fairness.prune(view.residents, view.waiting)
         return draft.plans

@@ -9,8 +9,8 @@ from loongjax.core.cluster import Group, InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.placement import Shelf, place_keys
+from loongjax.scheduler.request_view import RunningView, WaitingView
 from loongjax.scheduler.simple_config import SimplePolicyConfig
-from loongjax.scheduler.view import RunningView, WaitingView
 
 
 @dataclasses.dataclass
@@ -73,7 +73,7 @@ class PrefillPlanner:
         senior = self._senior()
         if senior is not None and not self._try(senior, is_senior=True, is_first=True):
             first_left = senior
-        self._bar(self._fairness.barred_instances(self._view.running, self._draft.shape.num_instances))
+        self._bar(self._fairness.barred_instances(self._view.residents))
         if self._vacant or self._occupied or self._batches:
             first_left = self._plan_others(senior, first_left)
         if first_left is not None and any(
@@ -101,8 +101,7 @@ class PrefillPlanner:
         if not self._view.waiting:
             return None
         oldest = min(self._view.waiting, key=lambda request: request.order)
-        is_senior = all(request.order > oldest.order for request in self._view.running)
-        return oldest if is_senior else None
+        return None if self._view.residents.is_anybody_older(oldest.order) else oldest
 
     def _try(self, request: WaitingView, *, is_senior: bool, is_first: bool) -> bool:
         need = self._need(request, is_senior=is_senior)

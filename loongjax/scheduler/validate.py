@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill, PrefillRequest
-from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView
 
 
 def check_plan(view: ClusterView, plans: Sequence[Plan]) -> None:

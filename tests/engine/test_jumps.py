@@ -10,8 +10,10 @@ from loongjax.core.sampling import SamplingParams
 from loongjax.engine.binding import Flight, bind
 from loongjax.engine.flights import Flights
 from loongjax.engine.jumps import Surroundings, foresee, longest_jump
-from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.engine.live_request import LiveRequest
+from loongjax.engine.roster import Roster
 from loongjax.engine.snapshot import take_snapshot
+from loongjax.engine.waiting_queue import WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax.scheduler.view import ClusterView
@@ -55,12 +57,14 @@ class Decoding:
 
     def view(self) -> ClusterView:
         """As if the decode were over."""
+        roster = Roster(self.kv_cache, self.live)
+        roster.note(self.live.values())
         return take_snapshot(
             shape=self.shape,
             limits=LIMITS,
             kv_cache=self.kv_cache,
             waiting=WaitingQueue(),
-            live=self.live,
+            roster=roster,
             flights=self.flights,
             now_s=1.0,
             as_if_over=self.flight,

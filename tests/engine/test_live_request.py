@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import numpy as np
 import pytest
 
 from loongjax.core.request import Phase
-from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.engine.live_request import LiveRequest
 from tests.engine.cluster import Cluster
 
 PREFILL = Phase("prefill", (0, 1), (0,), 8)
@@ -133,20 +131,3 @@ def test_a_step_that_counts_as_over_has_given_its_token() -> None:
     request.num_in_flight = 1
     view = request.running_view(((0, 8),), num_landed=1)
     assert (view.is_in_flight, view.num_output_tokens) == (False, 1)
-
-
-def test_the_queue_is_by_priority_and_then_by_age() -> None:
-    base = Cluster().request("a", 8, 20)
-    queue = WaitingQueue()
-    places = {"old": (0, 1), "urgent": (-1, 3), "young": (0, 2), "patient": (5, 0)}
-    lives = {
-        name: LiveRequest(dataclasses.replace(base, request_id=name, priority=priority), order, 0.0)
-        for name, (priority, order) in places.items()
-    }
-    for live_request in lives.values():
-        queue.add(live_request)
-    assert [view.request_id for view in queue.views()] == ["urgent", "old", "young", "patient"]
-    queue.remove(lives["old"])
-    assert lives["old"] not in queue
-    queue.add(lives["old"])
-    assert [view.request_id for view in queue.views()] == ["urgent", "old", "young", "patient"]

@@ -9,8 +9,10 @@ from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.binding import Flight
 from loongjax.engine.flights import Flights
-from loongjax.engine.live_request import LiveRequest, WaitingQueue
+from loongjax.engine.live_request import LiveRequest
+from loongjax.engine.roster import Roster
 from loongjax.engine.snapshot import take_snapshot
+from loongjax.engine.waiting_queue import WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax.scheduler.view import ClusterView
@@ -27,6 +29,8 @@ class Scene:
         self.kv_cache.keep("a", [TokenInterval(2, 0, 6)])
         request = Request(request_id="a", prompt_token_ids=(0,) * 6, sampling=SamplingParams(), max_tokens=10, seed=0)
         self.live = {"a": LiveRequest(request, 0, 0.0)}
+        self.roster = Roster(self.kv_cache, self.live)
+        self.roster.note(self.live.values())
         self.flights = Flights()
         self.flights.depart(Flight(RecoverIteration(0, Group.of([1])), None, ()), now_s=1.0)
 
@@ -36,7 +40,7 @@ class Scene:
             limits=LIMITS,
             kv_cache=self.kv_cache,
             waiting=WaitingQueue(),
-            live=self.live,
+            roster=self.roster,
             flights=self.flights,
             now_s=now_s,
         )
@@ -64,6 +68,7 @@ def test_what_changes_is_shown_anew_and_old_pictures_stay_as_they_were() -> None
     (flight,) = scene.flights
     flight.started_s = 2.5
     scene.kv_cache.append_more("a", 3)
+    scene.roster.note(scene.live.values())
     second = scene.picture(3.0)
     assert (first.flights[0].started_s, second.flights[0].started_s) == (1.0, 2.5)
     assert (first.running[0].num_tokens, second.running[0].num_tokens) == (6, 9)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component, find_components
 from loongjax.scheduler.draft import Draft
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 from tests.scheduler.views import cluster, running
 
 NUM_INSTANCES = 5

@@ -2,6 +2,7 @@
 
 from loongjax.core.plan import Decode, Prefill
 from loongjax.scheduler.fairness import Fairness
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.simple import SimplePolicy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 from tests.scheduler.views import cluster, running, waiting
@@ -55,6 +56,6 @@ def test_the_dead_are_forgotten_in_time():
     for i in range(1000):
         memory.note_migrated(running(f"r{i}", i, (0, 4)))
         memory.note_migrated(alive)
-        memory.prune([alive], [])
+        memory.prune(Residents.of([alive], 1), [])
         assert memories(memory) <= 2 + 64
     assert not memory.may_migrate(alive, 10)

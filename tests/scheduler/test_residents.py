@@ -1,100 +1,102 @@
-"""Who has keys where is the same whether it is followed from view to view or found anew."""
+"""Who has keys where is the same whether it is followed from change to change or found anew."""
 
 from __future__ import annotations
-
-import dataclasses
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.residents import LocalRequests, Residents
 from tests.scheduler.views import running
 
 NUM_INSTANCES = 3
 
 
-def described(residents: Residents) -> dict[str, object]:
-    names = ("by_instance", "straddling", "num_newest", "num_requests", "max_total_tokens")
-    return {name: getattr(residents, name) for name in names}
-
-
 def test_residents_by_hand() -> None:
     young, old = running("young", 2, (0, 7), max_new_tokens=3), running("old", 1, (0, 4), (2, 5), max_new_tokens=10)
-    residents = Residents((young, old), NUM_INSTANCES)
-    assert residents.by_instance == [(old, young), (), (old,)]
+    residents = Residents.of((young, old), NUM_INSTANCES)
+    assert [local.requests for local in residents.local] == [(old, young), (), (old,)]
+    assert [local.newest for local in residents.local] == [(young,), (), (old,)]
     assert residents.straddling == (old,)
-    assert residents.num_newest == [1, 0, 1]
-    assert (residents.num_requests, residents.max_total_tokens) == (2, 10 + 19)
+    assert residents.running == (young, old)
+    assert (len(residents), residents.num_requests, residents.max_total_tokens) == (2, 2, 10 + 19)
+    assert residents.is_anybody_older(2)
+    assert not residents.is_anybody_older(1)
 
 
-def test_a_request_without_keys_is_nowhere() -> None:
-    residents = Residents((running("partly", 0),), NUM_INSTANCES)
-    assert residents.by_instance == [()] * NUM_INSTANCES
+def test_a_request_without_keys_is_on_no_instance() -> None:
+    request = running("partly", 5)
+    residents = Residents.of((request,), NUM_INSTANCES)
+    assert not any(local.requests for local in residents.local)
     assert residents.num_requests == residents.max_total_tokens == 0
+    assert (residents.keyless, residents.running, len(residents)) == ((request,), (request,), 1)
+    assert residents.is_anybody_older(6)
+
+
+def test_columns_count_the_generated_tokens_that_have_keys() -> None:
+    """Of a request at rest the newest has none."""
+    requests = (
+        running("rests", 0, (1, 7), num_output_tokens=3, max_new_tokens=10),
+        running("flies", 1, (1, 8), num_output_tokens=3, max_new_tokens=20, is_in_flight=True),
+    )
+    assert Residents.of(requests, NUM_INSTANCES).columns.tolist() == [[7, 8], [17, 28], [2, 3]]
+    assert Residents.of((), NUM_INSTANCES).columns.shape == (3, 0)
 
 
 def test_what_has_not_changed_is_shared() -> None:
-    views = tuple([running(f"r{order}", order, (order % 2, 5)) for order in range(4)])
-    residents = Residents(views, NUM_INSTANCES)
-    assert residents.after(views) is residents
-    grown = dataclasses.replace(views[1], kv=((1, 6),), num_tokens=6)
-    following = residents.after((views[0], grown, *views[2:]))
-    assert following.by_instance[0] is residents.by_instance[0]
-    assert following.by_instance[1] == (grown, views[3])
-    assert residents.by_instance[1] == (views[1], views[3])
+    views = [running(f"r{order}", order, (order % 2, 5)) for order in range(4)]
+    residents = Residents.of(views, NUM_INSTANCES)
+    grown = views[1]._replace(kv=((1, 6),), num_tokens=6)
+    following = residents.after({"r1": grown}, [1])
+    assert following.local[0] is residents.local[0]
+    assert following.local[1].requests == (grown, views[3])
+    assert residents.local[1].requests == (views[1], views[3])
+    assert following != residents
+    assert following.after({"r1": views[1]}, [1]) == residents
+
+
+def test_others_on_an_instance() -> None:
+    views = [running(f"r{order}", order, (order, 5)) for order in range(3)]
+    residents = Residents.of([*views, running("keyless", 9)], NUM_INSTANCES)
+    emptied = residents.with_local([LocalRequests(1)])
+    assert [local.requests for local in emptied.local] == [(views[0],), (), (views[2],)]
+    assert emptied.keyless == residents.keyless
 
 
 @st.composite
-def changes(draw: st.DrawFn) -> list[tuple[RunningView, ...]]:
-    """Views one after the other: requests grow, move, spread, get another age, come, go, and change places."""
+def changes(draw: st.DrawFn) -> list[dict[str, RunningView | None]]:
+    """News one after the other: requests come, grow, move, spread, lose all keys, and go."""
     places = st.lists(st.integers(0, NUM_INSTANCES - 1), max_size=2, unique=True)
-    keys = places.map(lambda instances: tuple([(instance, 5 + instance) for instance in instances]))
-    some = [running(f"r{order}", order, *draw(keys)) for order in draw(st.permutations(range(draw(st.integers(0, 5)))))]
-    views = [tuple(some)]
-    for _ in range(draw(st.integers(1, 5))):
-        for _ in range(draw(st.integers(0, 3))):
-            taken = {request.order for request in some}
-            order = draw(st.integers(0, 30).filter(lambda order, taken=taken: order not in taken))
-            match draw(st.sampled_from(["grow", "put", "age", "come", "go", "swap"])), some:
-                case "grow", [first, *rest] if first.kv:
-                    *others, (instance, count) = first.kv
-                    kv = (*others, (instance, count + 1))
-                    some = [dataclasses.replace(first, kv=kv, num_tokens=first.num_tokens + 1), *rest]
-                case "put", [*rest, last]:
-                    some = [*rest, dataclasses.replace(last, kv=draw(keys))]
-                case "age", [first, *rest]:
-                    some = [dataclasses.replace(first, order=order), *rest]
-                case "come", _:
-                    some = [*some, running(f"n{order}", order, *draw(keys))]
-                case "go", [_, *rest]:
-                    some = rest
-                case "swap", [first, *rest]:
-                    some = [*rest, first]
-                case _:
-                    pass
-        views.append(tuple(some))
-    return views
+    running_now: dict[str, RunningView] = {}
+    result = []
+    for _ in range(draw(st.integers(1, 6))):
+        news: dict[str, RunningView | None] = {}
+        for order in draw(st.lists(st.integers(0, 6), max_size=4, unique=True)):
+            name = f"r{order}"
+            if name in running_now and draw(st.booleans()):
+                news[name] = None
+                del running_now[name]
+            else:
+                kv = [(instance, draw(st.integers(1, 9))) for instance in draw(places)]
+                news[name] = running_now[name] = running(name, order, *kv)
+        result.append(news)
+    return result
 
 
-@given(views=changes())
-def test_residents_are_those_of_the_definition(views: list[tuple[RunningView, ...]]) -> None:
-    for view in views:
-        residents = Residents(view, NUM_INSTANCES)
-        oldest_first = sorted(view, key=lambda request: request.order)
-        for instance in range(NUM_INSTANCES):
-            those = [request for request in oldest_first if instance in dict(request.kv)]
-            assert residents.by_instance[instance] == tuple(those)
-            assert residents.num_newest[instance] == sum(request.kv[-1][0] == instance for request in those)
-        assert residents.straddling == tuple([request for request in view if len(request.kv) > 1])
-        holders = [request.max_total_tokens for request in view if request.kv]
-        assert (residents.num_requests, residents.max_total_tokens) == (len(holders), sum(holders))
-
-
-@given(views=changes())
-def test_following_is_as_good_as_looking_anew(views: list[tuple[RunningView, ...]]) -> None:
-    residents = Residents((), NUM_INSTANCES)
-    for view in views:
-        residents = residents.after(view)
-        assert residents.running is view
-        assert described(residents) == described(Residents(view, NUM_INSTANCES))
+@given(steps=changes())
+def test_following_is_as_good_as_looking_anew(steps: list[dict[str, RunningView | None]]) -> None:
+    residents, expected = Residents.of((), NUM_INSTANCES), {}
+    for news in steps:
+        left = {instance for name in news if name in expected for instance, _ in expected[name].kv}
+        residents = residents.after(news, left)
+        expected = {name: view for name, view in {**expected, **news}.items() if view is not None}
+        assert residents == Residents.of(expected.values(), NUM_INSTANCES)
+        oldest_first = sorted(expected.values(), key=lambda request: request.order)
+        for instance, local in enumerate(residents.local):
+            those = tuple([request for request in oldest_first if instance in dict(request.kv)])
+            assert (local.instance, local.requests) == (instance, those)
+            assert local.newest == tuple([request for request in those if request.kv[-1][0] == instance])
+        assert residents.straddling == tuple([request for request in oldest_first if len(request.kv) > 1])
+        assert sorted(residents.running) == sorted(expected.values())
+        for order in range(8):
+            assert residents.is_anybody_older(order) == any(request.order < order for request in oldest_first)

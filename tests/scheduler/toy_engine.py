@@ -14,8 +14,11 @@ from loongjax.engine.failures import MAX_FAILURES
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
 from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.validate import check_plan
-from loongjax.scheduler.view import ClusterView, FlightView, InstanceView, RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView, FlightView, InstanceView
+from loongjax.scheduler.waiting import Waiting
 
 
 @dataclasses.dataclass
@@ -125,24 +128,27 @@ class ToyEngine:
                 )
                 for instance in self.shape.all_instances
             ),
-            waiting=tuple(self.waiting),
-            running=tuple(
-                RunningView(
-                    request_id=job.request_id,
-                    order=job.order,
-                    num_tokens=self.cache.num_tokens(job.request_id),
-                    max_total_tokens=job.num_prompt_tokens + job.max_tokens,
-                    kv=self.cache.local_lens(job.request_id),
-                    is_in_flight=job.request_id in flying,
-                    num_uncomputed_tokens=max(1, self._num_uncomputed(job)),
-                    is_suspect=job.num_failures > 0,
-                    num_output_tokens=job.num_generated,
-                    arrival_s=job.arrival_s,
-                    first_token_s=job.first_token_s,
-                    priority=job.priority,
-                    slo=job.slo,
-                )
-                for job in self.running.values()
+            waiting=Waiting(self.waiting),
+            residents=Residents.of(
+                [
+                    RunningView(
+                        request_id=job.request_id,
+                        order=job.order,
+                        num_tokens=self.cache.num_tokens(job.request_id),
+                        max_total_tokens=job.num_prompt_tokens + job.max_tokens,
+                        kv=self.cache.local_lens(job.request_id),
+                        is_in_flight=job.request_id in flying,
+                        num_uncomputed_tokens=max(1, self._num_uncomputed(job)),
+                        is_suspect=job.num_failures > 0,
+                        num_output_tokens=job.num_generated,
+                        arrival_s=job.arrival_s,
+                        first_token_s=job.first_token_s,
+                        priority=job.priority,
+                        slo=job.slo,
+                    )
+                    for job in self.running.values()
+                ],
+                self.shape.num_instances,
             ),
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_num_seqs=self.max_num_seqs,

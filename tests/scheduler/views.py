@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from loongjax.core.cluster import ClusterShape
 from loongjax.core.request import NO_SLO, ServiceLevel
-from loongjax.scheduler.view import ClusterView, FlightView, InstanceView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.residents import Residents
+from loongjax.scheduler.view import ClusterView, FlightView, InstanceView
+from loongjax.scheduler.waiting import Waiting
 
 
 def waiting(
@@ -100,8 +103,8 @@ def cluster(
             )
             for instance in range(num_instances)
         ),
-        waiting=tuple(waits),
-        running=tuple(runs),
+        waiting=Waiting(waits),
+        residents=Residents.of(runs, num_instances),
         max_num_batched_tokens=max_num_batched_tokens,
         max_num_seqs=max_num_seqs,
         now_s=now_s,

@@ -9,7 +9,8 @@ import numpy as np
 
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.scheduler.baselines.batching_config import BatchingConfig
-from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView
 
 
 def next_batch(

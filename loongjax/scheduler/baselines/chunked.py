@@ -13,7 +13,8 @@ from loongjax.scheduler.baselines.batching_config import BatchingConfig
 from loongjax.scheduler.baselines.even_placement import spread_keys
 from loongjax.scheduler.baselines.router import Router
 from loongjax.scheduler.observation import IterationEnded, Observation
-from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView
 
 CHUNKED = BatchingConfig(reserves_max_tokens=False, watermark=0.01, cuts_prompts=True)
 """Prompts are let in as `prefill-first` does, however long they are."""
@@ -65,9 +66,7 @@ class ChunkedPolicy:
         plans: list[Plan] = []
         for instance in view.instances:
             if not instance.is_busy:
-                residents = [
-                    request for request in view.running if request.kv and request.kv[0][0] == instance.instance
-                ]
+                residents = view.residents.local[instance.instance].requests
                 plans += self._plan_replica(view, instance.instance, waiting[instance.instance], residents)
         return tuple(plans)
 

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import Decode, Plan, Preempt, SubBatch
-from loongjax.scheduler.view import ClusterView, RunningView
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.view import ClusterView
 
 
 def plan_decode(view: ClusterView, group: Group, running: Sequence[RunningView]) -> tuple[Plan, ...]:

@@ -15,7 +15,8 @@ from loongjax.scheduler.baselines.decoding import plan_decode
 from loongjax.scheduler.baselines.even_placement import spread_keys
 from loongjax.scheduler.baselines.router import Router
 from loongjax.scheduler.observation import Observation
-from loongjax.scheduler.view import ClusterView, RunningView
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.view import ClusterView
 
 DISAGGREGATED = BatchingConfig(reserves_max_tokens=False, watermark=0.01)
 
@@ -70,10 +71,7 @@ class DisaggregatedPolicy:
 
     def plan(self, view: ClusterView) -> tuple[Plan, ...]:
         """See `Policy.plan`."""
-        residents: dict[InstanceId, list[RunningView]] = {instance: [] for instance in view.shape.all_instances}
-        for request in view.running:
-            for instance, _ in request.kv:
-                residents[instance].append(request)
+        residents = [local.requests for local in view.residents.local]
         idle = {instance.instance for instance in view.instances if not instance.is_busy}
         plans: list[Plan] = list(self._hand_over(view, residents, idle))
         waiting = self._router.route(view)
@@ -91,7 +89,7 @@ class DisaggregatedPolicy:
         return tuple(plans)
 
     def _hand_over(
-        self, view: ClusterView, residents: dict[InstanceId, list[RunningView]], idle: set[InstanceId]
+        self, view: ClusterView, residents: Sequence[Sequence[RunningView]], idle: set[InstanceId]
     ) -> list[Migrate]:
         """Migrations to start now; what they occupy, and sources that wait for a target to end its step, become busy.
 

@@ -12,7 +12,8 @@ from loongjax.scheduler.baselines.batching_config import BatchingConfig
 from loongjax.scheduler.baselines.decoding import masters_first, plan_decode
 from loongjax.scheduler.baselines.even_placement import spread_keys
 from loongjax.scheduler.observation import IterationEnded, Observation
-from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView
 
 
 class FixedGroup:

@@ -45,6 +45,5 @@ class ReplicatedPolicy:
         for replica in self._replicas:
             if replica.is_idle(view):
                 (instance,) = replica.group.instances
-                running = [request for request in view.running if request.kv and request.kv[0][0] == instance]
-                plans += replica.plan(view, waiting[instance], running)
+                plans += replica.plan(view, waiting[instance], view.residents.local[instance].requests)
         return tuple(plans)

@@ -6,7 +6,8 @@ import copy
 from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
-from loongjax.scheduler.view import ClusterView, WaitingView
+from loongjax.scheduler.request_view import WaitingView
+from loongjax.scheduler.view import ClusterView
 
 
 class Router:
@@ -47,6 +48,6 @@ class Router:
         return routed
 
     def _forget_all_but(self, view: ClusterView) -> None:
-        if len(self._replica_of) > 2 * (len(view.waiting) + len(view.running)):
+        if len(self._replica_of) > 2 * (len(view.waiting) + len(view.residents)):
             live = {request.request_id for requests in (view.waiting, view.running) for request in requests}
             self._replica_of = {name: replica for name, replica in self._replica_of.items() if name in live}

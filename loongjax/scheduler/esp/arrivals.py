@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from loongjax.scheduler.esp.objective import prefill_weight
 from loongjax.scheduler.queue import order_of, priority_classes
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.request_view import WaitingView
 
 REMEMBERED = 128
 """Arrivals after which one counts 1 / e of what it did."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
-from jaxtyping import Float
 
-from loongjax.scheduler.esp.objective import priority_factor
+from loongjax.scheduler.esp.objective import priority_factors
 from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.window import Window
-from loongjax.scheduler.view import ClusterView, WaitingView
+from loongjax.scheduler.view import ClusterView
+from loongjax.scheduler.waiting import NUM_TOKENS, PRIORITY, Waiting
 
 MAX_SEEN = 1024
 """Waiting requests among which the shortest are looked for."""
@@ -29,31 +27,20 @@ class Candidates:
     def __init__(self, count: int, implied_ttft_s: float) -> None:
         self._count = count
         self._implied_ttft_s = implied_ttft_s
-        self._queue: tuple[WaitingView, ...] = ()
-        self._lens = np.empty(0)
-        """Of the first `MAX_SEEN` of it."""
-        self._found: list[WaitingView] = []
+        self._queue = Waiting()
+        self._found = Waiting()
         self._sizes: Sizes | None = None
         self._window: Window | None = None
 
-    def of(self, queue: tuple[WaitingView, ...]) -> list[WaitingView]:
-        """In the order of the queue. Shared: not to be changed, and the same while they stay who they were."""
+    def of(self, queue: Waiting) -> Waiting:
+        """In the order of the queue. Shared: the same while they stay who they were."""
         if queue is not self._queue:
-            seen = queue[:MAX_SEEN]
-            self._lens = self._lens_of(seen)
-            self._queue, found = queue, shortest(seen, self._lens, self._count)
+            self._queue, found = queue, shortest(queue, self._count)
             if found != self._found:
                 self._found = found
         return self._found
 
-    def _lens_of(self, seen: tuple[WaitingView, ...]) -> Float[np.ndarray, " requests"]:
-        """Who has come since is behind those who were there, mostly."""
-        before = self._queue[:MAX_SEEN]
-        if seen[: len(before)] != before:
-            return _lens(seen)
-        return np.concatenate((self._lens, _lens(seen[len(before) :])))
-
-    def window_of(self, requests: list[WaitingView], view: ClusterView, *, is_patient: bool) -> Window:
+    def window_of(self, requests: Waiting, view: ClusterView, *, is_patient: bool) -> Window:
         """Of these candidates. Shared: not to be changed."""
         if self._sizes is None or self._sizes.requests is not requests:
             self._sizes, self._window = Sizes(requests, view.shape, self._implied_ttft_s), None
@@ -62,27 +49,18 @@ class Candidates:
         return self._window
 
 
-def shortest(waiting: Sequence[WaitingView], lens: Float[np.ndarray, " requests"], count: int) -> list[WaitingView]:
-    """The first of these, and the shortest of the others, so many altogether, in the order of the queue.
+def shortest(waiting: Waiting, count: int) -> Waiting:
+    """The first of the first `MAX_SEEN` of a queue, and the shortest of those, so many altogether, in its order.
 
     Short prompts weigh most for the time that they take, so behind a long queue they must not go unseen. A step of
     priority counts like half as long a prompt twice over, as it does in weight over time.
-
-    Args:
-        waiting: a queue.
-        lens: tokens of each.
-        count: how many.
     """
     if len(waiting) <= count:
-        return list(waiting)
-    keys = lens.copy()
-    if waiting[0].priority or waiting[-1].priority:
-        keys /= np.sqrt([priority_factor(request.priority) for request in waiting])
+        return waiting
+    keys, priorities = waiting.table[NUM_TOKENS, :MAX_SEEN].copy(), waiting.table[PRIORITY, :MAX_SEEN]
+    if priorities[0] or priorities[-1]:
+        keys /= np.sqrt(priority_factors(priorities))
     keys[0] = -1.0
     places = np.argpartition(keys, count - 1)[:count]
     places.sort()
-    return [waiting[place] for place in places.tolist()]
-
-
-def _lens(waiting: Sequence[WaitingView]) -> Float[np.ndarray, " requests"]:
-    return np.array([request.num_tokens for request in waiting], np.float64)
+    return Waiting.with_table([waiting[place] for place in places.tolist()], waiting.table.take(places, axis=1))

@@ -8,7 +8,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, have_paces, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 
 MAX_REMEMBERED = 1 << 12
 """Groups that are remembered; then all are forgotten."""

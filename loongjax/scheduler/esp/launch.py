@@ -18,7 +18,7 @@ from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.tipping import put_in_order
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.placement import Shelf, keys_on, place_keys
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.request_view import WaitingView
 
 MIN_STEPS = 3
 """Steps of a decode that must fit into a wait for it to go on: one may be in flight, and one submitted behind it."""

@@ -12,8 +12,7 @@ from jaxtyping import Int
 from loongjax.scheduler.esp.config import Admission
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.window import Window
-from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import ClusterView, RunningView
+from loongjax.scheduler.view import ClusterView
 
 
 def peak_tokens(held: Int[np.ndarray, " requests"], left: Int[np.ndarray, " requests"]) -> int:
@@ -38,7 +37,6 @@ class MemoryAdmission:
 
     Args:
         view: the cluster.
-        residents: its requests with keys.
         candidates: waiting requests that may be let in.
         lengths: of outputs that have ended.
         admission: how long outputs are taken to become.
@@ -47,13 +45,12 @@ class MemoryAdmission:
     def __init__(
         self,
         view: ClusterView,
-        residents: Residents,
         candidates: Window,
         lengths: OutputLengths,
         admission: Admission,
     ) -> None:
         self._view = view
-        self._residents = residents
+        self._residents = view.residents
         self._window = candidates
         self._page_size = view.shape.page_size
         self._lengths = lengths
@@ -93,10 +90,9 @@ class MemoryAdmission:
         """Mostly the most that anybody takes is all there is to know."""
         if self._most_of_running + self._window.sizes.sum_of_most <= self._capacity:
             return None
-        running = [request for request in self._view.running if request.kv]
-        table = np.array(_running_columns(running), np.int64)
+        table = self._residents.columns
         held, left = self._demands(np.concatenate((table, self._window.sizes.tokens), axis=1))
-        count = len(running)
+        count = table.shape[1]
         return _Demands(held[:count], left[:count], held[count:], left[count:])
 
     def _demands(
@@ -119,12 +115,3 @@ class _Demands(NamedTuple):
     left: Int[np.ndarray, " running"]
     candidates_held: Int[np.ndarray, " candidates"]
     candidates_left: Int[np.ndarray, " candidates"]
-
-
-def _running_columns(requests: Sequence[RunningView]) -> tuple[list[int], list[int], list[int]]:
-    """Tokens with keys, most tokens ever, and generated tokens that have keys: at rest, all but the newest."""
-    return (
-        [request.num_tokens for request in requests],
-        [request.max_total_tokens for request in requests],
-        [request.num_output_tokens - (not request.is_in_flight) for request in requests],
-    )

@@ -16,7 +16,7 @@ from loongjax.scheduler.esp.outlook import Outlook, Site, step_s
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.fairness import Fairness
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 
 
 @dataclasses.dataclass(frozen=True)

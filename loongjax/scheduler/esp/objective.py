@@ -29,7 +29,8 @@ from jaxtyping import Float
 
 from loongjax.costmodel.work import larger
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.view import RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.waiting import ARRIVAL_S, NUM_TOKENS, PRIORITY, TTFT_S, Waiting
 
 TOKEN_S = 0.05
 """What a request without wishes is taken to wish for, in seconds a token, where it is weighed against one with them."""
@@ -39,31 +40,30 @@ proportion."""
 MAX_PRESSURE = 16.0
 MAX_PRIORITY_STEPS = 32
 """Priorities are told apart in the weights up to this; the queue's order knows no bound."""
-_priority = operator.attrgetter("priority")
 
 
 class PrefillWeights:
-    """What a second until their next token costs waiting requests, at any time.
+    """What a second until their next token costs waiting requests, at any time: `prefill_weight` of each, and pressure.
 
     Args:
         requests: they wait.
         implied_ttft_s: what a short prompt without a wish is taken to wish for; inf: nothing.
     """
 
-    def __init__(self, requests: Sequence[WaitingView], implied_ttft_s: float = math.inf) -> None:
-        lens = np.array([request.num_tokens for request in requests], np.float64)
+    def __init__(self, requests: Waiting, implied_ttft_s: float = math.inf) -> None:
+        lens, priorities, ttfts_s = requests.table.take((NUM_TOKENS, PRIORITY, TTFT_S), axis=0)
         self._weights = _weight_without_wish(lens, implied_ttft_s)
         """Without pressure."""
-        wishes = [request.slo.ttft_s if request.num_output_tokens == 0 else None for request in requests]
-        self.are_steady = wishes.count(None) == len(wishes)
+        self.are_steady = not np.isfinite(ttfts_s).any()
         """Whether they do not depend on the time."""
-        if not self.are_steady or any(map(_priority, requests)):
-            self._weights[:] = [prefill_weight(request, implied_ttft_s) for request in requests]
         if not self.are_steady:
-            self._arrivals_s = np.array([request.arrival_s for request in requests])
-            self._ttfts_s = np.array([math.inf if ttft_s is None else ttft_s for ttft_s in wishes])
-            late = [priority_factor(request.priority) / request.num_tokens for request in requests]
-            self._late_weights = np.minimum(self._weights, late)
+            self._weights = np.where(np.isfinite(ttfts_s), TOKEN_S / ttfts_s, self._weights)
+        if priorities.any():
+            self._weights *= priority_factors(priorities)
+        if not self.are_steady:
+            self._arrivals_s = requests.table[ARRIVAL_S]
+            self._ttfts_s = ttfts_s
+            self._late_weights = np.minimum(self._weights, priority_factors(priorities) / lens)
             """Once what is wished for cannot be met."""
 
     def at(self, now_s: float) -> Float[np.ndarray, " requests"]:
@@ -178,6 +178,11 @@ def _urgency_of_wish(request: RunningView, now_s: float, reciprocal: float, step
 def priority_factor(priority: int) -> float:
     """Each step of priority halves or doubles."""
     return 2.0 ** -min(max(priority, -MAX_PRIORITY_STEPS), MAX_PRIORITY_STEPS)
+
+
+def priority_factors(priorities: Float[np.ndarray, " requests"]) -> Float[np.ndarray, " requests"]:
+    """Of many."""
+    return np.exp2(-priorities.clip(-MAX_PRIORITY_STEPS, MAX_PRIORITY_STEPS))
 
 
 def _pressure(used: float) -> float:

@@ -14,7 +14,7 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.groups import GroupFacts, GroupMemory
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)

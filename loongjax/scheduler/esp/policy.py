@@ -41,8 +41,8 @@ from loongjax.scheduler.esp.scaling import CostModelRules
 from loongjax.scheduler.esp.times import Times, kind_of
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.observation import IterationEnded, Observation, RequestEnded
-from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import ClusterView, WaitingView
+from loongjax.scheduler.view import ClusterView
+from loongjax.scheduler.waiting import Waiting
 
 
 class EspPolicy:
@@ -64,10 +64,9 @@ class EspPolicy:
         self._can_migrate = _knows_migration(cost_model)
         self._explain = explain
         self._lengths = OutputLengths()
-        self._queue: tuple[WaitingView, ...] = ()
+        self._queue = Waiting()
         self._arrivals = Arrivals()
         self._candidates = Candidates(config.max_picked + config.max_lookahead, config.implied_ttft_s)
-        self._residents = Residents((), 0)
         self._groups = GroupMemory(config.implied_tpot_s)
         self._splits = SplitMemory()
         self._fairness = Fairness(
@@ -96,10 +95,7 @@ class EspPolicy:
         """Plans for the instances that are not busy. See `Policy.plan`."""
         if view.waiting is not self._queue:  # the engine shows the same tuple until its queue changes
             self._queue, self._arrivals = view.waiting, self._arrivals.after(view.waiting)
-        if len(self._residents.by_instance) != len(view.instances):
-            self._residents = Residents((), len(view.instances))
-        self._residents = self._residents.after(view.running)
-        draft = Draft(view, self._config.growth_tokens, self._residents)
+        draft = Draft(view, self._config.growth_tokens)
         if not draft.idle:
             return ()
         times = self._times_of(view.shape.tp)
@@ -107,7 +103,6 @@ class EspPolicy:
         if view.waiting:
             components = PrefillPlanner(
                 draft,
-                self._residents,
                 times,
                 config=self._config,
                 fairness=self._fairness,
@@ -132,7 +127,7 @@ class EspPolicy:
                 explain=self._explain,
             )
             DecodePlanner(draft, rules, self._fairness, components).plan()
-        self._fairness.prune(view.running, view.waiting)
+        self._fairness.prune(view.residents, view.waiting)
         return draft.plans
 
     def _times_of(self, tp: int) -> Times:

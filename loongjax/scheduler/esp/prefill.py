@@ -25,8 +25,8 @@ from loongjax.scheduler.esp.senior import SeniorPlanner, senior_of
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.fairness import Fairness
-from loongjax.scheduler.residents import Residents
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.request_view import WaitingView
+from loongjax.scheduler.waiting import Waiting
 
 LEAST_OVERTAKE = 1 / 16
 """What being overtaken counts at least; once, if those who overtake take as long as the request itself."""
@@ -38,7 +38,6 @@ class PrefillPlanner:
     def __init__(
         self,
         draft: Draft,
-        residents: Residents,
         times: Times,
         *,
         config: EspConfig,
@@ -53,7 +52,6 @@ class PrefillPlanner:
     ) -> None:
         self._draft = draft
         self._view = draft.view
-        self._residents = residents
         self._times = times
         self._config = config
         self._fairness = fairness
@@ -75,15 +73,15 @@ class PrefillPlanner:
         senior = senior_of(view)
         requests = self._candidates.of(view.waiting)
         if senior is not None and senior is not requests[0]:
-            requests = [senior, *[request for request in requests if request is not senior]]
+            requests = Waiting([senior, *[request for request in requests if request is not senior]])
         first = requests[0]
         is_patient = self._fairness.may_overtake(first)
         window = self._candidates.window_of(requests, view, is_patient=is_patient)
         idle_before = set(draft.idle)
-        barred = self._fairness.barred_instances(view.running, view.shape.num_instances)
+        barred = self._fairness.barred_instances(view.residents)
         outlook = Outlook(draft, self._times, barred, self._lengths, self._groups)
         started, coming = self._optimise(window, outlook)
-        must_start = not is_patient or not view.running
+        must_start = not is_patient or not len(view.residents)
         is_left = 0 not in started and 0 not in coming
         if must_start and is_left and self._force(first, outlook, is_oldest=senior is not None):
             started = [*started, 0]
@@ -96,7 +94,7 @@ class PrefillPlanner:
         If the first request was overtaken too often, it is not put off again, nor made to wait for other prefills.
         """
         draft = self._draft
-        memory = MemoryAdmission(self._view, self._residents, window, self._lengths, self._config.admission)
+        memory = MemoryAdmission(self._view, window, self._lengths, self._config.admission)
         mover = None
         if self._can_migrate:
             least = self._config.min_tokens_between_migrations

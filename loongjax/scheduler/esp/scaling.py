@@ -16,7 +16,7 @@ from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 
 
 class CostModelRules:

@@ -9,7 +9,8 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.launch import start
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.queue import order_of, priority_classes
-from loongjax.scheduler.view import ClusterView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView
 
 
 def senior_of(view: ClusterView) -> WaitingView | None:
@@ -22,7 +23,7 @@ def senior_of(view: ClusterView) -> WaitingView | None:
         return None
     oldest = min([waiting[begin] for begin, _ in priority_classes(waiting)], key=order_of)
     order = oldest.order
-    return None if any(request.order < order for request in view.running) else oldest
+    return None if view.residents.is_anybody_older(order) else oldest
 
 
 class SeniorPlanner:

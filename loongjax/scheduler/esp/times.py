@@ -16,7 +16,8 @@ from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.scheduler.esp.predictions import Predictions
-from loongjax.scheduler.view import ClusterView, FlightView, WaitingView
+from loongjax.scheduler.request_view import WaitingView
+from loongjax.scheduler.view import ClusterView, FlightView
 
 
 class PrefillsOnFirst(NamedTuple):

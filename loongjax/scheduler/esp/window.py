@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float
 
 from loongjax.scheduler.esp.sizes import Sizes
-from loongjax.scheduler.view import WaitingView
+from loongjax.scheduler.request_view import WaitingView
 
 
 class Window:

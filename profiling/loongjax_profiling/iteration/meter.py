@@ -213,8 +213,8 @@ class Meter:
     def _keys_of(self, sp: int) -> tuple[int, ...]:
         """Keys of all requests on each of the first `sp` instances."""
         keys = [0] * sp
-        for _, local_lens in self._kv_cache.all_local_lens():
-            for instance, num_tokens in local_lens:
+        for request_id in self._kv_cache.request_ids:
+            for instance, num_tokens in self._kv_cache.local_lens(request_id):
                 keys[instance] += num_tokens
         return tuple(keys)
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from loongjax.core.cluster import ClusterShape, Group
 from loongjax.scheduler.baselines.admission import next_batch, peak_pages
 from loongjax.scheduler.baselines.batching_config import BatchingConfig
-from loongjax.scheduler.view import RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
 from tests.scheduler.views import cluster, running, waiting
 
 RESERVING = BatchingConfig(reserves_max_tokens=True)

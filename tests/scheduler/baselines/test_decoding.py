@@ -5,8 +5,8 @@ import pytest
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Decode, Plan, Preempt
 from loongjax.scheduler.baselines.decoding import plan_decode
+from loongjax.scheduler.request_view import RunningView
 from loongjax.scheduler.validate import check_plan
-from loongjax.scheduler.view import RunningView
 from tests.scheduler.views import cluster, running
 
 

@@ -13,6 +13,7 @@ from loongjax.core.plan import Plan, Prefill
 from loongjax.core.request import ServiceLevel
 from loongjax.scheduler.esp import candidates as module
 from loongjax.scheduler.esp.candidates import Candidates
+from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.esp.hand_model import HandModel, ask
 from tests.scheduler.views import cluster, running, waiting
 
@@ -50,27 +51,30 @@ def test_the_first_of_the_queue_is_seen_however_long_it_is() -> None:
 def test_the_first_and_the_shortest_of_the_others_are_looked_at_in_the_order_of_the_queue(
     lens: list[int], count: int
 ) -> None:
-    queue = tuple([waiting(f"w{i}", i, length) for i, length in enumerate(lens)])
+    queue = Waiting([waiting(f"w{i}", i, length) for i, length in enumerate(lens)])
     found = Candidates(count, math.inf).of(queue)
     assert found[0] is queue[0]
     assert [request.order for request in found] == sorted({request.order for request in found})
     assert [request.num_tokens for request in sorted(found[1:], key=length_of)] == sorted(lens[1:])[: count - 1]
+    assert found.table.tolist() == Waiting(found).table.tolist()
 
 
 def test_a_queue_that_has_changed_is_looked_at_again() -> None:
-    candidates, queue = Candidates(2, math.inf), (waiting("a", 0, 9), waiting("b", 1, 8), waiting("c", 2, 7))
-    assert candidates.of(queue) == [queue[0], queue[2]]
+    candidates = Candidates(2, math.inf)
+    queue = Waiting([waiting("a", 0, 9), waiting("b", 1, 8), waiting("c", 2, 7)])
+    assert candidates.of(queue) == (queue[0], queue[2])
     assert candidates.of(queue) is candidates.of(queue)
-    shorter = (*queue, waiting("d", 3, 1))
-    assert candidates.of(shorter) == [shorter[0], shorter[3]]
-    assert candidates.of(queue[:2]) == [*queue[:2]]
+    shorter = Waiting([*queue, waiting("d", 3, 1)])
+    assert candidates.of(shorter) == (shorter[0], shorter[3])
+    assert candidates.of(Waiting(queue[:2])) == queue[:2]
 
 
-def test_candidates_stay_the_same_list_while_longer_ones_come_behind_them() -> None:
-    candidates, queue = Candidates(2, math.inf), (waiting("a", 0, 9), waiting("b", 1, 8), waiting("c", 2, 7))
+def test_candidates_stay_the_same_while_longer_ones_come_behind_them() -> None:
+    candidates = Candidates(2, math.inf)
+    queue = Waiting([waiting("a", 0, 9), waiting("b", 1, 8), waiting("c", 2, 7)])
     found = candidates.of(queue)
-    assert candidates.of((*queue, waiting("d", 3, 10))) is found
-    assert candidates.of((*queue, waiting("e", 4, 6))) is not found
+    assert candidates.of(Waiting([*queue, waiting("d", 3, 10)])) is found
+    assert candidates.of(Waiting([*queue, waiting("e", 4, 6)])) is not found
 
 
 @given(
@@ -85,13 +89,13 @@ def test_a_queue_that_grows_and_shrinks_is_looked_at_as_if_it_were_new(
         patch.setattr(module, "MAX_SEEN", most)
         candidates = Candidates(2, math.inf)
         for queue in queues:
-            waits = tuple([waiting(f"w{order}", order, 1 + 7 * order % 5, priority=p) for order, p in queue])
-            assert candidates.of(waits) == Candidates(2, math.inf).of(waits)
+            waits = Waiting([waiting(f"w{order}", order, 1 + 7 * order % 5, priority=p) for order, p in queue])
+            assert candidates.of(waits) == Candidates(2, math.inf).of(Waiting(waits))
 
 
 def test_what_candidates_weigh_is_worked_out_again_once_time_or_patience_changes_it() -> None:
     view, later = cluster(1, num_pages=9, now_s=1.0), cluster(1, num_pages=9, now_s=2.0)
-    calm, hurried = [waiting("a", 0, 9)], [waiting("a", 0, 9, slo=ServiceLevel(ttft_s=4.0))]
+    calm, hurried = Waiting([waiting("a", 0, 9)]), Waiting([waiting("a", 0, 9, slo=ServiceLevel(ttft_s=4.0))])
     candidates = Candidates(2, math.inf)
     first = candidates.window_of(calm, view, is_patient=True)
     assert candidates.window_of(calm, later, is_patient=True) is first

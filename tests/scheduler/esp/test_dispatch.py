@@ -16,6 +16,7 @@ from loongjax.scheduler.esp.outlook import Site, loss_weight
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.observation import RequestEnded
 from loongjax.scheduler.view import ClusterView, FlightView
+from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
 from tests.scheduler.views import cluster, running, waiting
 
@@ -58,7 +59,7 @@ def test_a_pause_that_pays_is_put_off_until_its_prompts_have_waited_for_it(
         waits = [
             waiting(f"w{index}", 2 + index, 100, arrival_s=arrival_s) for index, arrival_s in enumerate(arrivals_s)
         ]
-        view = dataclasses.replace(one_busy_instance(now_s=now_s), waiting=tuple(waits))
+        view = dataclasses.replace(one_busy_instance(now_s=now_s), waiting=Waiting(waits))
         return ask(view, HandModel(step_s=100.0, constant_s=0.2))
 
     plans, decisions = answer(due_s - 0.01)
@@ -94,7 +95,7 @@ def test_a_pause_is_put_off_for_longer_the_more_of_a_step_the_rows_take() -> Non
     """Half of each step is that of one row alone, so what is lost counts twice."""
     waits = [waiting("w", 2, 100)]
     for now_s, is_put_off in ((8.9, True), (9.1, False)):
-        view = dataclasses.replace(one_busy_instance(now_s=now_s), waiting=tuple(waits))
+        view = dataclasses.replace(one_busy_instance(now_s=now_s), waiting=Waiting(waits))
         _, decisions = ask(view, HandModel(step_s=0.0, row_s=100.0, constant_s=0.2))
         decision = only(decisions, "put-off")
         assert decision.gain == pytest.approx(2.0 * (1 / 8 + 1 / 10) * 0.2)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,7 +11,7 @@ from loongjax.scheduler.components import Component
 from loongjax.scheduler.esp.groups import GroupFacts, GroupMemory
 from loongjax.scheduler.esp.objective import decode_weights, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
 from tests.scheduler.views import running
 
 
@@ -59,7 +57,7 @@ def test_whatever_changes_is_seen(change: str) -> None:
     first = memory.facts_of(Component(set(instances), tuple(requests)), lengths)
     match change:
         case "a token more":
-            requests[1] = dataclasses.replace(requests[1], kv=((2, 9),), num_tokens=9, num_output_tokens=3)
+            requests[1] = requests[1]._replace(kv=((2, 9),), num_tokens=9, num_output_tokens=3)
         case "one fewer":
             del requests[0]
         case "one more":
@@ -79,7 +77,7 @@ def test_whatever_changes_is_seen(change: str) -> None:
 
 
 def test_a_weight_with_a_pace_in_it_follows_the_clock_and_others_do_not() -> None:
-    hurried = [dataclasses.replace(pair()[1], slo=ServiceLevel(tpot_s=0.5), first_token_s=0.0)]
+    hurried = [pair()[1]._replace(slo=ServiceLevel(tpot_s=0.5), first_token_s=0.0)]
     group = facts(hurried, learned(5))
     for now_s in (0.0, 1.0, 2.0):
         assert group.pause_weight(now_s, 0.1) == sum(decode_weights(hurried, now_s, learned(5), 0.1))
@@ -103,8 +101,7 @@ def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int,
         match change:
             case "grow" if requests:
                 ((_, held),) = requests[0].kv
-                requests[0] = dataclasses.replace(
-                    requests[0],
+                requests[0] = requests[0]._replace(
                     num_tokens=held + 1,
                     kv=((instance, held + 1),),
                     num_output_tokens=requests[0].num_output_tokens + 1,

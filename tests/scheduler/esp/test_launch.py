@@ -7,7 +7,8 @@ import pytest
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Decode, Prefill, PrefillRequest
 from loongjax.costmodel.work import PrefillWork
-from loongjax.scheduler.view import ClusterView, FlightView, RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.view import ClusterView, FlightView
 from tests.scheduler.esp.hand_model import HandModel, ask, only, policy_of
 from tests.scheduler.views import cluster, running, waiting
 

@@ -15,7 +15,6 @@ from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.observation import RequestEnded
-from loongjax.scheduler.residents import Residents
 from loongjax.scheduler.view import ClusterView
 from tests.scheduler.esp.hand_model import HandModel, ask, policy_of
 from tests.scheduler.views import cluster, running, waiting
@@ -76,9 +75,8 @@ def test_an_aborted_request_teaches_nothing() -> None:
 
 
 def worst_case(view: ClusterView) -> MemoryAdmission:
-    residents = Residents(view.running, len(view.instances))
     candidates = Window(Sizes(view.waiting, view.shape, math.inf), 0.0, is_patient=True)
-    return MemoryAdmission(view, residents, candidates, OutputLengths(), "worst-case")
+    return MemoryAdmission(view, candidates, OutputLengths(), "worst-case")
 
 
 def test_a_request_that_keeps_no_keys_takes_no_memory() -> None:

@@ -14,7 +14,8 @@ from loongjax.scheduler.esp.objective import (
     step_weights,
 )
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.view import RunningView
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.views import running, waiting
 
 
@@ -90,13 +91,13 @@ def test_each_step_of_priority_halves_or_doubles(priority: int, factor: float) -
 def test_whoever_wishes_for_a_time_is_measured_by_that_time(num_tokens: int, waited_s: float, pressure: float) -> None:
     """And presses the more the nearer it is."""
     request = waiting("w", 0, num_tokens, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
-    assert PrefillWeights([request]).at(100.0 + waited_s) == pytest.approx(pressure * TOKEN_S / 10.0)
+    assert PrefillWeights(Waiting([request])).at(100.0 + waited_s) == pytest.approx(pressure * TOKEN_S / 10.0)
 
 
 @pytest.mark.parametrize(("num_tokens", "weight"), [(5, TOKEN_S / 10.0), (50_000, 1 / 50_000)])
 def test_a_deadline_that_is_missed_presses_no_more(num_tokens: int, weight: float) -> None:
     request = waiting("w", 0, num_tokens, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
-    assert PrefillWeights([request]).at(110.0) == pytest.approx(weight)
+    assert PrefillWeights(Waiting([request])).at(110.0) == pytest.approx(weight)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +145,9 @@ def test_weights_of_many_are_those_of_each_without_pressure_when_they_arrive() -
         waiting("urgent", 1, 50, arrival_s=3.0, priority=-2),
         waiting("wishing", 2, 50, arrival_s=3.0, slo=wishing, priority=1),
     ]
-    weights = PrefillWeights(requests, 4.0)
+    weights = PrefillWeights(Waiting(requests), 4.0)
     assert not weights.are_steady
-    assert PrefillWeights(requests[:2], 4.0).are_steady
+    assert PrefillWeights(Waiting(requests[:2]), 4.0).are_steady
     assert weights.at(3.0).tolist() == [prefill_weight(request, 4.0) for request in requests]
     # Half of the time is used up.
     assert weights.at(8.0).tolist() == [prefill_weight(requests[0], 4.0), prefill_weight(requests[1], 4.0), 0.005]

@@ -58,7 +58,7 @@ def test_on_fewer_instances_the_same_requests_cost_no_less_than_is_said_beforeha
 ) -> None:
     waits = [waiting(f"w{order}", order, length) for order, length in enumerate(lens)]
     view = dataclasses.replace(cluster(4, num_pages=num_pages, waits=waits), max_num_batched_tokens=most_tokens)
-    splitter, window = splitter_of(view), Window(Sizes(waits, view.shape, math.inf), 0.0, is_patient=True)
+    splitter, window = splitter_of(view), Window(Sizes(view.waiting, view.shape, math.inf), 0.0, is_patient=True)
     batches = splitter.split(list(range(len(lens))), [0, 1, 2, 3])
     if not batches:
         return

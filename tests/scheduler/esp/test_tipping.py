@@ -13,6 +13,7 @@ from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.times import Times
 from loongjax.scheduler.esp.tipping import Line, put_in_order, tipping_points
 from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.esp.hand_model import HandModel
 from tests.scheduler.views import running, waiting
 
@@ -71,7 +72,7 @@ def test_the_batches_of_a_choice_are_put_in_order_and_each_counts_the_decodes_of
     choice = Choice([0, 1, 2, 3], [0, 1, 2], sites)
     times = Times(HandModel(constant_s=1.0), 1)
     for is_patient, second in ((True, [2, 3]), (False, [2, 3])):
-        window = Window(Sizes(requests, shape, float("inf")), 0.0, is_patient=is_patient)
+        window = Window(Sizes(Waiting(requests), shape, float("inf")), 0.0, is_patient=is_patient)
         split = [([0, 1], [0]), ([3, 2], [2])]
         batches = put_in_order(split, choice, window, times, starting={0, 1, 2})
         first = [1, 0] if is_patient else [0, 1]

@@ -8,7 +8,8 @@ from loongjax.core.cluster import Group
 from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
 from loongjax.costmodel.work import PrefillWork
 from loongjax.scheduler.esp.explain import Decision
-from loongjax.scheduler.view import FlightView, RunningView
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.view import FlightView
 from tests.scheduler.esp.hand_model import HandModel, ask, only
 from tests.scheduler.views import cluster, running, waiting
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from loongjax.core.cluster import ClusterShape
 from loongjax.scheduler.esp.sizes import Sizes
 from loongjax.scheduler.esp.window import Window
+from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.views import waiting
 
 SHAPE = ClusterShape(num_instances=1, num_pages=100, page_size=4)
@@ -19,10 +20,12 @@ REQUESTS = st.lists(st.tuples(st.integers(1, 40), st.booleans(), st.integers(0, 
 
 def window_of(requests: list[tuple[int, bool, int]], *, is_patient: bool = True) -> Window:
     """Of (tokens, whether keys are kept, 0 if it is suspect)."""
-    views = [
-        waiting(f"w{order}", order, length, keeps_kv=keeps, is_suspect=suspect == 0)
-        for order, (length, keeps, suspect) in enumerate(requests)
-    ]
+    views = Waiting(
+        [
+            waiting(f"w{order}", order, length, keeps_kv=keeps, is_suspect=suspect == 0)
+            for order, (length, keeps, suspect) in enumerate(requests)
+        ]
+    )
     return Window(Sizes(views, SHAPE, math.inf), 0.0, is_patient=is_patient)
 
 
