@@ -145,11 +145,11 @@ class Dispatcher:
         A few that do not fit are passed over, but not the first of the window once it was overtaken enough.
         """
         window, draft, memory = self._window, self._draft, self._memory
-        if any(window[place].is_suspect for place in taken):
+        num_pages = sum([draft.room(i) for i in instances])
+        if num_pages < window.sizes.least_pages or not window.sizes.suspects.isdisjoint(taken):
             return []
         max_num_seqs = draft.view.max_num_seqs
         num_tokens = len(instances) * draft.view.max_num_batched_tokens
-        num_pages = sum([draft.room(i) for i in instances])
         num_seats = sum([max(0, max_num_seqs - draft.num_newest[i]) for i in instances])
         num_seats = min(num_seats, self._config.max_picked - len(taken))
         picked: list[int] = []

@@ -15,6 +15,10 @@ QUANTILE = 0.9
 MAX_LOOKED_UP = 4096
 """Tokens up to which what is expected beyond so many is kept for each number of them."""
 
+LookUp = memoryview
+"""Numbers that are looked up one by one. Lists are faster, but not by what it takes to make one, and whenever an output
+ends there are others."""
+
 
 class OutputLengths:
     """The lengths of the last outputs that ended by themselves or at their limit.
@@ -128,14 +132,14 @@ class _Sample:
         return float(self._means_from[self.ascending.searchsorted(num_tokens, side="right")])
 
     @functools.cached_property
-    def means_beyond(self) -> list[float]:
+    def means_beyond(self) -> LookUp:
         """[n]: the mean of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
         return self._beyond(self._means_from)
 
     @functools.cached_property
     def _means_from(self) -> Float[np.ndarray, " lengths"]:
         """[i]: the mean of the ascending lengths from the i-th on."""
-        return _sums_from(self.ascending)[:-1] / np.arange(len(self.ascending), 0, -1)
+        return _sums_from(self.ascending)[:-1] / self._numbers_from[:-1]
 
     @functools.cached_property
     def reciprocals_from(self) -> Float[np.ndarray, " lengths_1"]:
@@ -152,28 +156,41 @@ class _Sample:
         return np.append(self.ascending, np.iinfo(np.int64).max)[index]
 
     @functools.cached_property
-    def mean_reciprocals_beyond(self) -> list[float]:
+    def mean_reciprocals_beyond(self) -> LookUp:
         """[n]: the mean of 1 / length of those longer than n, as far as there are any, up to `MAX_LOOKED_UP`."""
-        return self._beyond(self.reciprocals_from[:-1] / np.arange(len(self.ascending), 0, -1))
+        return self._beyond(self.reciprocals_from[:-1] / self._numbers_from[:-1])
 
     @functools.cached_property
-    def reciprocals_beyond(self) -> list[float]:
+    def reciprocals_beyond(self) -> LookUp:
         """[n]: the sum of 1 / length of those longer than n, up to `MAX_LOOKED_UP`; the last one is 0."""
-        return [*self._beyond(self.reciprocals_from[:-1]), 0.0]
+        return self._beyond(self.reciprocals_from, is_end_known=True)
 
     @functools.cached_property
-    def numbers_beyond(self) -> list[int]:
+    def numbers_beyond(self) -> LookUp:
         """[n]: how many are longer than n, up to `MAX_LOOKED_UP`; the last one is 0."""
-        return [*self._beyond(np.arange(len(self.ascending), 0, -1)), 0]
+        return self._beyond(self._numbers_from, is_end_known=True)
 
-    def _beyond(self, from_each: np.ndarray) -> list:
-        """[n]: what is known from the first length on that is longer than n, as far as there is one."""
-        return from_each.repeat(np.diff(self.ascending.clip(max=MAX_LOOKED_UP), prepend=0)).tolist()
+    @functools.cached_property
+    def _numbers_from(self) -> Float[np.ndarray, " lengths_1"]:
+        """[i]: how many there are from the i-th on."""
+        return np.arange(len(self.ascending), -1.0, -1.0)
+
+    @functools.cached_property
+    def _first_beyond(self) -> Int[np.ndarray, " tokens"]:
+        """[n]: the first length longer than n, up to `MAX_LOOKED_UP`; the last one may be behind all."""
+        return self.ascending.searchsorted(np.arange(min(self.longest, MAX_LOOKED_UP) + 1), side="right")
+
+    def _beyond(self, from_each: Float[np.ndarray, " _"], *, is_end_known: bool = False) -> LookUp:
+        """[n]: what is known from the first length on that is longer than n; with the end, if that is known too."""
+        first = self._first_beyond
+        return memoryview(from_each.take(first if is_end_known else first[:-1]))
 
 
 def _sums_from(numbers: np.ndarray) -> Float[np.ndarray, " numbers_1"]:
     """[i]: the sum of the numbers from the i-th on; 0 behind the last."""
-    return np.append(np.cumsum(numbers[::-1])[::-1], 0.0)
+    sums = np.zeros(len(numbers) + 1)
+    np.cumsum(numbers[::-1], out=sums[-2::-1])
+    return sums
 
 
 def least_sample() -> int:

@@ -30,6 +30,7 @@ class Sizes:
         pages, most = -(-lens // page_size) * keeps_kv, (max_total_tokens + page_size) * keeps_kv
         self.pages: list[int] = pages.tolist()
         """Pages that each prefill leaves filled."""
+        self.least_pages = min(self.pages, default=0)
         self.most: list[int] = most.tolist()
         """Slots that each may take in the end."""
         self.sum_of_most = int(most.sum())
@@ -37,7 +38,7 @@ class Sizes:
         """Tokens, pages, and slots in the end, of which there is only so much: int64 [3, requests]."""
         self.by_length: list[int] = (-lens).argsort(kind="stable").tolist()
         """Places, those of the longest first, and those of equal lengths in the order of the queue."""
-        self.suspects: list[int] = requests.table[IS_SUSPECT].nonzero()[0].tolist()
+        self.suspects = frozenset(requests.table[IS_SUSPECT].nonzero()[0].tolist())
         """Places."""
         self.tokens = whole[:KEEPS_KV] * keeps_kv
         """Tokens that have keys, that there may be at most, and that were generated, as if all prefills were over; of
