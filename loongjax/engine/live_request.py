@@ -17,6 +17,9 @@ class LiveRequest:
     def __init__(self, request: Request, order: int, accepted_s: float) -> None:
         """A request that has just been accepted, at that time on the engine's clock."""
         self.request = request
+        self.request_id = request.request_id
+        self.max_total_tokens = len(request.prompt_token_ids) + request.max_tokens
+        """Prompt and longest possible output."""
         self.order = order
         """Its place in the order of arrival."""
         self.output_token_ids: list[int] = []
@@ -41,17 +44,9 @@ class LiveRequest:
         self._last_token_s: float | None = None
 
     @property
-    def request_id(self) -> str:
-        return self.request.request_id
-
-    @property
     def num_tokens(self) -> int:
         """Prompt and output tokens that the host knows."""
         return len(self.request.prompt_token_ids) + len(self.output_token_ids)
-
-    @property
-    def max_total_tokens(self) -> int:
-        return len(self.request.prompt_token_ids) + self.request.max_tokens
 
     @property
     def needs_whole_prefill(self) -> bool:
@@ -144,7 +139,7 @@ class LiveRequest:
             or view.is_suspect != is_suspect
             or view.first_token_s != self._first_token_s
         ):
-            num_held = sum([num_held for _, num_held in kv])
+            num_held = kv[0][1] if len(kv) == 1 else sum([num_held for _, num_held in kv])
             view = self._running_view = RunningView(
                 request_id=self.request_id,
                 order=self.order,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from loongjax.core.cluster import InstanceId
@@ -20,30 +20,29 @@ class Roster:
 
     Args:
         kv_cache: says who runs, and where the keys are.
-        live: every live request, by id.
     """
 
-    def __init__(self, kv_cache: KVCache, live: Mapping[str, LiveRequest]) -> None:
+    def __init__(self, kv_cache: KVCache) -> None:
         self._kv_cache = kv_cache
-        self._live = live
         self._residents = Residents.of((), kv_cache.shape.num_instances)
         self._views: dict[str, RunningView] = {}
         """Those in it, by request id."""
-        self._changed: set[str] = set()
-        """Request ids."""
+        self._changed: set[LiveRequest] = set()
         self._landed: weakref.WeakKeyDictionary[Flight, _Landed] = weakref.WeakKeyDictionary()
 
     def note(self, requests: Iterable[LiveRequest]) -> None:
         """Something about these may have changed, or is about to before the next picture."""
-        self._changed.update([live.request_id for live in requests])
+        self._changed.update(requests)
 
     def residents(self) -> Residents:
         """As they are."""
         if self._changed:
             news: dict[str, RunningView | None] = {}
             left: set[InstanceId] = set()
-            for request_id in self._changed:
-                before, now = self._views.pop(request_id, None), self._view(request_id)
+            for live in self._changed:
+                request_id, kv = live.request_id, self._kv_cache.local_lens_or_none(live.request_id)
+                now = None if kv is None or live.has_ended else live.running_view(kv)
+                before = self._views.pop(request_id, None)
                 if now is not None:
                     self._views[request_id] = now
                 if now is not before:
@@ -53,31 +52,38 @@ class Roster:
             self._changed.clear()
         return self._residents
 
-    def residents_after(self, flight: Flight) -> Residents:
-        """As they will be when a decode in flight is over, if that ends none but those that get their last token."""
-        residents = self.residents()
-        before = [residents.local[instance] for instance in flight.group.instances]
+    def foresee(self, flight: Flight) -> Foreseen:
+        """How it will be when a decode in flight is over, if that ends none but those that get their last token."""
+        residents, instances = self.residents(), flight.group.instances
+        before = [residents.local[instance] for instance in instances]
         landed = self._landed.get(flight)
         if landed is None or not all(map(operator.is_, before, landed.before)):
-            kv_cache = self._kv_cache
-            news = {
-                live.request_id: live.running_view(kv_cache.local_lens(live.request_id), num_landed=1)
-                if live.num_tokens_left > 0
-                else None
-                for live in flight.requests
-            }
-            after = residents.after(news, flight.group.instances)
-            landed = self._landed[flight] = _Landed(before, [after.local[local.instance] for local in before])
-        return residents.with_local(landed.after)
+            news: dict[str, RunningView | None] = {}
+            ended: list[RunningView] = []
+            for live in flight.requests:
+                view = self._views[live.request_id]
+                if live.num_tokens_left > 0:
+                    news[live.request_id] = live.running_view(view.kv, num_landed=1)
+                else:
+                    news[live.request_id] = None
+                    ended.append(view)
+            after = residents.after(news, instances)
+            landed = _Landed(before, [after.local[instance] for instance in instances], ended)
+            self._landed[flight] = landed
+        return Foreseen(residents.with_local(landed.after), landed.ended)
 
-    def _view(self, request_id: str) -> RunningView | None:
-        if request_id not in self._kv_cache:
-            return None
-        return self._live[request_id].running_view(self._kv_cache.local_lens(request_id))
+
+class Foreseen(NamedTuple):
+    """The running requests once a decode is over."""
+
+    residents: Residents
+    ended: Sequence[RunningView]
+    """Who runs no more, as they were."""
 
 
 class _Landed(NamedTuple):
-    """Who has keys on the instances of a flight, and who will when it is over."""
+    """Who has keys on the instances of a flight, who will when it is over, and who ends then."""
 
     before: list[LocalRequests]
     after: list[LocalRequests]
+    ended: list[RunningView]

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from loongjax.core.cluster import ClusterShape, InstanceId
 from loongjax.core.plan import Prefill
 from loongjax.engine.binding import Flight
-from loongjax.engine.roster import Roster
+from loongjax.engine.roster import Foreseen, Roster
 from loongjax.engine.waiting_queue import WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import RuntimeLimits
@@ -33,11 +33,11 @@ def take_snapshot(
     """
     aloft = [flight for flight in flights if flight is not as_if_over]
     busy = {instance: isinstance(flight.plan, Prefill) for flight in aloft for instance in flight.group.instances}
+    foreseen = Foreseen(roster.residents(), ()) if as_if_over is None else roster.foresee(as_if_over)
     num_free_pages = kv_cache.all_free_pages()
-    for request in as_if_over.requests if as_if_over is not None else ():
-        if request.num_tokens_left <= 0:
-            for instance, num_held in kv_cache.local_lens(request.request_id):
-                num_free_pages[instance] += shape.num_pages_for(num_held)
+    for request in foreseen.ended:
+        for instance, num_held in request.kv:
+            num_free_pages[instance] += shape.num_pages_for(num_held)
     return ClusterView(
         shape=shape,
         instances=tuple(
@@ -47,7 +47,7 @@ def take_snapshot(
             ]
         ),
         waiting=waiting.views(),
-        residents=roster.residents() if as_if_over is None else roster.residents_after(as_if_over),
+        residents=foreseen.residents,
         max_num_batched_tokens=limits.max_num_batched_tokens,
         max_num_seqs=limits.max_num_seqs,
         now_s=now_s,

@@ -60,6 +60,11 @@ class KVCache:
         """
         return self._requests[request_id].local_lens
 
+    def local_lens_or_none(self, request_id: str) -> tuple[tuple[InstanceId, int], ...] | None:
+        """Those of a request that may hold nothing."""
+        request = self._requests.get(request_id)
+        return None if request is None else request.local_lens
+
     def intervals(self, request_id: str) -> tuple[TokenInterval, ...]:
         """Which token lies where: in local order on each instance."""
         return tuple(

@@ -21,7 +21,7 @@ class Scene:
     def __init__(self) -> None:
         self.kv_cache = KVCache(SHAPE)
         self.live: dict[str, LiveRequest] = {}
-        self.roster = Roster(self.kv_cache, self.live)
+        self.roster = Roster(self.kv_cache)
         keys = {"a": [TokenInterval(2, 0, 6)], "b": [TokenInterval(0, 0, 3)]}
         keys["c"] = [TokenInterval(0, 0, 4), TokenInterval(2, 4, 5)]
         for order, (name, intervals) in enumerate(keys.items()):
@@ -89,7 +89,7 @@ def test_who_has_ended_is_gone_and_who_has_moved_is_elsewhere() -> None:
 def test_a_step_that_counts_as_over_has_ended_whoever_got_the_last_token() -> None:
     scene = Scene()
     scene.depart()
-    now, then = scene.roster.residents(), scene.roster.residents_after(scene.flight)
+    now, then = scene.roster.residents(), scene.roster.foresee(scene.flight).residents
     assert [request.is_in_flight for request in now.local[2].requests] == [True, True]
     assert [[request.request_id for request in local.requests] for local in then.local] == [["b", "c"], [], ["c"]]
     (landed,) = then.local[2].requests
@@ -100,8 +100,8 @@ def test_a_step_that_counts_as_over_has_ended_whoever_got_the_last_token() -> No
 def test_a_step_that_comes_as_foreseen_shows_the_same_views() -> None:
     scene = Scene()
     scene.depart()
-    then = scene.roster.residents_after(scene.flight)
-    assert scene.roster.residents_after(scene.flight).local[2] is then.local[2]
+    then = scene.roster.foresee(scene.flight).residents
+    assert scene.roster.foresee(scene.flight).residents.local[2] is then.local[2]
     a, c = scene.flight.requests
     c.num_in_flight -= 1
     c.output_token_ids.append(7)
@@ -116,8 +116,8 @@ def test_a_step_that_comes_as_foreseen_shows_the_same_views() -> None:
 def test_what_is_foreseen_follows_what_happens_to_others_on_the_same_instances() -> None:
     scene = Scene()
     scene.depart()
-    scene.roster.residents_after(scene.flight)
+    scene.roster.foresee(scene.flight).residents
     scene.kv_cache.release("b")
     scene.roster.note([scene.live.pop("b")])
-    then = scene.roster.residents_after(scene.flight)
+    then = scene.roster.foresee(scene.flight).residents
     assert [[request.request_id for request in local.requests] for local in then.local] == [["c"], [], ["c"]]
