@@ -67,3 +67,13 @@ class RunningView(NamedTuple):
     priority: int = 0
     """Lower goes first."""
     slo: ServiceLevel = NO_SLO
+
+    @property
+    def num_keyed_output_tokens(self) -> int:
+        """Those of `num_output_tokens` that have keys: at rest, all but the newest."""
+        return self.num_output_tokens - (0 if self.is_in_flight else self.num_uncomputed_tokens)
+
+    @property
+    def max_output_tokens(self) -> int:
+        """The longest possible output."""
+        return self.max_total_tokens - self.num_tokens + self.num_keyed_output_tokens

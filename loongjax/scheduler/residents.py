@@ -53,13 +53,12 @@ class LocalRequests:
 
     @functools.cached_property
     def columns(self) -> Int[np.ndarray, "3 newest"]:
-        """Of the `newest` the tokens with keys, the most tokens ever, and the generated tokens that have keys: at rest,
-        all but the last."""
+        """Of the `newest` the tokens with keys, the most tokens ever, and `num_keyed_output_tokens`."""
         return np.array(
             (
                 [request.num_tokens for request in self.newest],
                 [request.max_total_tokens for request in self.newest],
-                [request.num_output_tokens - (not request.is_in_flight) for request in self.newest],
+                [request.num_keyed_output_tokens for request in self.newest],
             ),
             np.int64,
         )

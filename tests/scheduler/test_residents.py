@@ -19,7 +19,7 @@ def test_residents_by_hand() -> None:
     assert [local.newest for local in residents.local] == [(young,), (), (old,)]
     assert residents.straddling == (old,)
     assert residents.running == (young, old)
-    assert (len(residents), residents.num_requests, residents.max_total_tokens) == (2, 2, 10 + 19)
+    assert (len(residents), residents.num_requests, residents.max_total_tokens) == (2, 2, 11 + 20)
     assert residents.is_anybody_older(2)
     assert not residents.is_anybody_older(1)
 
@@ -39,8 +39,17 @@ def test_columns_count_the_generated_tokens_that_have_keys() -> None:
         running("rests", 0, (1, 7), num_output_tokens=3, max_new_tokens=10),
         running("flies", 1, (1, 8), num_output_tokens=3, max_new_tokens=20, is_in_flight=True),
     )
-    assert Residents.of(requests, NUM_INSTANCES).columns.tolist() == [[7, 8], [17, 28], [2, 3]]
+    assert Residents.of(requests, NUM_INSTANCES).columns.tolist() == [[7, 8], [18, 28], [2, 3]]
     assert Residents.of((), NUM_INSTANCES).columns.shape == (3, 0)
+
+
+def test_the_longest_output_is_the_same_at_rest_in_flight_and_before_the_prompt_is_computed() -> None:
+    """A prompt of 6 tokens and up to 10 more."""
+    partly = running("a", 0, (1, 2), num_uncomputed_tokens=4)._replace(max_total_tokens=16)
+    resting = running("a", 0, (1, 8), num_output_tokens=3)._replace(max_total_tokens=16)
+    flying = running("a", 0, (1, 9), num_output_tokens=3, is_in_flight=True)._replace(max_total_tokens=16)
+    assert [view.max_output_tokens for view in (partly, resting, flying)] == [10, 10, 10]
+    assert [view.num_keyed_output_tokens for view in (resting, flying)] == [2, 3]
 
 
 def test_what_has_not_changed_is_shared() -> None:

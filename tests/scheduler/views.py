@@ -54,12 +54,14 @@ def running(
     priority: int = 0,
     slo: ServiceLevel = NO_SLO,
 ) -> RunningView:
+    """It may generate `max_new_tokens` more; at rest its newest token has no keys yet."""
     num_tokens = sum(held for _, held in kv)
+    num_known = num_tokens + (0 if is_in_flight else num_uncomputed_tokens)
     return RunningView(
         request_id=request_id,
         order=order,
         num_tokens=num_tokens,
-        max_total_tokens=num_tokens + max_new_tokens,
+        max_total_tokens=num_known + max_new_tokens,
         kv=kv,
         is_in_flight=is_in_flight,
         num_uncomputed_tokens=num_uncomputed_tokens,

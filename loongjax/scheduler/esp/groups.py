@@ -72,7 +72,7 @@ class GroupFacts:
         """Tokens that each is still expected to generate, at least 0."""
         requests = self.requests
         generated = [request.num_output_tokens for request in requests]
-        limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
+        limits = [request.max_output_tokens for request in requests]
         return [max(num_tokens, 0.0) for num_tokens in self._lengths.expected_left(generated, limits)]
 
     @property

@@ -145,7 +145,7 @@ def have_paces(requests: Sequence[RunningView]) -> bool:
 def _reciprocals(requests: Sequence[RunningView], lengths: OutputLengths) -> list[float]:
     """E[1 / output length] of each."""
     generated = [request.num_output_tokens for request in requests]
-    limits = [request.max_total_tokens - request.num_tokens + request.num_output_tokens for request in requests]
+    limits = [request.max_output_tokens for request in requests]
     return lengths.expected_reciprocals(generated, limits)
 
 

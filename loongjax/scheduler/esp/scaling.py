@@ -99,7 +99,7 @@ class CostModelRules:
     def _steps_left(self, requests: Sequence[RunningView]) -> float:
         """Steps until half of the requests' expected tokens are generated, at least one: the mean over requests."""
         generated = [request.num_output_tokens for request in requests]
-        limits = [request.num_output_tokens + request.max_total_tokens - request.num_tokens for request in requests]
+        limits = [request.max_output_tokens for request in requests]
         return max(1.0, float(np.mean(self._lengths.expected_left(generated, limits))))
 
     def _tell(
