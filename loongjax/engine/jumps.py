@@ -3,8 +3,10 @@
 Nobody could as long as no request waits, the decode's own requests go on and have pages to grow into, and there is
 nobody that might join them or whom they might join: no instance has become idle, and no other request that runs has
 been left out of what is in flight. What the policy would say between two steps is not assumed but rehearsed, at the end
-of the first step and before the last: a copy is asked, on the cluster as it will be then. In between things only grow,
-so an answer that is the same at both ends is taken to be the same everywhere.
+of the first step and before the last: a copy is asked, on the cluster as it will be then. An answer that is the same at
+both ends is taken to be the same everywhere. In between keys only grow, but how many steps are expected does not only
+shrink: it rises where an output becomes longer than most that have ended. So a policy that would move keys in between,
+and no more at the end, is not noticed.
 
 Whenever one of these conditions fails, all jumps end with the step that they are in.
 
