@@ -5,10 +5,11 @@
 Each case is a cluster with so many instances, running and waiting requests. Requests' lengths are log-normal, their
 keys on one instance each, and the policy knows how long the last outputs were. A sample is one answer to a view of its
 own; as while serving, the policy has seen those who wait arrive, one after the other, and was asked about the same
-cluster before, when the idle groups had a token less; in some cases somebody has come since. The views differ in what
-the engine asks about: one decode group that is idle while the others are in flight (a step has ended, or is rehearsed),
-some instances vacant, or everything idle. "picked" is how many waiting requests an answer may prefill together, all of
-which go through the batching of equation 5.
+cluster before, when the idle groups had a token less and the vacant instances were in a prefill: what to do with these
+it has not been asked. In some cases somebody has come since. The views differ in what the engine asks about: one decode
+group that is idle while the others are in flight (a step has ended, or is rehearsed), some instances vacant, or
+everything idle. "picked" is how many waiting requests an answer may prefill together, at most; all that are picked go
+through the batching of equation 5.
 
 Times are of the wall clock, of the thread (`cpu`: what the answer takes on a machine that nobody else uses; where the
 two differ by milliseconds, the operating system ran somebody else meanwhile), and of garbage collections within
@@ -34,11 +35,11 @@ import numpy as np
 from tqdm import tqdm
 
 from loongjax.core.cluster import ClusterShape, Group
-from loongjax.core.plan import Decode, Prefill, SubBatch
+from loongjax.core.plan import Decode, Prefill, PrefillRequest, SubBatch
 from loongjax.core.request import FinishReason, ServiceLevel
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
-from loongjax.costmodel.work import DecodeWork
+from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.output_lengths import WINDOW
 from loongjax.scheduler.esp.policy import EspPolicy
@@ -184,7 +185,9 @@ def _flights(case: Case, running: list[RunningView]) -> tuple[FlightView, ...]:
 
 
 def a_step_before(view: ClusterView, num_new: int = 0) -> ClusterView:
-    """The same when those who are idle now had a token less, and so many of those who wait had not come yet."""
+    """The same when those who are idle now had a token less, instances that are vacant now were in a prefill that kept
+    no keys, and so many of those who wait had not come yet.
+    """
     news: dict[str, RunningView | None] = {}
     for request in view.running:
         if not request.is_in_flight and request.num_output_tokens > 1:
@@ -194,11 +197,28 @@ def a_step_before(view: ClusterView, num_new: int = 0) -> ClusterView:
                 num_output_tokens=request.num_output_tokens - 1,
                 kv=((instance, num_tokens - 1),),
             )
+    vacant = [local.instance for local in view.residents.local if not local.requests]
+    prefills = [Prefill(Group.of([instance]), (PrefillRequest(f"echo{instance}", ()),)) for instance in vacant]
     return dataclasses.replace(
         view,
+        instances=tuple(
+            [
+                dataclasses.replace(instance, is_busy=True, is_prefilling=True)
+                if instance.instance in vacant
+                else instance
+                for instance in view.instances
+            ]
+        ),
         residents=view.residents.after(news, ()),
         waiting=Waiting(view.waiting[:-num_new]) if num_new else view.waiting,
         now_s=view.now_s - 0.01,
+        flights=(
+            *view.flights,
+            *[
+                FlightView(plan=plan, group=plan.group, work=PrefillWork(new_lens=(1000,)), started_s=NOW_S - 0.02)
+                for plan in prefills
+            ],
+        ),
     )
 
 
