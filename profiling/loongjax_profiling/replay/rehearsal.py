@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import tqdm
 
-from loongjax.core.cluster import ClusterShape, Group
+from loongjax.core.cluster import Group
 from loongjax.core.iteration import (
     DecodeInput,
     DecodeIteration,
@@ -42,7 +43,7 @@ REQUEST = Request(
 
 
 def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progress: bool = False) -> int:
-    """Runs iterations of every bucket on every group, on a pool that nobody uses yet.
+    """Runs iterations of every bucket on every group, on a pool that nobody uses yet, and says so beforehand.
 
     On GPUs one compilation serves all groups of a size, so these come first and side by side.
 
@@ -60,13 +61,16 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     buckets = Buckets.of(runtime.shape, runtime.limits)
     num_instances = runtime.shape.num_instances
     sizes = range(1, num_instances + 1)
-    runtime.compile([key for dop in sizes for key in _programs(dop, buckets, max_extend_tokens)])
-    scenes = _Scenes(runtime.shape, buckets, runtime.limits.max_num_seqs, max_extend_tokens)
-    groups = [
-        Group.of(chosen)
-        for dop in range(1, num_instances + 1)
-        for chosen in itertools.combinations(range(num_instances), dop)
-    ]
+    keys = [key for dop in sizes for key in _programs(dop, buckets, max_extend_tokens)]
+    scenes = _Scenes(buckets, runtime.limits.max_num_seqs, max_extend_tokens)
+    groups = [Group.of(chosen) for dop in sizes for chosen in itertools.combinations(range(num_instances), dop)]
+    number = sum([math.comb(num_instances, dop) * len(list(scenes.of(Group.of(range(dop))))) for dop in sizes])
+    print(
+        f"rehearsing {number} iterations of {len(keys)} sizes on {len(groups)} groups: --num-instances and "
+        "--max-num-batched-tokens make it fewer, --warm-up False leaves it out",
+        flush=True,
+    )
+    runtime.compile(keys)
     num_iterations = 0
     for group in tqdm.tqdm(groups, desc="Rehearsing", unit="group", disable=not progress):
         for iteration in scenes.of(group):
@@ -107,7 +111,6 @@ def _extend_sizes(buckets: Buckets, max_extend_tokens: int) -> Iterator[tuple[in
 
 @dataclasses.dataclass(frozen=True)
 class _Scenes:
-    shape: ClusterShape
     buckets: Buckets
     max_num_seqs: int
     max_extend_tokens: int | None

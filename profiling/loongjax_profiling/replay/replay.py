@@ -69,7 +69,13 @@ def replay(config: ReplayConfig, command_line: str) -> int:
     write_iterations(
         iterations, engine.cost_model, engine.cluster.tp, playback.begin_s, config.out / "iterations.jsonl"
     )
-    print(f"played {len(playback.records)} of {len(workload)} requests; {num_recompiles} compilations", flush=True)
+    errors = [record.error for record in playback.records if record.error is not None]
+    print(
+        f"played {len(playback.records)} of {len(workload)} requests, {len(errors)} failed; {num_recompiles} compilations",
+        *[f"the first that failed: {error}" for error in errors[:1]],
+        sep="\n",
+        flush=True,
+    )
 
     comparison = _compare(engine, config, playback, iterations, workload[: playback.num_sent], calibrated, host)
     about = _about(config, engine, playback) | {"command": command_line, "num_recompiles": num_recompiles}
@@ -77,7 +83,7 @@ def replay(config: ReplayConfig, command_line: str) -> int:
     print(f"{format_comparison(comparison)}\n{config.out}/")
     if playback.is_interrupted:
         raise KeyboardInterrupt
-    return int(any(record.error is not None for record in playback.records))
+    return int(bool(errors))
 
 
 def _calibrate(engine: ReplayEngine, config: ReplayConfig) -> tuple[CostModel, HostTimes]:

@@ -35,10 +35,12 @@ def program_of(iteration, buckets: Buckets) -> ProgramKey:
 
 
 @pytest.mark.parametrize("max_extend_tokens", [None, 100, 512])
-def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tokens):
+def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tokens, capsys):
     runtime = ScriptedRuntime(shape=SHAPE, limits=LIMITS)
     assert rehearse(runtime, max_extend_tokens=max_extend_tokens) == len(runtime.submitted)
     [compiled] = runtime.compiled
+    told = f"rehearsing {len(runtime.submitted)} iterations of {len(compiled)} sizes on 3 groups"
+    assert capsys.readouterr().out.startswith(told)
     assert len(set(compiled)) == len(compiled)
     buckets = Buckets.of(runtime.shape, runtime.limits)
     run = {program_of(iteration, buckets) for iteration in runtime.submitted}

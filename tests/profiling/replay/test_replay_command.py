@@ -126,6 +126,17 @@ def test_without_a_warm_up_compilations_are_counted(trace, tmp_path):
     assert comparison_in(tmp_path)["about"]["num_recompiles"] > 0
 
 
+def test_a_request_that_fails_is_told_and_says_why(tmp_path, capsys):
+    trace, rows = tmp_path / "trace.jsonl", [(0, 20, 2), (1, 2000, 2)]
+    lines = [json.dumps({"timestamp": ms, "input_length": size, "output_length": out}) for ms, size, out in rows]
+    trace.write_text("\n".join(lines))
+    flags = ("--num-calibration-requests", "0", "--warm-up", "False")
+    assert main([*FLAGS, *flags, "--trace", str(trace), "--out", str(tmp_path / "out")]) == 1
+    told = capsys.readouterr().out
+    assert "played 2 of 2 requests, 1 failed" in told
+    assert "the first that failed: the maximum context length is" in told
+
+
 def test_the_workload_is_that_of_a_simulation():
     config = ReplayConfig(workload="zipf", rate=3.0, num_requests=40, seed=5)
     assert len(make_workload(config)) == 40
