@@ -116,7 +116,7 @@ def test_a_step_that_comes_as_foreseen_shows_the_same_views() -> None:
 def test_what_is_foreseen_follows_what_happens_to_others_on_the_same_instances() -> None:
     scene = Scene()
     scene.depart()
-    scene.roster.foresee(scene.flight).residents
+    scene.roster.foresee(scene.flight)
     scene.kv_cache.release("b")
     scene.roster.note([scene.live.pop("b")])
     then = scene.roster.foresee(scene.flight).residents

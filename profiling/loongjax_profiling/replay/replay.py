@@ -71,7 +71,8 @@ def replay(config: ReplayConfig, command_line: str) -> int:
     )
     errors = [record.error for record in playback.records if record.error is not None]
     print(
-        f"played {len(playback.records)} of {len(workload)} requests, {len(errors)} failed; {num_recompiles} compilations",
+        f"played {len(playback.records)} of {len(workload)} requests, {len(errors)} failed; "
+        f"{num_recompiles} compilations",
         *[f"the first that failed: {error}" for error in errors[:1]],
         sep="\n",
         flush=True,

@@ -7,9 +7,11 @@ shape: how far elastic sequence parallelism is ahead, and in which order the oth
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import pathlib
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -130,8 +132,9 @@ class PaperConfig:
     """How long requests come, in seconds, at every rate."""
     precision: float = 0.03
     """Rates are at most this much too low, relatively."""
-    seed: int = 0
-    """Of lengths and arrivals."""
+    seeds: tuple[int, ...] = (0,)
+    """Of lengths and arrivals, at least one: the rate is the median over them, which may differ by tenths where a few
+    long prompts decide."""
     tail: float = 0.1
     """A rate is sustained only if all requests have ended this part of the duration after the last one came. Else a
     system would seem to sustain what it puts off until nothing comes any more. The paper looks at latencies alone,
@@ -143,6 +146,8 @@ class PaperConfig:
     """JSON file for the results; None: they are only printed."""
 
     def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ConfigError("--seeds needs at least one, as in --seeds 0 1 2")
         if not self.duration_s > 0.0 or not self.precision > 0.0:
             raise ConfigError(
                 f"--duration-s and --precision must be above 0, got {self.duration_s} and {self.precision}"
@@ -176,7 +181,7 @@ def zipf_wish(request: WorkloadRequest) -> ServiceLevel:
     return ServiceLevel(ttft_s=max(_TTFT_FACTOR * alone_s, _LEAST_TTFT_SLO_S), tpot_s=_TPOT_SLO_S)
 
 
-def sustained_rate(
+def sustained_rates(
     system: SimulatedSystem,
     lengths: LengthDistribution,
     is_good: Callable[[Sequence[RequestRecord]], bool],
@@ -184,14 +189,14 @@ def sustained_rate(
     *,
     slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
     start: float,
-) -> float:
-    """The highest rate with which a system keeps up, and at which what it does is good enough.
+) -> list[float]:
+    """By seed, the highest rate with which a system keeps up, and at which what it does is good enough.
 
     Args:
         system: what serves.
         lengths: of requests.
         is_good: whether records are good enough; shorter latencies never make them worse.
-        config: how long requests come, and how precise the answer is to be.
+        config: how long requests come, by which seeds, and how precise the answer is to be.
         slo: what each request wishes for.
         start: the rate to begin with, requests a second.
     """
@@ -199,13 +204,16 @@ def sustained_rate(
     def is_served(records: Sequence[RequestRecord]) -> bool:
         return keeps_up(records, config.tail) and is_good(records)
 
-    def is_sustained(rate: float) -> bool:
+    def is_sustained(rate: float, seed: int) -> bool:
         num_requests = max(20, round(rate * config.duration_s))
-        workload = synthesize(lengths, rate=rate, num_requests=num_requests, seed=config.seed)
+        workload = synthesize(lengths, rate=rate, num_requests=num_requests, seed=seed)
         # Later tokens only make latencies longer: what is not good if all that is missing came at once will not be.
         return is_served(simulate(system, workload, slo=slo, is_hopeless=lambda records: not is_served(records)))
 
-    return highest_rate(is_sustained, start=start, precision=config.precision)
+    return [
+        highest_rate(functools.partial(is_sustained, seed=seed), start=start, precision=config.precision)
+        for seed in config.seeds
+    ]
 
 
 def compare_zipf(config: PaperConfig) -> Iterator[dict[str, Any]]:
@@ -213,7 +221,7 @@ def compare_zipf(config: PaperConfig) -> Iterator[dict[str, Any]]:
     for alpha in config.alphas:
         published = ZIPF_GOODPUT.get(alpha, {})
         for name in esp_first(config.systems):
-            rate = sustained_rate(
+            rates = sustained_rates(
                 paper_system(name),
                 ZipfLengths(alpha),
                 lambda records: least_attainment(records, config.num_length_classes) >= TARGET_ATTAINMENT,
@@ -221,7 +229,7 @@ def compare_zipf(config: PaperConfig) -> Iterator[dict[str, Any]]:
                 slo=zipf_wish,
                 start=published.get(name, 1.0),
             )
-            yield _row(f"zipf {alpha}", name, rate, published.get(name))
+            yield _row(f"zipf {alpha}", name, rates, published.get(name))
 
 
 def compare_datasets(config: PaperConfig) -> Iterator[dict[str, Any]]:
@@ -238,8 +246,8 @@ def compare_datasets(config: PaperConfig) -> Iterator[dict[str, Any]]:
         for name in esp_first(config.systems):
             published = dataset.capacity.get(name)
             system = paper_system(name, dataset.chunk_tokens)
-            rate = sustained_rate(system, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
-            yield _row(dataset_name, name, rate, published)
+            rates = sustained_rates(system, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
+            yield _row(dataset_name, name, rates, published)
 
 
 def esp_first[Name: str](systems: Iterable[Name]) -> list[Name]:
@@ -255,7 +263,7 @@ def run_paper(figure: Literal["paper-zipf", "paper-datasets"], config: PaperConf
     """
     if config.out is not None:
         prepare_file(config.out)
-    about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seed": config.seed}
+    about = {"figure": figure, "duration_s": config.duration_s, "precision": config.precision, "seeds": config.seeds}
     about |= {
         "tail": config.tail if math.isfinite(config.tail) else None,
         "num_length_classes": config.num_length_classes,
@@ -285,5 +293,6 @@ def _ahead(esp: dict[str, Any] | None, row: dict[str, Any], name: str) -> str:
     return f"{esp[name] / row[name]:.2f}x" if esp is not None and esp[name] and row[name] else "-"
 
 
-def _row(workload: str, system: str, rate: float, paper_rate: float | None) -> dict[str, Any]:
-    return {"workload": workload, "system": system, "rate": rate, "paper_rate": paper_rate}
+def _row(workload: str, system: str, rates: list[float], paper_rate: float | None) -> dict[str, Any]:
+    rate = statistics.median(rates)
+    return {"workload": workload, "system": system, "rate": rate, "rates": rates, "paper_rate": paper_rate}

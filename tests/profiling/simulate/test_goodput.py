@@ -123,9 +123,23 @@ def test_datasets_are_compared_too(capsys: pytest.CaptureFixture[str]):
     assert "lv-eval" in capsys.readouterr().out
 
 
-def test_a_comparison_without_time_is_refused():
+@pytest.mark.parametrize("fields", [{"duration_s": 0.0}, {"seeds": ()}])
+def test_a_comparison_without_time_or_requests_is_refused(fields):
     with pytest.raises(ConfigError):
-        PaperConfig(duration_s=0.0)
+        PaperConfig(**fields)
+
+
+def test_a_rate_is_the_median_of_those_of_each_seed(tmp_path: pathlib.Path):
+    out = tmp_path / "figure12.json"
+    flags = ["--alphas", "1.4", "--systems", "static-tp8", "--duration-s", "2", "--precision", "0.3"]
+    alone = []
+    for seed in range(3):
+        assert main(["paper-zipf", *flags, "--seeds", str(seed), "--out", str(out)]) == 0
+        alone.append(json.loads(out.read_text())["rows"][0]["rate"])
+    assert main(["paper-zipf", *flags, "--seeds", "0", "1", "2", "--out", str(out)]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["rates"] == alone
+    assert row["rate"] == sorted(alone)[1]
 
 
 def test_what_was_found_before_ctrl_c_is_written_and_esp_comes_first(
@@ -133,13 +147,13 @@ def test_what_was_found_before_ctrl_c_is_written_and_esp_comes_first(
 ):
     rates = iter([2.0, 0.5])
 
-    def found(*_, **__) -> float:
+    def found(*_, **__) -> list[float]:
         try:
-            return next(rates)
+            return [next(rates)]
         except StopIteration:
             raise KeyboardInterrupt from None
 
-    monkeypatch.setattr(paper, "sustained_rate", found)
+    monkeypatch.setattr(paper, "sustained_rates", found)
     out = tmp_path / "figure10.json"
     flags = ["--datasets", "leval", "--systems", "static-tp8", "replicated-tp2x4", "esp", "--out", str(out)]
     with pytest.raises(KeyboardInterrupt):
