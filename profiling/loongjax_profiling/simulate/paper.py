@@ -246,7 +246,9 @@ def compare_datasets(config: PaperConfig) -> Iterator[dict[str, Any]]:
         for name in esp_first(config.systems):
             published = dataset.capacity.get(name)
             system = paper_system(name, dataset.chunk_tokens)
-            rates = sustained_rates(system, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"])
+            rates = sustained_rates(
+                system, dataset.lengths, is_good, config, start=published or dataset.capacity["esp"]
+            )
             yield _row(dataset_name, name, rates, published)
 
 
