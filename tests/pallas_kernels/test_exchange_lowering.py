@@ -67,6 +67,30 @@ def test_all_reduce_is_one_kernel_whose_result_is_the_same_on_all_ranks(num_rank
     assert "stablehlo.all_reduce" not in module
 
 
+@pytest.mark.parametrize("op", [all_reduce, all_gather])
+@pytest.mark.parametrize("num_ranks", [2, 5])
+def test_who_would_send_more_than_4_mib_to_the_others_together_leaves_it_to_xla(op, num_ranks):
+    def body(peers, x):
+        return op(x[0], "sp", peers)[None]
+
+    most = 1024 * 1024 // (num_ranks - 1)
+    for num_items, expected in ((most, 1), (most + 1, 0)):
+        module = lower(body, line(num_ranks), Shape((num_ranks, num_items), "float32"), check_vma=False)
+        assert num_kernels(module) == expected
+
+
+@pytest.mark.parametrize(("num_requests", "expected"), [(128, 1), (129, 0)])
+def test_partial_outputs_count_in_float32(num_requests, expected):
+    """Of 16 heads of 128 to each of four others."""
+
+    def body(peers, o, lse):
+        return exchange_and_merge(o[0], lse[0], "sp", peers, out_dtype=jnp.bfloat16)[0]
+
+    rows = (5, 5, num_requests, 16)
+    module = lower(body, line(5), Shape((*rows, 128), "float32"), Shape(rows, "float32"), check_vma=False)
+    assert num_kernels(module) == expected
+
+
 @pytest.mark.parametrize("check_vma", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int32", "int8", "bool"])
 def test_all_gather_is_one_kernel(dtype, check_vma):
@@ -146,8 +170,8 @@ def test_large_messages_are_left_to_xla():
         z = all_gather(x[0] + y, "sp", peers)
         return (exchange_and_merge(o[0], lse[0] + z[0, 0], "sp", peers)[0])[None]
 
-    rows = Shape((2, 2, 300, 8), "float32")
-    module = lower(body, line(2), Shape((2, 300_000), "float32"), Shape((*rows.shape, 128), "float32"), rows)
+    rows = Shape((2, 2, 1200, 8), "float32")
+    module = lower(body, line(2), Shape((2, 1_200_000), "float32"), Shape((*rows.shape, 128), "float32"), rows)
     assert num_kernels(module) == 0
     for name in ("all_reduce", "all_gather", "all_to_all"):
         assert f"stablehlo.{name}" in module
