@@ -16,7 +16,6 @@ from loongjax.errors import ConfigError
 from tests.costmodel.shapes import measurements
 
 STRATEGIES = (Strategy(1, 2), Strategy(4, 2))
-RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +217,7 @@ def test_a_file_of_version_2_is_read_with_as_much_suspicion(path):
 
 
 def test_a_model_that_was_measured_before_predicts_for_prompts_what_its_file_says():
-    path = RESULTS / "cost_model_8b_2xH200.json"
+    path = pathlib.Path(__file__).with_name("cost_model_version_2.json")
     model, raw = load(path), json.loads(path.read_text())
     assert raw["version"] == 2
     assert len(model.strategies) == len(raw["strategies"]) > 1

@@ -26,8 +26,9 @@ AXIS = "ranks"
 SIZES = (2, 4, 8)
 """Devices of a mesh, as far as there are so many."""
 HIDDEN_SIZE, NUM_HEADS = 4096, 32
-REDUCED_TOKENS = (1, 32, 128)
-MASTER_REQUESTS = (1, 32)
+REDUCED_TOKENS = (1, 32, 128, 512, 1024)
+MASTER_REQUESTS = (1, 32, 256)
+"""As few as a decode step has, and as many as XLA takes over for, by default."""
 TARGET_TOKENS, TARGET_SIZE = 32, 4
 """What the targets of exchanges are for: so many tokens or requests, on so many devices at most."""
 REDUCE_S, EXCHANGE_S = 10e-6, 15e-6
