@@ -7,10 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-import numpy as np
-
-from loongjax.costmodel.model import CostModel, Source
-from loongjax.costmodel.work import DecodeTotals, PrefillTotals, Strategy
+from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
 
 Kind = Literal["prefill", "decode"]
@@ -87,11 +84,6 @@ class Corrector:
         other._factors = dict(self._factors)
         return other
 
-    @property
-    def factors(self) -> dict[tuple[Kind, Strategy], float]:
-        """A factor for each kind and strategy that was observed."""
-        return {(kind, strategy): self.factor(kind, strategy) for kind, strategy in self._own}
-
     def factor(self, kind: Kind, strategy: Strategy) -> float:
         """What to multiply predictions by; 1 before anything of the kind was observed."""
         factors = self._factors.setdefault(kind, {})
@@ -100,9 +92,11 @@ class Corrector:
             factor = factors[strategy] = math.exp(self._log_factor(kind, strategy))
         return factor
 
-    def predicted_over_actual(self, kind: Kind, strategy: Strategy) -> float:
-        """How far the uncorrected predictions are off: above 1 they are too long."""
-        return 1.0 / self.factor(kind, strategy)
+    def predicted_over_actual(self) -> dict[tuple[Kind, Strategy], float]:
+        """How far the uncorrected predictions are off, by kind and strategy of those that were observed: above 1 they
+        are too long.
+        """
+        return {(kind, strategy): 1.0 / self.factor(kind, strategy) for kind, strategy in self._own}
 
     def observe(self, kind: Kind, strategy: Strategy, *, predicted_s: float, actual_s: float) -> None:
         """Learns from an iteration: the model's own prediction, before correction, and what it took.
@@ -146,30 +140,3 @@ class Corrector:
 
 
 _NOTHING = _Evidence()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CorrectedModel(CostModel):
-    """A `CostModel` whose iteration times are multiplied by what a corrector has learned."""
-
-    base: CostModel
-    corrector: Corrector
-
-    @property
-    def source(self) -> Source:
-        return self.base.source
-
-    def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
-        return self.corrector.factor("prefill", strategy) * self.base.prefill_s(strategy, totals)
-
-    def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
-        return self.corrector.factor("decode", strategy) * self.base.decode_s(strategy, totals)
-
-    def migration_s(self, num_tokens: int | float, tp: int) -> float:
-        return self.base.migration_s(num_tokens, tp)
-
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        return self.base.tipping_tokens(strategy)
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        return self.base.tipping_rows(strategy)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -79,12 +78,3 @@ class DecodeTime:
         if self.sp == 1:
             return alone
         return alone + self.per_exchanged_row_s * totals.num_rows + self.per_extra_master_s * (totals.num_masters - 1.0)
-
-    @property
-    def tipping_rows(self) -> float:
-        """Rows of one master from which a step is bound by computing: `compute_bound_rows`, or if none were measured
-        beyond those, where the rows take as long as the constant; inf if they cost nothing.
-        """
-        if self.per_compute_bound_row_s > 0.0:
-            return self.compute_bound_rows
-        return self.constant_s / self.per_padded_row_s if self.per_padded_row_s > 0.0 else math.inf

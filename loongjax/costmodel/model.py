@@ -46,18 +46,6 @@ class CostModel(Protocol):
         """Time of moving so many tokens' keys between instances of `tp` devices."""
         ...
 
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        """Tokens of a prefill where it leaves the memory-bound regime: up to there more tokens take little more time,
-        beyond it they take their share (the tipping point of the paper's dispatching). May be inf.
-        """
-        ...
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        """Requests of one master from which a decode step is bound by computing (the paper's threshold of scaling up).
-        May be inf.
-        """
-        ...
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StrategyTimes:
@@ -116,10 +104,6 @@ class FittedModel(CostModel):
     def prefill_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: PrefillTotals[Real]) -> Real:
         return self.times(strategy).prefill_s(totals)
 
-    def paper_prefill_s(self, strategy: Strategy, totals: PrefillTotals[np.ndarray]) -> np.ndarray:
-        """As `prefill_s`, in the paper's form, which knows of no past keys to read."""
-        return self.times(strategy).paper_prefill.seconds(totals)
-
     def decode_s[Real: (float, np.ndarray)](self, strategy: Strategy, totals: DecodeTotals[Real]) -> Real:
         return self.times(strategy).decode.seconds(totals)
 
@@ -127,12 +111,6 @@ class FittedModel(CostModel):
         if self.migration is None:
             raise ConfigError("the cost model has no migration time: measure migrations, and fit again")
         return self.migration.seconds(num_tokens, self.provenance.model, tp)
-
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        return self.times(strategy).prefill.tipping_tokens
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        return self.times(strategy).decode.tipping_rows
 
     def padded_to(self, token_sizes: tuple[int, ...], row_sizes: tuple[int, ...]) -> FittedModel:
         """The same coefficients, for an engine that pads to these sizes: a form that pads counts what is computed,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import numpy as np
 
@@ -38,11 +37,6 @@ class PaperPrefillTime:
         return (
             self.constant_s + self.per_token_s * totals.num_tokens + self.per_squared_token_s * totals.twice_num_pairs
         )
-
-    @property
-    def tipping_tokens(self) -> float:
-        """Where B x tokens are as long as the constant A; inf if tokens cost nothing."""
-        return _tokens_in(self.constant_s, self.per_token_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,19 +101,6 @@ class RefinedPrefillTime:
         )
         return larger(linear, self.floor_s)
 
-    @property
-    def tipping_tokens(self) -> float:
-        """Tokens of the group where their linear part has overtaken what any prefill takes: where constant + B tokens
-        reaches the floor, or where B tokens are as long as the constant if that is later; inf if tokens cost nothing.
-        Buckets and attention are left out of it.
-        """
-        memory_bound_s = max(self.floor_s - self.constant_s, self.constant_s)
-        return self.sp * _tokens_in(memory_bound_s, self.per_padded_token_s)
-
 
 def _stack(*columns: np.ndarray) -> np.ndarray:
     return np.stack(np.broadcast_arrays(*columns), axis=-1)
-
-
-def _tokens_in(seconds: float, per_token_s: float) -> float:
-    return seconds / per_token_s if per_token_s > 0.0 else math.inf

@@ -197,16 +197,6 @@ class RooflineModel(CostModel):
         """Its bytes at the link's rate, after one collective's latency."""
         return self._migration.seconds(num_tokens, self.model, tp)
 
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        """Where the matrices' FLOPs of the tokens take as long as reading the weights."""
-        token_s = 2.0 * self.model.num_layer_params / (strategy.sp * strategy.tp * self.rates.flops_per_s)
-        return self._weights_s(strategy.tp) / token_s
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        """Where a master's matrices compute as long as they are read."""
-        row_s = self.model.decode_row_flops / (strategy.tp * self.rates.flops_per_s)
-        return self._weights_s(strategy.tp) / row_s
-
     @functools.cached_property
     def _prefill_rates(self) -> Callable[[int, int], _PrefillRates]:
         """Of (sp, tp), found once."""

@@ -170,24 +170,6 @@ def test_more_keys_never_take_less(rows, keys, more, strategy):
     assert 0.0 < few <= many
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_a_prefill_tips_where_computing_overtakes_reading_the_weights(strategy):
-    """Attention apart, which a batch of many short prompts has little of."""
-    tokens = H200.tipping_tokens(strategy)
-    free_link = dataclasses.replace(H200, rates=dataclasses.replace(H200.rates, link_bytes_per_s=1e30))
-    one, before, there, beyond = free_link.prefill_s(
-        strategy, PrefillTotals.of_sums([1.0, 0.5 * tokens, tokens, 2.0 * tokens], 0)
-    )
-    assert one == before == pytest.approx(there, rel=1e-12)
-    assert beyond - there == pytest.approx(13.214e9 / strategy.tp / 4.3e12, rel=1e-3)
-
-
-@pytest.mark.parametrize("tp", [1, 4])
-def test_a_decode_tips_where_computing_overtakes_reading_the_weights(tp):
-    # 2 bytes of a weight are read while it is multiplied for 643 / 4.3 rows of 2 operations each.
-    assert H200.tipping_rows(Strategy(1, tp)) == pytest.approx(643e12 / 4.3e12)
-
-
 def test_the_estimate_says_that_it_is_one():
     assert H200.source == "roofline"
     assert isinstance(H200, CostModel)

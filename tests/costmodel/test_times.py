@@ -1,7 +1,6 @@
 """Each form of time against numbers worked by hand, and its order."""
 
 import dataclasses
-import math
 
 import hypothesis.strategies as st
 import numpy as np
@@ -93,24 +92,6 @@ def test_the_refined_form_is_never_below_its_floor():
     assert REFINED.seconds(PrefillWork(new_lens=(10,)).totals).item() == 0.01
 
 
-def test_a_prefill_tips_where_the_linear_part_reaches_the_floor():
-    # 0.004 + 2e-5 x tokens of a rank = 0.01 at 300 on each of 2 ranks.
-    assert REFINED.tipping_tokens == pytest.approx(600)
-    unpadded = dataclasses.replace(REFINED, token_buckets=(), per_squared_token_s=0.0)
-    below, beyond = unpadded.seconds(PrefillTotals.of_sums([598, 602], [0, 0]))
-    assert below == 0.01 < beyond
-
-
-def test_without_a_floor_a_prefill_tips_where_its_tokens_are_as_long_as_its_constant():
-    assert PAPER.tipping_tokens == pytest.approx(200)
-    assert dataclasses.replace(REFINED, floor_s=0.0).tipping_tokens == pytest.approx(400)
-    assert dataclasses.replace(REFINED, floor_s=0.0041).tipping_tokens == pytest.approx(400)
-
-
-def test_a_prefill_whose_tokens_cost_nothing_never_tips():
-    assert dataclasses.replace(PAPER, per_token_s=0.0).tipping_tokens == math.inf
-
-
 @pytest.mark.parametrize(("num_tokens", "padded"), [(1, 64), (128, 64), (129, 256), (2048, 1024), (2050, 1025)])
 def test_a_rank_is_padded_to_the_smallest_bucket_that_holds_it_and_not_beyond_the_largest(num_tokens, padded):
     totals = PrefillTotals.of_sums(num_tokens, 0)
@@ -142,12 +123,6 @@ def test_a_term_that_starts_late_is_the_longer_of_reading_and_computing():
         DecodeTotals.even(Strategy(1), rows, rows)
     )
     np.testing.assert_allclose(seconds, np.maximum(0.003, 2e-5 * rows))
-
-
-def test_a_decode_tips_where_computing_takes_over_or_where_its_rows_are_as_long_as_its_constant():
-    assert KINKED.tipping_rows == 4.0
-    assert DECODE.tipping_rows == pytest.approx(400)
-    assert dataclasses.replace(DECODE, per_padded_row_s=0.0).tipping_rows == math.inf
 
 
 def test_one_instance_exchanges_nothing():

@@ -50,12 +50,6 @@ class TransparentModel(CostModel):
     def migration_s(self, num_tokens: int | float, tp: int) -> float:
         return float(num_tokens * tp)
 
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        return 1.0
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        return 1.0
-
 
 def request(name: str, prompt_len: int) -> Request:
     return Request(

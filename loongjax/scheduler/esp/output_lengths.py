@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -191,8 +190,3 @@ def _sums_from(numbers: np.ndarray) -> Float[np.ndarray, " numbers_1"]:
     sums = np.zeros(len(numbers) + 1)
     np.cumsum(numbers[::-1], out=sums[-2::-1])
     return sums
-
-
-def least_sample() -> int:
-    """Outputs that must have ended before a quantile is known for a request that has generated nothing."""
-    return math.ceil(QUANTILE / (1.0 - QUANTILE) - 1e-9)

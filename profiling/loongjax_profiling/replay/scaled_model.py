@@ -59,12 +59,6 @@ class ScaledModel(CostModel):
     def migration_s(self, num_tokens: int | float, tp: int) -> float:
         return self.base.migration_s(num_tokens, tp)
 
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        return self.base.tipping_tokens(strategy)
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        return self.base.tipping_rows(strategy)
-
 
 def _factor(iterations: Sequence[TracedIteration], base: CostModel, tp: int) -> float:
     """Measured over predicted time; 1 if either is nothing."""

@@ -57,8 +57,6 @@ def test_where_nothing_ran_all_stays_as_predicted():
     assert seconds(model.prefill_s(Strategy(3), TOTALS)) == seconds(RoundModel().prefill_s(Strategy(3), TOTALS))
     assert seconds(model.decode_s(Strategy(3), STEP)) == seconds(RoundModel().decode_s(Strategy(3), STEP))
     assert model.migration_s(7, 1) == RoundModel().migration_s(7, 1)
-    assert model.tipping_tokens(Strategy(1)) == RoundModel().tipping_tokens(Strategy(1))
-    assert model.tipping_rows(Strategy(1)) == RoundModel().tipping_rows(Strategy(1))
     assert model.source == RoundModel().source
 
 

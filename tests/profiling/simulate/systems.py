@@ -33,12 +33,6 @@ class RoundModel(CostModel):
     def migration_s(self, num_tokens: int | float, tp: int) -> float:
         return 0.0
 
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        return 100.0
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        return 100.0
-
 
 def cluster(num_instances: int = 4, num_slots: int = 4096, **options: int) -> ClusterSpec:
     return ClusterSpec(**({"tp": 2} | options), num_instances=num_instances, num_slots=num_slots)  # pyright: ignore[reportArgumentType]
