@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.dispatch import Choice
-from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.explain import Decision, Sink, Terms
 from loongjax.scheduler.esp.moving import Move, Mover
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook, Site
@@ -40,8 +40,13 @@ class _Offer(NamedTuple):
     step: Literal["allocate", "migrate", "wait"]
     gain: float
     cost: float
-    ready_s: float
+    prefill_s: float
+    """With the site, or the instance of it that is freed."""
+    newcomers: float = 0.0
+    """What requests that are still to come lose, which the gain is less by."""
     move: Move | None = None
+    slowdown: float = 0.0
+    """What longer steps cost after the move, in seconds x weight."""
 
 
 class Allocator:
@@ -88,7 +93,8 @@ class Allocator:
             then_s = self._times.batch_of_s(choice.dop + len(site.instances), *sums)
             offer = self._best_offer(choice, site, weight, sums, duration_s, then_s)
             is_taken = offer.gain > 0.0 and offer.gain >= offer.cost
-            self._tell(choice, site, offer, is_taken)
+            if self._explain is not None:
+                self._explain(self._decision(choice, site, offer, is_taken, weight, duration_s))
             if not is_taken:
                 num_refusals += 1
                 if num_refusals >= MAX_REFUSALS:
@@ -115,12 +121,11 @@ class Allocator:
         begin_s = choice.ready_s
         now_s = begin_s + duration_s
         ready_s = max(begin_s, site.ready_s)
-        gain = weight * (now_s - ready_s - then_s)
-        gain -= self._loss_of_newcomers(choice, site, now_s, ready_s + then_s)
+        newcomers = self._loss_of_newcomers(choice, site, now_s, ready_s + then_s)
+        gain = weight * (now_s - ready_s - then_s) - newcomers
         if not site.requests:
-            paused = sum([taken.pause_weight for taken in choice.sites])
-            return _Offer("wait", gain, paused * max(0.0, ready_s - begin_s), ready_s)
-        pause = _Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + then_s), ready_s)
+            return _Offer("wait", gain, _paused_weight(choice) * max(0.0, ready_s - begin_s), then_s, newcomers)
+        pause = _Offer("allocate", gain, site.pause_weight * (ready_s - site.ready_s + then_s), then_s, newcomers)
         mover = self._mover
         if gain <= 0.0 or mover is None:
             return pause
@@ -132,9 +137,9 @@ class Allocator:
         if move is None:
             return pause
         cost = (weight + site.pause_weight) * move.seconds
-        if moved_gain > cost:
-            cost += mover.slowdown(site, move)
-        return max(pause, _Offer("migrate", moved_gain, cost, ready_s + move.seconds, move), key=_net_gain)
+        slowdown = mover.slowdown(site, move) if moved_gain > cost else 0.0
+        moved = _Offer("migrate", moved_gain, cost + slowdown, moved_s, move=move, slowdown=slowdown)
+        return max(pause, moved, key=_net_gain)
 
     def _loss_of_newcomers(self, choice: Choice, site: Site, now_s: float, then_s: float) -> float:
         """What it costs them if the choice ends in `then_s` seconds on the site too, instead of in `now_s` without."""
@@ -144,24 +149,40 @@ class Allocator:
         without = self._newcomers.cost(dict.fromkeys(choice.instances, now_s))
         return self._newcomers.cost(dict.fromkeys(both, then_s)) - without
 
-    def _tell(self, choice: Choice, site: Site, offer: _Offer, is_taken: bool) -> None:
-        if self._explain is not None:
-            self._explain(
-                Decision(
-                    now_s=self._draft.view.now_s,
-                    step=offer.step,
-                    is_taken=is_taken,
-                    gain=offer.gain,
-                    cost=offer.cost,
-                    instances=site.instances,
-                    request_ids=tuple([request.request_id for request in self._window.views(choice.places)]),
-                    terms=(
-                        ("ready_s", offer.ready_s),
-                        ("pause_weight", site.pause_weight),
-                        ("gain_weight", self._window.weight(choice.places)),
-                    ),
-                )
-            )
+    def _decision(
+        self, choice: Choice, site: Site, offer: _Offer, is_taken: bool, weight: float, duration_s: float
+    ) -> Decision:
+        """For who wants to know. The choice's requests weigh so much, and take so long without the site."""
+        terms: Terms = (
+            ("gain_weight", weight),
+            ("ready_without_s", choice.ready_s),
+            ("prefill_without_s", duration_s),
+            ("ready_s", max(choice.ready_s, site.ready_s)),
+            ("prefill_s", offer.prefill_s),
+        )
+        if offer.move is None:
+            terms += (("newcomers_weight_s", offer.newcomers),)
+        if offer.step == "wait":
+            terms += (("paused_weight", _paused_weight(choice)),)
+        else:
+            terms += (("pause_weight", site.pause_weight), ("group_ready_s", site.ready_s))
+        if offer.move is not None:
+            terms += (("migration_s", offer.move.seconds), ("slowdown_weight_s", offer.slowdown))
+        return Decision(
+            now_s=self._draft.view.now_s,
+            step=offer.step,
+            is_taken=is_taken,
+            gain=offer.gain,
+            cost=offer.cost,
+            instances=site.instances,
+            request_ids=tuple([request.request_id for request in self._window.views(choice.places)]),
+            terms=terms,
+        )
+
+
+def _paused_weight(choice: Choice) -> float:
+    """What a second costs those who are paused for the choice already."""
+    return sum([taken.pause_weight for taken in choice.sites], 0.0)
 
 
 def _net_gain(offer: _Offer) -> float:

@@ -28,12 +28,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.config import EspConfig
-from loongjax.scheduler.esp.explain import Decision, Sink, Step
+from loongjax.scheduler.esp.explain import Decision, Sink, Step, Terms
 from loongjax.scheduler.esp.memory import MemoryAdmission
 from loongjax.scheduler.esp.moving import Move, Mover
 from loongjax.scheduler.esp.outlook import Outlook, Site, loss_weight, step_s
@@ -202,15 +202,27 @@ class Dispatcher:
             longest_s = pause_cost / (weight + site.pause_weight)
             move = self._mover.move_from(site, (), longest_s, is_forced=True)
             if move is not None and self.pick([move.source], []):
-                cost = (weight + site.pause_weight) * move.seconds + self._mover.slowdown(site, move)
-                terms = (("migration_s", move.seconds), ("prefill_s", duration_s))
-                if self._judge("migrate", site, [0], pause_cost, cost, terms):
+                migration_s, slowdown = move.seconds, self._mover.slowdown(site, move)
+                cost = (weight + site.pause_weight) * migration_s + slowdown
+                if self._judge(
+                    "migrate",
+                    site,
+                    [0],
+                    pause_cost,
+                    cost,
+                    lambda: (
+                        ("prefill_s", duration_s),
+                        ("migration_s", migration_s),
+                        ("slowdown_weight_s", slowdown),
+                    ),
+                ):
                     choice.places, choice.move = [0], move
                     return
         prefills_s = [self._outlook.until_free_s[instance] for instance in self._draft.prefilling]
         wait_s = min(prefills_s, default=math.inf)
-        terms = (("wait_s", wait_s), ("prefill_s", duration_s))
-        if wait_s < math.inf and self._judge("wait", site, [0], pause_cost, weight * wait_s, terms):
+        if wait_s < math.inf and self._judge(
+            "wait", site, [0], pause_cost, weight * wait_s, lambda: (("wait_s", wait_s), ("prefill_s", duration_s))
+        ):
             choice.is_held = True
             return
         choice.places = [0]
@@ -226,8 +238,19 @@ class Dispatcher:
         gains = weights * max(0.0, otherwise_s - wait_s)
         costs = site.pause_weight * (wait_s - site.ready_s + durations_s)
         best = int((gains - costs).argmax())
-        terms = (("wait_s", wait_s), ("wait_otherwise_s", otherwise_s), ("prefill_s", float(durations_s[best])))
-        is_taken = self._judge("dispatch", site, more[: best + 1], float(gains[best]), float(costs[best]), terms)
+        is_taken = self._judge(
+            "dispatch",
+            site,
+            more[: best + 1],
+            float(gains[best]),
+            float(costs[best]),
+            lambda: (
+                ("wait_s", wait_s),
+                ("wait_otherwise_s", otherwise_s),
+                ("group_ready_s", site.ready_s),
+                ("prefill_s", float(durations_s[best])),
+            ),
+        )
         return best + 1 if is_taken else 0
 
     def _is_put_off(self, site: Site, more: Sequence[int]) -> bool:
@@ -236,8 +259,19 @@ class Dispatcher:
         weights, arrivals_s = window.weights, window.sizes.arrivals_s
         waited = sum([weights[place] * (now_s - arrivals_s[place]) for place in more])
         fixed_s = self._times.fixed_prefill_s(len(site.instances))
-        loss = loss_weight(site, self._times) * fixed_s
-        return self._judge("put-off", site, more, loss, waited, (("fixed_s", fixed_s),))
+        lost_weight = loss_weight(site, self._times)
+        return self._judge(
+            "put-off",
+            site,
+            more,
+            lost_weight * fixed_s,
+            waited,
+            lambda: (
+                ("fixed_s", fixed_s),
+                ("loss_weight", lost_weight),
+                ("waited_s", waited / window.weight(more)),
+            ),
+        )
 
     def _moves_away(self, choice: Choice, site: Site, more: Sequence[int]) -> bool:
         """Chooses those of the requests that fit on one instance of the group, and the move that frees it, if that
@@ -257,13 +291,19 @@ class Dispatcher:
         gain = self._window.weight(more) * max(0.0, otherwise_s - wait_s)
         cost = (self._window.weight(more) + site.pause_weight) * move.seconds
         slowdown = self._mover.slowdown(site, move) if gain > cost else 0.0
-        terms = (
-            ("wait_s", wait_s),
-            ("wait_otherwise_s", otherwise_s),
-            ("migration_s", move.seconds),
-            ("slowdown_weight_s", slowdown),
-        )
-        if not self._judge("migrate", site, more, gain, cost + slowdown, terms):
+        if not self._judge(
+            "migrate",
+            site,
+            more,
+            gain,
+            cost + slowdown,
+            lambda: (
+                ("wait_s", wait_s),
+                ("wait_otherwise_s", otherwise_s),
+                ("migration_s", move.seconds),
+                ("slowdown_weight_s", slowdown),
+            ),
+        ):
             return False
         choice.places, choice.move = more, move
         return True
@@ -291,13 +331,19 @@ class Dispatcher:
         gain = window.weights[0] * max(0.0, otherwise_s - site.ready_s)
         tie_cost = cost_of_tie(sites, self._times, now_s) if gain > site.pause_weight * duration_s else 0.0
         cost = site.pause_weight * duration_s + tie_cost
-        terms = (
-            ("wait_s", site.ready_s),
-            ("wait_otherwise_s", otherwise_s),
-            ("prefill_s", duration_s),
-            ("tie_weight_s", tie_cost),
-        )
-        if self._judge("tie", site, [0], gain, cost, terms):
+        if self._judge(
+            "tie",
+            site,
+            [0],
+            gain,
+            cost,
+            lambda: (
+                ("wait_s", site.ready_s),
+                ("wait_otherwise_s", otherwise_s),
+                ("prefill_s", duration_s),
+                ("tie_weight_s", tie_cost),
+            ),
+        ):
             for part in sites:
                 choice.take(part)
             choice.add([0], site.instances)
@@ -310,9 +356,9 @@ class Dispatcher:
         more: Sequence[int],
         gain: float,
         cost: float,
-        terms: tuple[tuple[str, float], ...],
+        terms: Callable[[], Terms],
     ) -> bool:
-        """Whether the gain exceeds the cost."""
+        """Whether the gain exceeds the cost. The terms are asked for only where somebody wants to know them."""
         if self._explain is not None:
             self._explain(
                 Decision(
@@ -324,7 +370,7 @@ class Dispatcher:
                     instances=site.instances,
                     request_ids=tuple([request.request_id for request in self._window.views(more)]),
                     terms=(
-                        *terms,
+                        *terms(),
                         ("pause_weight", site.pause_weight),
                         ("gain_weight", self._window.weight(more)),
                     ),

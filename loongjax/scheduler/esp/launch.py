@@ -101,17 +101,21 @@ def launch(
         started += kept
         coming.update(batch.places[batch.num_starting :])
         if explain is not None:
-            requests, duration_s = window.views(kept), times.batch_of_s(len(group), *window.sums(kept))
+            duration_s, weight = times.batch_of_s(len(group), *window.sums(kept)), window.weight(kept)
             explain(
                 Decision(
                     now_s=draft.view.now_s,
                     step="batch",
                     is_taken=True,
                     gain=0.0,
-                    cost=duration_s * window.weight(kept),
+                    cost=duration_s * weight,
                     instances=tuple(sorted(group)),
-                    request_ids=tuple([request.request_id for request in requests]),
-                    terms=(("prefill_s", duration_s), ("num_put_off", float(len(batch.places) - len(kept)))),
+                    request_ids=tuple([request.request_id for request in window.views(kept)]),
+                    terms=(
+                        ("prefill_s", duration_s),
+                        ("cost_weight", weight),
+                        ("num_put_off", float(len(batch.places) - len(kept))),
+                    ),
                 )
             )
     return Launch(started, coming)

@@ -66,11 +66,11 @@ class Newcomers:
         wait_s = self.wait_s(taken)
         if not wait_s:
             return 0.0
-        saved_s = max(0.0, wait_s - self._slower_alone_s)
+        saved_s = max(0.0, wait_s - self.slower_alone_s)
         return self.weight_per_s * saved_s * saved_s / 2.0
 
     @functools.cached_property
-    def _slower_alone_s(self) -> float:
+    def slower_alone_s(self) -> float:
         """The p above, of the mean length of what weighs."""
         sums = self._arrivals.sums
         return self._times.batch_of_s(1, *sums) - self._times.batch_of_s(self._draft.shape.num_instances, *sums)

@@ -7,6 +7,7 @@ Scale-down of prefills is `loongjax.scheduler.placement`; which master takes whi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -75,7 +76,7 @@ class CostModelRules:
         gain = num_steps * (now_s - then_s)
         num_new_keys = num_steps * -(-num_rows // (dop + 1))
         cost = self._times.migration_s(num_new_keys) if self._can_migrate else 0.0
-        self._tell("scale-up", component.instances, gain, cost, (("step_s", now_s), ("step_then_s", then_s)))
+        self._tell("scale-up", component.instances, gain, cost, num_steps, now_s, then_s)
         return gain > cost
 
     def allows_memory_scale_up(self) -> bool:
@@ -91,9 +92,10 @@ class CostModelRules:
         then_s = float(self._times.step_s(dop - 1, num_rows, busiest_keys + num_tokens, range(1, dop)).min())
         if then_s >= now_s:
             return False
-        gain = self._steps_left(component.requests) * (now_s - then_s)
+        num_steps = self._steps_left(component.requests)
+        gain = num_steps * (now_s - then_s)
         cost = self._times.migration_s(num_tokens)
-        self._tell("scale-down", (source,), gain, cost, (("step_s", now_s), ("step_then_s", then_s)))
+        self._tell("scale-down", (source,), gain, cost, num_steps, now_s, then_s)
         return gain > cost
 
     def _steps_left(self, requests: Sequence[RunningView]) -> float:
@@ -104,22 +106,29 @@ class CostModelRules:
 
     def _tell(
         self,
-        step: str,
+        step: Literal["scale-up", "scale-down"],
         instances: set[InstanceId] | tuple[InstanceId, ...],
         gain: float,
         cost: float,
-        terms: tuple[tuple[str, float], ...],
+        num_steps: float,
+        step_s: float,
+        step_then_s: float,
     ) -> None:
         if self._explain is not None:
             self._explain(
                 Decision(
                     now_s=self._now_s,
-                    step="scale-up" if step == "scale-up" else "scale-down",
+                    step=step,
                     is_taken=gain > cost,
                     gain=gain,
                     cost=cost,
                     instances=tuple(sorted(instances)),
-                    terms=terms,
+                    terms=(
+                        ("num_steps", num_steps),
+                        ("step_s", step_s),
+                        ("step_then_s", step_then_s),
+                        ("migration_s", cost),
+                    ),
                 )
             )
 

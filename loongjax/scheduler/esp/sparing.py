@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.dispatch import Choice
-from loongjax.scheduler.esp.explain import Decision, Sink
+from loongjax.scheduler.esp.explain import Decision, Sink, Terms
 from loongjax.scheduler.esp.newcomers import Newcomers
 from loongjax.scheduler.esp.outlook import Outlook
 from loongjax.scheduler.esp.splitter import PlacedBatch, Splitter
@@ -90,31 +90,43 @@ class Sparing:
         if not loss:
             return batches
         if self._choice.dop == 1:
-            return None if self._is_held(vacant, loss) else batches
+            return None if self._is_held(batches, vacant, loss) else batches
         # Who comes is short and needs little room.
         spared = min(vacant, key=lambda instance: (self._draft.room(instance), instance))
         fewer_instances = [instance for batch in batches for instance in batch.group if instance != spared]
         here = self._cost([batch[:2] for batch in batches], [batch.whole_s for batch in batches])
         least = splitter.least_cost_on_fewer(len(fewer_instances)) - here
         if loss <= least < math.inf:  # mostly, and what exactly it costs takes longer to find out
-            self._judge(loss, least, (spared,))
+            self._judge(loss, least, (spared,), lambda: self._terms(batches, None, here, here + least))
             return batches
         others = splitter.split_on_fewer(fewer_instances)
         if not others:
             return batches
-        cost = self._cost(others, [self._batch_s(batch) for batch in others]) - here
-        gain, fewer = loss, batches
+        there = self._cost(others, [self._batch_s(batch) for batch in others])
+        cost = there - here
+        gain, fewer = loss, None
         if cost < loss:  # more than all of that is not to be gained
             fewer = put_in_order(others, self._choice, self._window, self._times, starting=set(self._choice.instances))
             gain -= self._newcomers.cost(self._taken(fewer))
-        return fewer if self._judge(gain, max(0.0, cost), (spared,)) else batches
+        is_taken = self._judge(gain, max(0.0, cost), (spared,), lambda: self._terms(batches, fewer, here, there))
+        return fewer if is_taken and fewer is not None else batches
 
-    def _is_held(self, vacant: Sequence[InstanceId], loss: float) -> bool:
+    def _is_held(self, batches: list[OrderedBatch], vacant: Sequence[InstanceId], loss: float) -> bool:
         wait_s = self._newcomers.wait_elsewhere_s(vacant)
         if not self._window.is_patient or wait_s == math.inf:
             return False
-        weight = self._weight_behind + self._window.weight(self._choice.places)
-        return self._judge(loss, weight * wait_s, vacant)
+        weight = self._window.weight(self._choice.places)
+        return self._judge(
+            loss,
+            (self._weight_behind + weight) * wait_s,
+            vacant,
+            lambda: (
+                *self._terms_of_gain(batches, None),
+                ("gain_weight", weight),
+                ("behind_weight", self._weight_behind),
+                ("wait_s", wait_s),
+            ),
+        )
 
     def _taken(self, batches: list[OrderedBatch]) -> dict[InstanceId, float]:
         """For how many seconds from now each instance will be, by what starts first."""
@@ -135,8 +147,27 @@ class Sparing:
         own = sum([weight * duration_s for weight, duration_s in zip(weights, seconds, strict=True)])
         return own + self._weight_behind * min(seconds)
 
-    def _judge(self, gain: float, cost: float, spared: Sequence[InstanceId]) -> bool:
-        """Whether the gain exceeds the cost."""
+    def _terms(
+        self, batches: list[OrderedBatch], fewer: list[OrderedBatch] | None, cost: float, cost_on_fewer: float
+    ) -> Terms:
+        """Of these batches, and of others on fewer instances, and what both cost."""
+        return (
+            *self._terms_of_gain(batches, fewer),
+            ("prefills_weight_s", cost),
+            ("prefills_spared_weight_s", cost_on_fewer),
+        )
+
+    def _terms_of_gain(self, batches: list[OrderedBatch], fewer: list[OrderedBatch] | None) -> Terms:
+        """For how long newcomers find all instances taken, and with others on fewer, if there are any."""
+        return (
+            ("arriving_weight_per_s", self._newcomers.weight_per_s),
+            ("slower_s", self._newcomers.slower_alone_s),
+            ("taken_s", self._newcomers.wait_s(self._taken(batches))),
+            ("taken_spared_s", 0.0 if fewer is None else self._newcomers.wait_s(self._taken(fewer))),
+        )
+
+    def _judge(self, gain: float, cost: float, spared: Sequence[InstanceId], terms: Callable[[], Terms]) -> bool:
+        """Whether the gain exceeds the cost. The terms are asked for only where somebody wants to know them."""
         if self._explain is not None:
             self._explain(
                 Decision(
@@ -147,7 +178,7 @@ class Sparing:
                     cost=cost,
                     instances=tuple(spared),
                     request_ids=tuple([request.request_id for request in self._window.views(self._choice.places)]),
-                    terms=(("arriving_weight_per_s", self._newcomers.weight_per_s),),
+                    terms=terms(),
                 )
             )
         return gain > cost

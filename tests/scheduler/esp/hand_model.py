@@ -16,6 +16,7 @@ from loongjax.scheduler.esp.objective import TOKEN_S
 from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.validate import check_plan
 from loongjax.scheduler.view import ClusterView
+from tests.scheduler.esp.explained import check_terms
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,12 +50,6 @@ class HandModel(CostModel):
     def migration_s(self, num_tokens: int | float, tp: int) -> float:
         return self.moved_s * num_tokens
 
-    def tipping_tokens(self, strategy: Strategy) -> float:
-        return float("inf")
-
-    def tipping_rows(self, strategy: Strategy) -> float:
-        return float("inf")
-
 
 def policy_of(model: HandModel, decisions: list[Decision] | None = None, **settings: object) -> EspPolicy:
     """Prompts weigh as in the paper, which makes for easy sums."""
@@ -65,10 +60,12 @@ def policy_of(model: HandModel, decisions: list[Decision] | None = None, **setti
 def ask(
     view: ClusterView, model: HandModel | None = None, **settings: object
 ) -> tuple[tuple[Plan, ...], list[Decision]]:
-    """A new policy's answer, which can be executed, and why."""
+    """A new policy's answer, which can be executed, and why: the terms of each decision say it all."""
     decisions: list[Decision] = []
     plans = policy_of(model or HandModel(), decisions, **settings).plan(view)
     check_plan(view, plans)
+    for decision in decisions:
+        check_terms(decision)
     return plans, decisions
 
 

@@ -17,6 +17,7 @@ from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.view import FlightView
 from tests.costmodel.shapes import LLAMA2_7B
+from tests.scheduler.esp.explained import check_terms
 from tests.scheduler.esp.hand_model import HandModel
 from tests.scheduler.random_traces import (
     RandomCluster,
@@ -46,6 +47,7 @@ def model(kind: str, overhead_s: float = 2e-5) -> RooflineModel:
 def check_decision(decision: Decision) -> None:
     assert decision.cost >= 0.0
     assert decision.instances or decision.step == "senior"
+    check_terms(decision)
     if decision.step in ("dispatch", "scale-up", "scale-down"):
         assert decision.is_taken == (decision.gain > decision.cost)
 
