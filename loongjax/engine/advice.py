@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 from loongjax.core.plan import Decode, Plan
+from loongjax.costmodel.corrector import Kind
+from loongjax.costmodel.work import Strategy
 from loongjax.engine.binding import Flight
 from loongjax.engine.jumps import foresee
 from loongjax.engine.snapshot import take_snapshot
 from loongjax.engine.state import EngineState
 from loongjax.runtime.protocol import Runtime
 from loongjax.scheduler.observation import Observation
-from loongjax.scheduler.policy import Policy
+from loongjax.scheduler.policy import ExplainedPolicy, Policy, PredictingPolicy
 from loongjax.scheduler.validate import check_plan
 from loongjax.scheduler.view import ClusterView
 
@@ -42,6 +45,7 @@ class Advice:
     def __init__(self, policy: Policy, runtime: Runtime, state: EngineState, *, checks: bool) -> None:
         """`checks`: whether every answer is held to the contract of `Policy.plan`."""
         self._policy = policy
+        self._is_explained = isinstance(policy, ExplainedPolicy)
         self._runtime = runtime
         self._state = state
         self._checks = checks
@@ -54,6 +58,10 @@ class Advice:
             self._policy.observe(observations)
             for rehearsal in self._rehearsals.values():
                 rehearsal.policy.observe(observations)
+
+    def predicted_over_actual(self) -> Mapping[tuple[Kind, Strategy], float]:
+        """See `PredictingPolicy`; nothing of a policy that predicts nothing."""
+        return self._policy.predicted_over_actual() if isinstance(self._policy, PredictingPolicy) else {}
 
     def plans(self) -> tuple[Plan, ...]:
         """What is to be done now."""
@@ -94,6 +102,8 @@ class Advice:
 
     def _follow(self, policy: Policy) -> None:
         """From now on this one knows what was done; what others would do after something else is of no use."""
+        if self._is_explained and policy is not self._policy:
+            cast(ExplainedPolicy, policy).note_followed()
         self._policy = policy
         self._rehearsals = {}
 

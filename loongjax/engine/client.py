@@ -8,6 +8,8 @@ from typing import Protocol, runtime_checkable
 
 from loongjax.core.request import NO_SLO, FinishReason, Phase, ServiceLevel, Timings, TokenLogprobs
 from loongjax.core.sampling import SamplingParams
+from loongjax.costmodel.corrector import Kind
+from loongjax.costmodel.work import Strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,8 +68,10 @@ class EngineStats:
     prefill_dop: Mapping[int, int] = dataclasses.field(default_factory=dict)
     """Prefill iterations, by degree of parallelism."""
     decode_dop: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    """Decode steps, likewise."""
     num_scale_ups: int = 0
-    """Times a request's decode group gained an instance."""
+    """Times a decode group gained an instance; not by who was prefilled on instances of two groups, or whose keys were
+    moved."""
     num_scale_downs: int = 0
     """Times a prefill kept its keys on fewer instances than computed them, or a decode group lost one."""
     kv_migrated_bytes: int = 0
@@ -81,6 +85,9 @@ class EngineStats:
     of two."""
     num_iteration_tokens: int = 0
     """Sum of those tokens, not rounded: what was recomputed counts again."""
+    predicted_over_actual: Mapping[tuple[Kind, Strategy], float] = dataclasses.field(default_factory=dict)
+    """How far predicted times of iterations are off, by kind and strategy: above 1 they are too long. The scheduler
+    divides predictions by it. Empty without a cost model, and before anything was observed."""
 
 
 @runtime_checkable

@@ -99,9 +99,10 @@ class EngineCore:
             departure=departure,
             jumps=jumps,
         )
+        self._advice = Advice(policy, runtime, self._state, checks=checks)
         self._planning = Planning(
             self._state,
-            Advice(policy, runtime, self._state, checks=checks),
+            self._advice,
             outcomes=self._outcomes,
             departure=departure,
             landing=self._landing,
@@ -202,6 +203,7 @@ class EngineCore:
             page_size=shape.page_size,
             num_pages=shape.num_pages,
             num_recompiles=self._runtime.num_recompiles,
+            predicted_over_actual=self._advice.predicted_over_actual(),
         )
 
     def check_health(self) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from loongjax.core.plan import Plan
+from loongjax.costmodel.corrector import Kind
+from loongjax.costmodel.work import Strategy
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.view import ClusterView
 
@@ -34,4 +36,24 @@ class Policy(Protocol):
 
     def copy(self) -> Policy:
         """A policy that remembers the same and can be asked instead of this one, or for nothing. Asked for often."""
+        ...
+
+
+@runtime_checkable
+class ExplainedPolicy(Policy, Protocol):
+    """A policy that tells why it decides, and what of that the engine acts on."""
+
+    def note_followed(self) -> None:
+        """The engine acts on the answers of this copy, and asks it instead of the other one from now on."""
+        ...
+
+
+@runtime_checkable
+class PredictingPolicy(Policy, Protocol):
+    """A policy that decides by predicted times."""
+
+    def predicted_over_actual(self) -> Mapping[tuple[Kind, Strategy], float]:
+        """How far its cost model's times of iterations have been off lately, by kind and strategy of those that were
+        observed: above 1 they are too long. It decides by the corrected times.
+        """
         ...

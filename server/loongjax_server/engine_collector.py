@@ -38,6 +38,7 @@ class EngineCollector(Collector):
             yield from self._engine_metrics(self._stats)
             yield from self._pool_metrics(self._stats)
             yield from self._elastic_metrics(self._stats)
+            yield self._predicted_over_actual(self._stats)
 
     def _engine_metrics(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._gauge("vllm:num_requests_running", "Requests in execution.", stats.num_requests_running)
@@ -76,14 +77,22 @@ class EngineCollector(Collector):
     def _elastic_metrics(self, stats: EngineStats) -> Iterator[Metric]:
         yield self._dop_histogram("loongjax_prefill_dop", "prefill", stats.prefill_dop, len(stats.kv_slots))
         yield self._dop_histogram("loongjax_decode_dop", "decode", stats.decode_dop, len(stats.kv_slots))
-        yield self._counter(
-            "loongjax_scale_up", "Times a request's decode group gained an instance.", stats.num_scale_ups
-        )
+        yield self._counter("loongjax_scale_up", "Times a decode group gained an instance.", stats.num_scale_ups)
         yield self._counter("loongjax_scale_down", "Times a request's group lost an instance.", stats.num_scale_downs)
         yield self._counter(
             "loongjax_kv_migrated_bytes", "Bytes of keys and values moved between instances.", stats.kv_migrated_bytes
         )
         yield self._counter("loongjax_recompile", "Executables built or loaded after ready.", stats.num_recompiles)
+
+    def _predicted_over_actual(self, stats: EngineStats) -> Metric:
+        family = GaugeMetricFamily(
+            "loongjax_predicted_over_actual",
+            "Times of iterations as the cost model says, over those lately measured; predictions are divided by it.",
+            labels=[*self._labels, "kind", "sp", "tp"],
+        )
+        for (kind, strategy), ratio in stats.predicted_over_actual.items():
+            family.add_metric([*self._labels.values(), kind, str(strategy.sp), str(strategy.tp)], ratio)
+        return family
 
     def _gauge(self, name: str, documentation: str, value: float | int) -> Metric:
         family = GaugeMetricFamily(name, documentation, labels=list(self._labels))

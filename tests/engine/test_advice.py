@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import pytest
 
-from loongjax.core.iteration import Completion, Iteration, PrefillIteration
+from loongjax.core.iteration import Completion, DecodeIteration, Iteration, PrefillIteration
 from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason
+from loongjax.costmodel.work import Strategy
+from loongjax.scheduler.esp.config import EspConfig
+from loongjax.scheduler.esp.explain import Decision
+from loongjax.scheduler.esp.policy import EspPolicy
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.view import ClusterView
 from tests.engine.cluster import Cluster, Journal, assert_nothing_leaks, run
 from tests.engine.fake_runtime import FakeRuntime
+from tests.scheduler.esp.hand_model import HandModel
 
 
 class TellingPolicy:
@@ -116,3 +122,49 @@ def test_an_answer_is_not_followed_where_somebody_has_left_meanwhile(leaves: str
     for request in requests:
         journal.check(request)
     assert_nothing_leaks(core)
+
+
+def test_what_the_engine_acts_on_is_explained_once_and_apart_from_what_it_only_asks() -> None:
+    """Prompts come while a decode and its successor are in flight, and some of the answers about them are followed."""
+    decisions: list[Decision] = []
+    runtime = CLUSTER.runtime()
+    model = HandModel(token_s=0.1, step_s=1.0)
+    core = CLUSTER.core(runtime, EspPolicy(EspConfig(growth_tokens=4), model, explain=decisions.append))
+    requests = [CLUSTER.request(f"r{index}", 4, max_tokens=12) for index in range(5)]
+    journal = Journal()
+    for index, request in enumerate(requests):
+        core.add(request)
+        while len(runtime.submitted) < 5 * index:
+            journal.write(core.step(1.0))
+    run(core, journal)
+    batches = [decision for decision in decisions if decision.step == "batch"]
+    started = [decision.request_ids for decision in batches if not decision.is_rehearsal]
+    prefilled = [
+        tuple([item.request.request_id for item in iteration.inputs])
+        for iteration in runtime.submitted
+        if isinstance(iteration, PrefillIteration)
+    ]
+    assert started == prefilled
+    rehearsed = [decision for decision in batches if decision.is_rehearsal]
+    assert rehearsed
+    followed = [decision for decision in batches if dataclasses.replace(decision, is_rehearsal=True) in rehearsed]
+    assert any(not decision.is_rehearsal for decision in followed)
+
+
+def test_how_far_predictions_are_off_is_in_the_statistics() -> None:
+    """Everything takes a second, of which the policy expects twice as much for a decode, and half for this prompt."""
+    runtime = CLUSTER.runtime()
+    core = CLUSTER.core(runtime, EspPolicy(EspConfig(), HandModel(token_s=0.125, step_s=2.0)))
+    assert core.stats().predicted_over_actual == {}
+    core.add(CLUSTER.request("a", 4, max_tokens=60))
+    run(core)
+    num_steps = sum(isinstance(iteration, DecodeIteration) for iteration in runtime.submitted)
+    # A tenth of the logarithm is learned each time, which leaves 0.9 of what was not.
+    assert core.stats().predicted_over_actual == {
+        ("prefill", Strategy(1)): pytest.approx(0.5**0.1),
+        ("decode", Strategy(1)): pytest.approx(2.0 ** (1.0 - 0.9**num_steps)),
+    }
+    simple = CLUSTER.core()
+    simple.add(CLUSTER.request("a", 4))
+    run(simple)
+    assert simple.stats().predicted_over_actual == {}

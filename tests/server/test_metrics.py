@@ -10,6 +10,7 @@ from server_client import RunningServer
 from server_fakes import FakeEngine
 
 from loongjax.core.request import FinishReason
+from loongjax.costmodel.work import Strategy
 from loongjax.engine.client import EngineStats
 
 STATS = EngineStats(
@@ -31,6 +32,7 @@ STATS = EngineStats(
     num_iterations=14,
     iteration_tokens={1: 4, 4: 3, 128: 2, 2**21: 1},
     num_iteration_tokens=1_200_000,
+    predicted_over_actual={("prefill", Strategy(2)): 1.25, ("decode", Strategy(1, 4)): 0.5},
 )
 KNOWN_NAMES = [
     "num_requests_running",
@@ -142,6 +144,14 @@ def test_degrees_of_parallelism_are_histograms_with_a_bucket_for_each(measured: 
     assert value(measured, "loongjax_prefill_dop_sum") == 5 * 1 + 2 * 3
     assert value(measured, "loongjax_decode_dop_bucket", le="1.0") == 0
     assert value(measured, "loongjax_decode_dop_sum") == 14
+
+
+def test_how_far_predictions_are_off_is_told_by_kind_and_strategy(measured: RunningServer):
+    found = {labels: value for (name, labels), value in samples(measured).items() if "predicted_over_actual" in name}
+    assert found == {
+        (("kind", "prefill"), ("sp", "2"), ("tp", "1")): 1.25,
+        (("kind", "decode"), ("sp", "1"), ("tp", "4")): 0.5,
+    }
 
 
 def test_iterations_are_sorted_by_their_tokens_into_the_buckets_that_dashboards_know(measured: RunningServer):

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason
-from loongjax.costmodel.corrector import Corrector
+from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
+from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.decode_planner import DecodePlanner
@@ -32,7 +33,7 @@ from loongjax.scheduler.esp.arrivals import Arrivals
 from loongjax.scheduler.esp.batching import SplitMemory
 from loongjax.scheduler.esp.candidates import Candidates
 from loongjax.scheduler.esp.config import EspConfig
-from loongjax.scheduler.esp.explain import Sink
+from loongjax.scheduler.esp.explain import Rehearsal, Sink
 from loongjax.scheduler.esp.groups import GroupMemory
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.predictions import Predictions
@@ -51,7 +52,7 @@ class EspPolicy:
     Args:
         config: what the cost model cannot say.
         cost_model: knows every strategy that the cluster can form. Without migration times no keys are moved.
-        explain: is given every decision, those that the engine only rehearses included.
+        explain: is given every decision; those of a copy are marked, and given once more if the copy is followed.
     """
 
     def __init__(self, config: EspConfig, cost_model: CostModel, *, explain: Sink | None = None) -> None:
@@ -78,7 +79,18 @@ class EspPolicy:
         other = copy.copy(self)
         other._fairness = self._fairness.copy()
         other._lengths = self._lengths.copy()
+        if self._explain is not None:
+            other._explain = Rehearsal(self._explain)
         return other
+
+    def note_followed(self) -> None:
+        """See `ExplainedPolicy.note_followed`."""
+        if isinstance(self._explain, Rehearsal):
+            self._explain = self._explain.follow()
+
+    def predicted_over_actual(self) -> Mapping[tuple[Kind, Strategy], float]:
+        """See `PredictingPolicy.predicted_over_actual`."""
+        return self._corrector.predicted_over_actual()
 
     def observe(self, observations: Sequence[Observation]) -> None:
         """Corrects the cost model, and learns how long outputs are. See `Policy.observe`."""
