@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+from collections.abc import Iterable
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.iteration import ExtendIteration
@@ -79,6 +80,7 @@ class Counters:
     def _record_decode(self, flight: Flight, plan: Decode, num_steps: int) -> None:
         group = plan.group
         self.decode_dop[group.dop] += num_steps
+        self.num_scale_ups += _num_joined(flight.requests, group.instances)
         phase = Phase("decode", group.instances, tuple(sorted(plan.masters)), num_steps)
         for live in flight.requests:
             if live.has_ended:
@@ -117,7 +119,6 @@ class Counters:
 
     def _note_scaling(self, live: LiveRequest, instances: tuple[InstanceId, ...]) -> None:
         if live.instances != instances:
-            self.num_scale_ups += not set(instances) <= set(live.instances)
             self.num_scale_downs += not set(live.instances) <= set(instances)
             live.instances = instances
 
@@ -126,3 +127,19 @@ class Counters:
         for live in flight.requests:
             if not live.has_ended:
                 live.record(Phase("migrate", flight.group.instances, (plan.target,), plan.num_tokens))
+                live.instances = tuple(sorted({*live.instances, plan.target}))
+
+
+def _num_joined(requests: Iterable[LiveRequest], instances: tuple[InstanceId, ...]) -> int:
+    """How many instances, each with all that it is tied to, a decode has beyond the first that nothing tied to it: no
+    request had instances of both, be it from its last decode, its prefill or a migration.
+    """
+    if len(instances) == 1:
+        return 0
+    parts = [{instance} for instance in instances]
+    for before in {live.instances for live in requests}:
+        tied = [part for part in parts if not part.isdisjoint(before)]
+        if len(tied) > 1:
+            parts = [part for part in parts if part.isdisjoint(before)]
+            parts.append(set().union(*tied))
+    return len(parts) - 1

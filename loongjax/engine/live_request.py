@@ -32,7 +32,8 @@ class LiveRequest:
         self.num_failures = 0
         """Failed iterations that it took part in since its last token."""
         self.instances: tuple[InstanceId, ...] = ()
-        """Its last decode group; before the first decode, the instances that the prefill kept keys on."""
+        """Its last decode group, or before the first decode the instances that the prefill kept keys on; and those that
+        keys were moved to since."""
         self._history: list[Phase] = []
         self._num_more_tokens = 0
         """Tokens of the last phase beyond those that it was recorded with."""

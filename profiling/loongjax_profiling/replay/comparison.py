@@ -11,6 +11,7 @@ import numpy as np
 
 from loongjax.costmodel.model import CostModel
 from loongjax.runtime.simulated import HostTimes, Span
+from loongjax_profiling.elasticity import Elasticity
 from loongjax_profiling.metrics import Distribution, ServingMetrics
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.replay.traced_runtime import TracedIteration
@@ -97,6 +98,9 @@ class ReplayComparison:
     them is not the cost model's fault."""
     iterations: tuple[IterationComparison, ...]
     simulated_iterations: tuple[SimulatedIterations, ...]
+    elasticity: Elasticity
+    """What the engine's decode groups did."""
+    simulated_elasticity: Elasticity
 
     def as_json(self) -> dict[str, Any]:
         """Numbers and objects that `json` can write."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from loongjax.core.request import Request, RequestEvent, ServiceLevel
 from loongjax.core.sampling import SamplingParams
+from loongjax.engine.client import EngineStats
 from loongjax.engine.core import EngineCore
 from loongjax.engine.interrupts import deferred_interrupt
 from loongjax.errors import EngineDeadError, QueueFullError, RequestError
@@ -57,6 +58,8 @@ class Playback:
     """From results with a request's first or last token until that token was there."""
     is_interrupted: bool
     """Whether Ctrl-C ended it."""
+    stats: EngineStats
+    """What the engine counted."""
 
 
 class Player:
@@ -118,6 +121,7 @@ class Player:
             mean_intake_s=_mean(self._intakes_s),
             mean_telling_s=_mean(self._tellings_s),
             is_interrupted=is_interrupted,
+            stats=self._core.stats(),
         )
 
     def _elapsed_s(self) -> float:

@@ -13,8 +13,10 @@ import tqdm
 
 from loongjax.core.request import Request
 from loongjax.costmodel.model import CostModel, FittedModel
+from loongjax.engine.client import EngineStats
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
+from loongjax_profiling.elasticity import Elasticity
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.records import RequestRecord, write_records
 from loongjax_profiling.replay.comparison import (
@@ -136,15 +138,16 @@ def _compare(
 ) -> ReplayComparison:
     begin_s = time.perf_counter()
     spans: list[Span] = []
+    stats: list[EngineStats] = []
     model, tp = engine.cost_model, engine.cluster.tp
     succeeded = [each for each in iterations if each.error is None]
-    simulated = _simulate(engine, config, workload, calibrated, host, spans)
+    simulated = _simulate(engine, config, workload, calibrated, host, spans, stats)
     print(f"simulated in {time.perf_counter() - begin_s:.1f} s", flush=True)
     write_records(simulated, config.out / "simulated.jsonl")
-    as_fitted = _simulate(engine, config, workload, model, host, [])
+    as_fitted = _simulate(engine, config, workload, model, host)
     true_model = ScaledModel.of(succeeded, model, tp)
     true_host = measure_host_times(playback, succeeded, true_model, tp)
-    in_hindsight = _simulate(engine, config, workload, true_model, true_host, [])
+    in_hindsight = _simulate(engine, config, workload, true_model, true_host)
     return ReplayComparison(
         host=host,
         latencies=compare_latencies(playback.records, simulated),
@@ -152,6 +155,8 @@ def _compare(
         latencies_in_hindsight=compare_latencies(playback.records, in_hindsight),
         iterations=compare_iterations(succeeded, model, tp),
         simulated_iterations=summarize_spans(spans),
+        elasticity=Elasticity.of([playback.stats]),
+        simulated_elasticity=Elasticity.of(stats),
     )
 
 
@@ -161,8 +166,10 @@ def _simulate(
     workload: Sequence[WorkloadRequest],
     cost_model: CostModel,
     host: HostTimes,
-    spans: list[Span],
+    spans: list[Span] | None = None,
+    stats: list[EngineStats] | None = None,
 ) -> list[RequestRecord]:
+    """Appends what happened to the lists."""
     wish = service_level(config)
     return simulate(
         SimulatedSystem(
@@ -176,7 +183,8 @@ def _simulate(
         ),
         workload,
         slo=lambda request: wish,
-        on_span=spans.append,
+        on_span=spans.append if spans is not None else lambda span: None,
+        on_end=stats.extend if stats is not None else lambda stats: None,
         progress=sys.stderr.isatty(),
     )
 
@@ -197,4 +205,7 @@ def _about(config: ReplayConfig, engine: ReplayEngine, playback: Playback) -> di
         "is_interrupted": playback.is_interrupted,
         "mean_intake_s": playback.mean_intake_s,
         "mean_telling_s": playback.mean_telling_s,
+        "predicted_over_actual": {
+            f"{kind}, {strategy}": ratio for (kind, strategy), ratio in playback.stats.predicted_over_actual.items()
+        },
     }

@@ -36,6 +36,9 @@ def format_comparison(comparison: ReplayComparison) -> str:
             f"{each.kind + ', simulated':<22}{each.dop:>6}{'':>12}{_ms(each.simulated_s)}{each.num_simulated:>19}"
             for each in comparison.simulated_iterations
         ],
+        "",
+        f"measured:  {comparison.elasticity}",
+        f"simulated: {comparison.simulated_elasticity}",
     ]
     return "\n".join(lines)
 

@@ -32,7 +32,9 @@ def main(argv: Sequence[str]) -> int:
 
 def run(config: SimulateConfig) -> int:
     """As `main`, of a configuration. Ctrl-C keeps who has ended by then."""
-    from loongjax_profiling.records import RequestRecord  # here: `--help` needs none of this
+    from loongjax.engine.client import EngineStats  # here: `--help` needs none of this
+    from loongjax_profiling.elasticity import Elasticity
+    from loongjax_profiling.records import RequestRecord
     from loongjax_profiling.simulate.assembly import assemble_system, make_workload, service_level
     from loongjax_profiling.simulate.report import write_report
     from loongjax_profiling.simulate.simulation import simulate
@@ -46,6 +48,7 @@ def run(config: SimulateConfig) -> int:
         raise ConfigError(f"--out {config.out} cannot be made: {error}") from None
     timeline = Timeline(begin_s=max(0.0, middle_s - config.timeline_s / 2.0), length_s=config.timeline_s)
     records: list[RequestRecord] = []
+    stats: list[EngineStats] = []
     begin_s = time.perf_counter()
     try:
         simulate(
@@ -54,11 +57,13 @@ def run(config: SimulateConfig) -> int:
             slo=lambda request: wish,
             on_span=timeline.note,
             on_record=records.append,
+            on_end=stats.extend,
             progress=sys.stderr.isatty(),
         )
     except KeyboardInterrupt:
-        write_report(config, system, records, timeline, wall_s=time.perf_counter() - begin_s, is_complete=False)
+        wall_s, elasticity = time.perf_counter() - begin_s, Elasticity.of(stats)
+        write_report(config, system, records, elasticity, timeline, wall_s=wall_s, is_complete=False)
         print(f"stopped early: {config.out}/ has {len(records)} of {len(workload)} requests, those that ended first")
         raise
-    write_report(config, system, records, timeline, wall_s=time.perf_counter() - begin_s)
+    write_report(config, system, records, Elasticity.of(stats), timeline, wall_s=time.perf_counter() - begin_s)
     return 0

@@ -38,6 +38,7 @@ from loongjax_profiling.simulate.workload.zipf import ZipfLengths
 
 SystemName = Literal[
     "esp",
+    "esp-no-scale-up",
     "simple",
     "static-sp4tp2",
     "static-tp8",
@@ -162,6 +163,7 @@ def paper_system(name: SystemName, chunk_tokens: int = ZIPF_CHUNK_TOKENS) -> Sim
     """A system of eight A800 GPUs, with iterations of so many tokens if it cuts prompts into chunks."""
     cluster_name, policy = {
         "esp": ("a800-4xtp2", "esp"),
+        "esp-no-scale-up": ("a800-4xtp2", "esp"),
         "simple": ("a800-4xtp2", "simple"),
         "static-sp4tp2": ("a800-4xtp2", "static"),
         "static-tp8": ("a800-1xtp8", "static"),
@@ -170,7 +172,11 @@ def paper_system(name: SystemName, chunk_tokens: int = ZIPF_CHUNK_TOKENS) -> Sim
         "chunked-tp8": ("a800-1xtp8", "chunked"),
         "disaggregated": ("a800-4xtp2", "disaggregated"),
     }[name]
-    scheduling = SchedulingConfig(policy=policy, chunk_tokens=chunk_tokens)  # pyright: ignore[reportArgumentType]
+    scheduling = SchedulingConfig(
+        policy=policy,  # pyright: ignore[reportArgumentType]
+        chunk_tokens=chunk_tokens,
+        scale_up=name != "esp-no-scale-up",
+    )
     return SimulatedSystem(cluster=PRESETS[cluster_name], scheduling=scheduling, cost_model=a800_model())
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loongjax.costmodel.model import FittedModel
+from loongjax_profiling.elasticity import Elasticity
 from loongjax_profiling.metrics import Distribution, ServingMetrics
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.records import RequestRecord, write_records
@@ -21,6 +22,7 @@ def write_report(
     config: SimulateConfig,
     system: SimulatedSystem,
     records: Sequence[RequestRecord],
+    elasticity: Elasticity,
     timeline: Timeline,
     *,
     wall_s: float,
@@ -32,6 +34,7 @@ def write_report(
         config: what was asked for.
         system: that served.
         records: of those who have ended, in any order.
+        elasticity: what decode groups did.
         timeline: to be drawn, unless `config` wants none.
         wall_s: how long the simulation took.
         is_complete: whether these are all requests of the workload.
@@ -40,16 +43,17 @@ def write_report(
     metrics = ServingMetrics.of(records)
     write_records(records, config.out / "records.jsonl")
     about = describe(config) | _source(system) | {"is_complete": is_complete, "commit": checked_out_commit()}
-    write_metrics(metrics, about, config.out / "metrics.json")
+    write_metrics(metrics, elasticity, about, config.out / "metrics.json")
     if config.timeline_s > 0.0:
         timeline.draw(config.out / "timeline.png", title=f"{config.policy} on {system.cluster.num_instances} instances")
-    print(summary(records))
+    print(f"{summary(records)}\n{elasticity}")
     print(f"simulated in {wall_s:.1f} s, {metrics.duration_s / max(wall_s, 1e-9):.1f} times real time; {config.out}/")
 
 
-def write_metrics(metrics: ServingMetrics, about: dict[str, Any], path: pathlib.Path) -> None:
+def write_metrics(metrics: ServingMetrics, elasticity: Elasticity, about: dict[str, Any], path: pathlib.Path) -> None:
     """One JSON object: the metrics, and under "about" where they come from."""
-    path.write_text(json.dumps(metrics.as_json() | {"about": about}, indent=2, default=str) + "\n", encoding="utf-8")
+    whole = metrics.as_json() | dataclasses.asdict(elasticity) | {"about": about}
+    path.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from loongjax.core.cluster import InstanceId
+from loongjax.engine.client import EngineStats
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.load import LoadPredictor
 from loongjax_profiling.simulate.pod import Job, Pod, waiting_record
@@ -70,6 +71,8 @@ class Router:
         self._stranded: collections.deque[Job] = collections.deque()
         """Those that came when every pod was closed."""
         self._merger: _Merger | None = None
+        self._past_stats: list[EngineStats] = []
+        """Of mergers that are over."""
         self._whole = self._most_pods_needed()
 
     def add(self, job: Job, time_s: float) -> RequestRecord | None:
@@ -97,11 +100,19 @@ class Router:
 
     def records_if_ended(self, time_s: float) -> list[RequestRecord]:
         """See `Pod.records_if_ended`."""
+        records = [record for pod in self._pods() for record in pod.records_if_ended(time_s)]
+        return records + [waiting_record(job, time_s) for job in (*self._oversized, *self._stranded)]
+
+    def stats(self) -> list[EngineStats]:
+        """Of each pod, those of mergers that are over included."""
+        return [*self._past_stats, *[pod.stats() for pod in self._pods()]]
+
+    def _pods(self) -> list[Pod]:
+        """Those that serve now."""
         pods = [site.pod for site in self._sites]
         if self._merger is not None and self._merger.pod is not None:
             pods.append(self._merger.pod)
-        records = [record for pod in pods for record in pod.records_if_ended(time_s)]
-        return records + [waiting_record(job, time_s) for job in (*self._oversized, *self._stranded)]
+        return pods
 
     def _run_sites(self, time_s: float) -> list[RequestRecord]:
         records = [record for site in self._sites for record in site.pod.run_until(time_s)]
@@ -146,6 +157,7 @@ class Router:
         records = merger.pod.run_until(time_s)
         if merger.pod.num_live:
             return records, False
+        self._past_stats.append(merger.pod.stats())
         self._part(merger, merger.pod.now_s)
         return records, True
 

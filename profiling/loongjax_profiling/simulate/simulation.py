@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -13,6 +14,7 @@ from loongjax.config import SchedulingConfig
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.request import NO_SLO, ServiceLevel
 from loongjax.costmodel.model import CostModel
+from loongjax.engine.client import EngineStats
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax.scheduler.build import build_policy, max_request_tokens, max_whole_prompt_len
@@ -106,6 +108,7 @@ def simulate(
     slo: Callable[[WorkloadRequest], ServiceLevel] = lambda request: NO_SLO,
     on_span: Callable[[Span], None] = lambda span: None,
     on_record: Callable[[RequestRecord], None] = lambda record: None,
+    on_end: Callable[[Sequence[EngineStats]], None] = lambda stats: None,
     is_hopeless: Callable[[Sequence[RequestRecord]], bool] | None = None,
     progress: bool = False,
 ) -> list[RequestRecord]:
@@ -117,12 +120,13 @@ def simulate(
         slo: what each request wishes for.
         on_span: is told of each iteration when it is over.
         on_record: is told of each request when it has ended; what it was told stays true if the simulation is stopped.
+        on_end: is told what the engine of each pod has counted, also if the simulation is stopped.
         is_hopeless: asked now and then whether to stop, given the records as they would be if all that is missing came
             at once, at no cost to who has not arrived. Those are the result if it stops. Without it nobody is asked.
         progress: whether to show a bar.
     """
     records: list[RequestRecord] = []
-    with tqdm.tqdm(total=len(workload), unit="request", disable=not progress) as bar:
+    with tqdm.tqdm(total=len(workload), unit="request", disable=not progress) as bar, contextlib.ExitStack() as at_end:
 
         def keep(record: RequestRecord) -> None:
             records.append(record)
@@ -134,6 +138,7 @@ def simulate(
             lambda instances: system.build_pod(instances, on_span, keep),
             LoadPredictor(system.cost_model, system.cluster.tp),
         )
+        at_end.callback(lambda: on_end(router.stats()))
         jobs = [
             Job(request_id=f"request-{index}", request=request, slo=slo(request))
             for index, request in enumerate(workload)

@@ -6,6 +6,7 @@ import pytest
 
 from loongjax.core.cluster import Group
 from loongjax.runtime.simulated import HostTimes, Span
+from loongjax_profiling.elasticity import Elasticity
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.replay.comparison import (
     LATENCIES,
@@ -138,6 +139,8 @@ def comparison() -> ReplayComparison:
         simulated_iterations=summarize_spans(
             [Span(kind="prefill", group=Group((0,)), begin_s=0.0, end_s=0.1, num_requests=1, num_steps=1)]
         ),
+        elasticity=Elasticity(num_scale_ups=1, decode_steps_by_dop={1: 20, 2: 5}),
+        simulated_elasticity=Elasticity(num_scale_ups=0, decode_steps_by_dop={}),
     )
 
 
@@ -147,6 +150,8 @@ def test_the_table_shows_both_sides_and_all_errors():
     assert ttft.split()[-5:] == ["1000.000", "1050.000", "+5.0%", "-50.0%", "+1.0%"]
     (prefill,) = [line for line in lines if line.startswith("prefill  ")]
     assert prefill.split() == ["prefill", "1", "200.000", "100.000", "-50.0%", "1", "-"]
+    assert "measured:  decode groups gained an instance 1 times; decode steps: 20 on DoP 1, 5 on DoP 2" in lines
+    assert "simulated: decode groups gained an instance 0 times; decode steps: none" in lines
     (simulated,) = [line for line in lines if line.startswith("prefill, simulated")]
     assert simulated.split() == ["prefill,", "simulated", "1", "100.000", "1"]
 

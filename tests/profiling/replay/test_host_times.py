@@ -6,6 +6,7 @@ import pathlib
 
 import pytest
 
+from loongjax.engine.client import EngineStats
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.replay.host_times import measure_host_times
@@ -22,7 +23,7 @@ HOST = HostTimes(intake_s=0.002, turnaround_s=0.003, decode_begin_s=0.02, tellin
 
 def played(**times: float) -> Playback:
     nothing = {"mean_intake_s": 0.0, "mean_telling_s": 0.0}
-    return Playback(records=(), num_sent=0, begin_s=0.0, is_interrupted=False, **(nothing | times))
+    return Playback(records=(), num_sent=0, begin_s=0.0, is_interrupted=False, stats=EngineStats(), **(nothing | times))
 
 
 def test_a_turnaround_is_the_median_over_what_did_not_go_on():

@@ -95,6 +95,23 @@ def test_every_iteration_of_the_engine_is_written_down(replayed: pathlib.Path):
     assert sum(row["num_measured"] for row in by_kind) == len(rows)
 
 
+def test_both_sides_tell_their_decode_steps_by_degree_of_parallelism(replayed: pathlib.Path):
+    comparison = comparison_in(replayed)
+    sides = {
+        "elasticity": [(row["dop"], row["num_measured"]) for row in comparison["iterations"] if "dec" in row["kind"]],
+        "simulated_elasticity": [
+            (row["dop"], row["num_simulated"]) for row in comparison["simulated_iterations"] if row["kind"] == "decode"
+        ],
+    }
+    for side, steps in sides.items():
+        assert comparison[side]["num_scale_ups"] >= 0
+        by_dop = comparison[side]["decode_steps_by_dop"]
+        for dop in {dop for dop, _ in steps}:
+            assert by_dop[str(dop)] == sum(num_steps for other, num_steps in steps if other == dop)
+        assert sum(by_dop.values()) == sum(num_steps for _, num_steps in steps)
+    assert comparison["about"]["predicted_over_actual"] == {}, "this policy predicts nothing"
+
+
 def test_the_host_was_measured_on_other_requests(replayed: pathlib.Path):
     host = comparison_in(replayed)["host"]
     assert all(0.0 <= each_s < 10.0 for each_s in host.values())

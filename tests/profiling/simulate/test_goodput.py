@@ -84,6 +84,12 @@ def test_every_system_of_the_paper_can_be_built():
         assert paper_system(name).cluster.num_instances in (1, 4)  # pyright: ignore[reportArgumentType]
 
 
+def test_scale_up_can_be_left_out_of_the_comparison_to_see_what_it_is_worth():
+    whole, without = paper_system("esp").scheduling, paper_system("esp-no-scale-up").scheduling
+    assert (whole.scale_up, without.scale_up) == (True, False)
+    assert dataclasses.replace(without, scale_up=True) == whole
+
+
 def test_prompts_are_cut_into_the_papers_chunks():
     chunks = {name: dataset.chunk_tokens for name, dataset in DATASETS.items()}
     assert chunks == {"sharegpt": 256, "leval": 2048, "lv-eval": 16_384, "mixed": 2048}

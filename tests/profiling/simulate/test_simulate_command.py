@@ -42,7 +42,12 @@ def test_it_writes_records_metrics_and_a_picture(tmp_path: pathlib.Path, capsys:
     assert metrics["about"]["policy"] == "simple"
     assert metrics["about"]["cost_model_source"] == "fitted"
     assert (out / "timeline.png").read_bytes().startswith(PNG)
-    assert "12 requests" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "12 requests" in printed
+    num_decoded = sum(record.output_len - 1 for record in records)
+    num_steps = sum(metrics["decode_steps_by_dop"].values())
+    assert 0 < max(record.output_len - 1 for record in records) <= num_steps <= num_decoded
+    assert f"decode groups gained an instance {metrics['num_scale_ups']} times" in printed
 
 
 def test_the_same_seed_writes_the_same_files_step_by_step_or_not(tmp_path: pathlib.Path):
@@ -96,6 +101,7 @@ def test_ctrl_c_keeps_who_has_ended(
     assert [record for record in whole if record in kept] == kept, "in order of arrival, as if never stopped"
     assert metrics["num_requests"] == len(kept)
     assert metrics["about"]["is_complete"] is False
+    assert sum(metrics["decode_steps_by_dop"].values()) > 0
     assert f"has {len(kept)} of 12 requests" in capsys.readouterr().out
 
 
