@@ -8,8 +8,8 @@ own; as while serving, the policy has seen those who wait arrive, one after the 
 cluster before, when the idle groups had a token less and the vacant instances were in a prefill: what to do with these
 it has not been asked. In some cases somebody has come since. The views differ in what the engine asks about: one decode
 group that is idle while the others are in flight (a step has ended, or is rehearsed), some instances vacant, or
-everything idle. "picked" is how many waiting requests an answer may prefill together, at most; all that are picked go
-through the batching of equation 5.
+everything idle. "picked" is how many waiting requests go through the batching of equation 5 in one answer, at most.
+Fewer are prefilled by it (`mean_prefilled`), since of a batch only those start that weigh most: of 256 about 50.
 
 Times are of the wall clock, of the thread (`cpu`: what the answer takes on a machine that nobody else uses; where the
 two differ by milliseconds, the operating system ran somebody else meanwhile), and of garbage collections within

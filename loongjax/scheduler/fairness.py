@@ -1,4 +1,4 @@
-"""What the simple policy remembers from one question to the next, so that nobody waits for ever."""
+"""What an elastic policy remembers from one question to the next, so that nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Fairness:
 
     Args:
         max_prefills_before_decode: prefills that a running request lets pass before it is overdue.
-        max_overtakes: answers in which later requests may be prefilled before the first one that is left waiting.
+        max_overtakes: times that later requests may be prefilled before the first one that is left waiting. `simple`
+            counts each answer in which they are once, `esp` in part where that costs little (`note_overtaken`).
     """
 
     def __init__(self, *, max_prefills_before_decode: int, max_overtakes: int) -> None:
