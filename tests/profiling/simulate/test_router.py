@@ -4,8 +4,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loongjax.engine.client import EngineStats
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import Span
+from loongjax_profiling.elasticity import Elasticity
 from loongjax_profiling.simulate.load import LoadPredictor
 from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
@@ -50,6 +52,19 @@ def test_pods_share_a_load_evenly():
     for span in spans:
         prefilled[span.group.instances[0] // 2] += span.num_requests * (span.kind == "prefill")
     assert max(prefilled) - min(prefilled) <= 4
+
+
+def test_decode_steps_are_counted_in_all_pods_those_that_were_merged_for_a_while_included():
+    spans: list[Span] = []
+    stats: list[EngineStats] = []
+    workload = arriving((0.0, 400, 20), (0.1, 2500, 10), (5.0, 100, 5))
+    simulate(pods_of_two(3), workload, on_span=spans.append, on_end=stats.extend)
+    expected: dict[int, int] = {}
+    for span in spans:
+        if span.kind == "decode":
+            expected[span.group.dop] = expected.get(span.group.dop, 0) + span.num_steps
+    assert Elasticity.of(stats).decode_steps_by_dop == expected
+    assert sum(expected.values()) == 19 + 9 + 4
 
 
 def test_what_no_pod_can_hold_gets_several_pods_and_then_they_part():
