@@ -1,6 +1,6 @@
 """Why a decision was made: the terms of its gain and its cost, as values and as JSON lines.
 
-Gain and cost follow from the terms of the same decision:
+The gain, and below it the cost, follow from the terms of the same decision:
 
     dispatch    gain_weight x max(0, wait_otherwise_s - wait_s)
                 pause_weight x (wait_s - group_ready_s + prefill_s)
