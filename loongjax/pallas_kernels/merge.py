@@ -20,7 +20,11 @@ def merge_attention(
     o_b: Float[Array, "*rows H"],
     lse_b: Float[Array, "*rows"],
 ) -> tuple[Float32[Array, "*rows H"], Float32[Array, "*rows"]]:
-    """Merges two partial attentions, in float32."""
+    """Merges two partial attentions, in float32.
+
+    Raises:
+        ValueError: two different shapes, or log-sum-exps of another shape than the outputs' rows.
+    """
     o = jnp.stack([o_a.astype(jnp.float32), o_b.astype(jnp.float32)])
     lse = jnp.stack([lse_a.astype(jnp.float32), lse_b.astype(jnp.float32)])
     return merge_partials(o, lse)
@@ -33,7 +37,14 @@ def merge_partials(
 
     Rows where every part is without keys give o = 0 and lse = -inf. A part's output does not matter where its
     log-sum-exp is -inf, be it NaN.
+
+    Raises:
+        ValueError: log-sum-exps of another shape than the outputs' rows.
     """
+    if o.shape[:-1] != lse.shape:
+        raise ValueError(
+            f"merge: outputs {list(o.shape)} need log-sum-exps {list(o.shape[:-1])}, got {list(lse.shape)}"
+        )
     lse = lse.astype(jnp.float32)
     base = jax.lax.stop_gradient(zero_where_infinite(lse.max(axis=0)))
     weights = jnp.exp(lse - base[None])

@@ -2,11 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, Int32, UInt32
 
 from loongjax.pallas_kernels import decode_attention
 from loongjax.pallas_kernels.exchange import all_gather, exchange_and_merge
+from loongjax.pallas_kernels.operands import check_shapes, scale_or_default
 
 
 def multi_master_decode(
@@ -18,7 +19,7 @@ def multi_master_decode(
     kv_lens: Int32[Array, "n_B_m"],
     *,
     axis_name: str,
-    sm_scale: float | None = None,
+    sm_scale: float | ArrayLike | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
     peers: UInt32[Array, "*mesh 3"] | None = None,
@@ -37,7 +38,7 @@ def multi_master_decode(
         page_starts: for every row of every rank, ordered by (master's rank, row), where its table begins on this rank.
         kv_lens: for every row in the same order, how many keys this rank holds of it; 0 for none.
         axis_name: the mesh axis.
-        sm_scale: factor of the scores; H ** -0.5 if None.
+        sm_scale: factor of the scores, a Python float; H ** -0.5 if None. Other scalars are made one.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: of `decode_attention`.
         peers: `PeerMemory.table` of the mesh, replicated, for exchanges by kernels of our own where messages are small;
@@ -47,13 +48,21 @@ def multi_master_decode(
         Output and natural log-sum-exp of this rank's rows; 0 and -inf in rows without keys anywhere.
 
     Raises:
-        ValueError: tables of another number of rows than n * B_m, or peers of another mesh.
+        ValueError: tables of another number of rows than n * B_m, peers of another mesh, or what `decode_attention`
+            raises.
+        TypeError: a traced `sm_scale`, or one that is no scalar.
     """
     num_ranks = jax.lax.axis_size(axis_name)
+    check_shapes("multi_master_decode", q=(q, "B_m N H"))
+    sm_scale = scale_or_default("multi_master_decode", sm_scale, q.shape[-1])
     B_m, N, H = q.shape
     out_dtype = q.dtype if out_dtype is None else out_dtype
-    if kv_lens.shape[0] != num_ranks * B_m:
-        raise ValueError(f"{num_ranks} ranks of {B_m} rows need {num_ranks * B_m} kv_lens, got {kv_lens.shape[0]}")
+    for name, table in (("page_starts", page_starts), ("kv_lens", kv_lens)):
+        if table.shape != (num_ranks * B_m,):
+            raise ValueError(
+                f"multi_master_decode: {num_ranks} ranks of {B_m} rows need {num_ranks * B_m} {name}, "
+                f"got the shape {list(table.shape)}"
+            )
 
     def attend(q: Float[Array, "B N H"], out_dtype: DTypeLike) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
         return decode_attention(

@@ -3,10 +3,17 @@
 import functools
 
 import jax
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels import prefill_attention
+from loongjax.pallas_kernels.operands import (
+    check_heads,
+    check_indices,
+    check_one_dtype,
+    check_shapes,
+    scale_or_default,
+)
 from loongjax.pallas_kernels.varying import vary_as, vary_together
 from loongjax.parallel.ring_gather import attend_to_gathered
 from loongjax.parallel.ring_permute import attend_in_loop, attend_step_by_step
@@ -34,7 +41,7 @@ def ring_attention[Carry](
     row_starts: Int32[Array, "T"],
     *,
     axis_name: str,
-    sm_scale: float | None = None,
+    sm_scale: float | ArrayLike | None = None,
     out_dtype: DTypeLike | None = None,
     visit: Visit[Carry] | None = None,
     carry: Carry = None,
@@ -53,7 +60,7 @@ def ring_attention[Carry](
         row_starts: for each row, the packed index of the first token of its request: the row sees the tokens from there
             to itself. Above its own packed index (`striped.PADDING_ROW`): the row is padding and sees nothing.
         axis_name: the mesh axis of the ring.
-        sm_scale: factor of the scores; H ** -0.5 if None.
+        sm_scale: factor of the scores, a Python float; H ** -0.5 if None. Other scalars are made one.
         out_dtype: dtype of the output; that of the queries if None. Partial outputs are float32 in any case.
         visit: called with every block of keys, the own one included, and the rank it comes from. What it returns is the
             next call's carry. This is where keys are retained; the order is rank, rank - 1, ...
@@ -67,8 +74,16 @@ def ring_attention[Carry](
         The output, the natural log-sum-exp (0 and -inf in padding rows), and the last carry.
 
     Raises:
-        ValueError: an unknown variant, or what `prefill_attention` raises.
+        ValueError: shapes that are not as above, query heads that are no multiple of the KV heads, dtypes other than
+            one floating dtype of q, k and v and int32 `row_starts`, an unknown variant, or what `prefill_attention`
+            raises.
+        TypeError: a traced `sm_scale`, or one that is no scalar.
     """
+    check_shapes("ring_attention", q=(q, "T N H"), k=(k, "T K H"), v=(v, "T K H"), row_starts=(row_starts, "T"))
+    check_heads("ring_attention", q.shape[1], k.shape[1])
+    check_one_dtype("ring_attention", q=q, k=k, v=v)
+    check_indices("ring_attention", row_starts=row_starts)
+    sm_scale = scale_or_default("ring_attention", sm_scale, q.shape[-1])
     if variant is None:
         variant = default_variant(jax.local_devices()[0].platform, k.nbytes + v.nbytes)
     if variant not in VARIANTS:

@@ -1,6 +1,7 @@
 """Multi-master decode equals decode on one instance, however keys and rows are spread."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -122,8 +123,19 @@ def test_a_step_takes_two_collectives_and_none_on_one_rank(n, collectives):
     assert found == collectives
 
 
-def test_tables_of_another_number_of_rows_are_refused():
-    case = make_case(0, [3, 1, 2], page_size=PAGE_SIZE, heads=(K, H))
-    stacked = [jnp.stack([x] * 2) for x in case.arguments]
-    with pytest.raises(ValueError, match="2 ranks of 1 rows need 2 kv_lens, got 3"):
-        decode_over(2)(jnp.zeros((2, 1, N, H)), *stacked)
+@pytest.mark.parametrize("name", ["page_starts", "kv_lens"])
+def test_tables_of_another_number_of_rows_are_refused(name):
+    case = make_case(0, [3, 1], page_size=PAGE_SIZE, heads=(K, H))
+    names = ("kv_pool", "layer", "page_indices", "page_starts", "kv_lens")
+    tables = dict(zip(names, (jnp.stack([x] * 2) for x in case.arguments), strict=True))
+    tables[name] = jnp.zeros((2, 3), jnp.int32)
+
+    def attend(q, tables):
+        # Without what checks the annotations of the tests.
+        plain = inspect.unwrap(multi_master_decode)
+        o, lse = plain(q[0], **{key: x[0] for key, x in tables.items()}, axis_name=AXIS)
+        return o[None], lse[None]
+
+    sharded = jax.shard_map(attend, mesh=mesh_of(2), in_specs=P(AXIS), out_specs=P(AXIS))
+    with pytest.raises(ValueError, match=rf"2 ranks of 1 rows need 2 {name}, got the shape \[3\]"):
+        jax.eval_shape(sharded, jnp.zeros((2, 1, N, H)), tables)

@@ -1,6 +1,7 @@
 """Ring attention on 1 to 8 devices, in every variant, equals dense attention on none."""
 
 import functools
+import inspect
 
 import jax
 import jax.extend.core
@@ -268,6 +269,50 @@ def test_the_default_counts_keys_and_values_of_one_rank(monkeypatch):
 def test_an_unknown_variant_is_refused_with_the_names_of_all(n):
     with pytest.raises(ValueError, match="None or one of all_gather, loop, ring, got 'star'"):
         traced(n, "star")
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "message"),
+    [
+        ("row_starts", (ROWS - 1,), "int32", r"row_starts must have the shape \[T=6\], got \[5\]"),
+        ("row_starts", (ROWS,), "float32", "row_starts must be int32, got float32"),
+        ("k", (ROWS - 1, K, H), "float32", r"k must have the shape \[T=6, K=2, H=16\], got \[5, 2, 16\]"),
+        ("v", (ROWS, 1, H), "float32", r"v must have the shape \[T=6, K=2, H=16\], got \[6, 1, 16\]"),
+        ("v", (ROWS, K, H), "bfloat16", "q, k, v must have one dtype, got float32, float32, bfloat16"),
+        ("q", (ROWS, 3, H), "float32", "query heads must be a multiple of KV heads, got 3 and 2"),
+    ],
+)
+def test_operands_that_do_not_fit_each_other_are_refused(n, name, shape, dtype, message):
+    heads = {"q": N, "k": K, "v": K}
+    operands = {key: jax.ShapeDtypeStruct((n, ROWS, count, H), "float32") for key, count in heads.items()}
+    operands |= {"row_starts": jax.ShapeDtypeStruct((n, ROWS), "int32")}
+    operands[name] = jax.ShapeDtypeStruct((n, *shape), dtype)
+    plain = inspect.unwrap(ring_attention)  # without what checks the annotations of the tests
+    attend = jax.shard_map(
+        lambda operands: plain(**{key: x[0] for key, x in operands.items()}, axis_name=AXIS)[0][None],
+        mesh=mesh_of(n),
+        in_specs=P(AXIS),
+        out_specs=P(AXIS),
+    )
+    with pytest.raises(ValueError, match=f"^ring_attention: {message}"):
+        jax.eval_shape(attend, operands)
+
+
+def test_a_scale_may_be_a_scalar_of_jax_but_is_never_traced():
+    arrays = stripe_all(random_tokens(1, 9), [5, 4], 2)
+
+    def scaled(sm_scale, *arrays):
+        o, _, _ = ring_attention(*(x[0] for x in arrays), axis_name=AXIS, sm_scale=sm_scale)
+        return o[None]
+
+    def run(sm_scale):
+        attend = functools.partial(scaled, sm_scale)
+        return jax.jit(jax.shard_map(attend, mesh=mesh_of(2), in_specs=P(AXIS), out_specs=P(AXIS)))(*arrays)
+
+    np.testing.assert_array_equal(run(jnp.float32(0.5)), run(0.5))
+    with pytest.raises(TypeError, match="ring_attention: sm_scale becomes part of the program"):
+        jax.jit(run)(jnp.float32(0.5))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -6,12 +6,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.decode_attention.blockwise import blockwise_decode_attention
 from loongjax.pallas_kernels.decode_attention.reference import reference_decode_attention
-from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
+from loongjax.pallas_kernels.operands import check_heads, check_indices, check_one_dtype, check_shapes, scale_or_default
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
@@ -37,7 +37,7 @@ def decode_attention(
     page_starts: Int32[Array, "B"],
     kv_lens: Int32[Array, "B"],
     *,
-    sm_scale: float | None = None,
+    sm_scale: float | ArrayLike | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "B N H"], Float32[Array, "B N"]]:
@@ -54,7 +54,7 @@ def decode_attention(
             may hold any integer.
         page_starts: each row's first entry in the table; anything where `kv_lens` is 0.
         kv_lens: each row's number of keys; 0 for none.
-        sm_scale: factor of the scores; H ** -0.5 if None.
+        sm_scale: factor of the scores, a Python float; H ** -0.5 if None. Other scalars are made one.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference" (every row against a dense copy of its keys, float32), "blockwise" (work
             proportional to the number of keys; products in the input dtype, sums in float32; forward only), "triton"
@@ -64,14 +64,27 @@ def decode_attention(
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
 
     Raises:
-        ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
+        ValueError: shapes that are not as above, query heads that are no multiple of the KV heads, dtypes other than
+            one floating dtype of queries and pool and int32 tables, a head dim or dtype that the implementation asked
+            for does not take, or an unknown implementation.
+        TypeError: a traced `sm_scale`, or one that is no scalar.
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
+    check_shapes(
+        "decode_attention",
+        q=(q, "B N H"),
+        kv_pool=(kv_pool, "L 2 P page_size K H"),
+        layer=(layer, ""),
+        page_indices=(page_indices, "I"),
+        page_starts=(page_starts, "B"),
+        kv_lens=(kv_lens, "B"),
+    )
+    check_heads("decode_attention", q.shape[1], kv_pool.shape[4])
+    check_one_dtype("decode_attention", q=q, kv_pool=kv_pool)
+    check_indices("decode_attention", layer=layer, page_indices=page_indices, page_starts=page_starts, kv_lens=kv_lens)
     default = default_variant(q.dtype.name, q.shape[-1])
     variant = pick_variant("decode_attention", implementation, VARIANTS, default=default)
-    check_heads("decode_attention", q.shape, kv_pool.shape)
-    check_dtypes("decode_attention", q.dtype, kv_pool.dtype)
     return variant(
         q,
         kv_pool,
@@ -79,7 +92,7 @@ def decode_attention(
         page_indices,
         page_starts,
         kv_lens,
-        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        sm_scale=scale_or_default("decode_attention", sm_scale, q.shape[-1]),
         out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
     )
 

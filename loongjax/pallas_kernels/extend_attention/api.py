@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.extend_attention.blockwise import blockwise_extend_attention
@@ -14,7 +14,7 @@ from loongjax.pallas_kernels.extend_attention.by_length import LEAST_QUERIES, ex
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import brings_into_order, mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import is_supported as has_mosaic_kernel
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
-from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
+from loongjax.pallas_kernels.operands import check_heads, check_indices, check_one_dtype, check_shapes, scale_or_default
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
@@ -56,7 +56,7 @@ def extend_attention(
     page_starts: Int32[Array, "B"],
     kv_lens: Int32[Array, "B"],
     *,
-    sm_scale: float | None = None,
+    sm_scale: float | ArrayLike | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
@@ -74,7 +74,7 @@ def extend_attention(
         page_indices: the tables of all requests.
         page_starts: each request's first entry in the table.
         kv_lens: each request's number of keys.
-        sm_scale: factor of the scores; H ** -0.5 if None.
+        sm_scale: factor of the scores, a Python float; H ** -0.5 if None. Other scalars are made one.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference", "blockwise" (forward only), "mosaic_gpu" (on Hopper, bfloat16 and float16, head
             dims 64 and 128; pages of sizes that are no multiples of 8 are copied into order first, and so are those of
@@ -86,10 +86,33 @@ def extend_attention(
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
 
     Raises:
-        ValueError: heads, head dims or dtypes that do not fit, or an unknown implementation.
+        ValueError: shapes that are not as above, query heads that are no multiple of the KV heads, dtypes other than
+            one floating dtype of queries and pool and int32 tables, a head dim or dtype that the implementation asked
+            for does not take, or an unknown implementation.
+        TypeError: a traced `sm_scale`, or one that is no scalar.
         NotImplementedError: an implementation that is not built.
         ConfigError: "triton", "by_length", or "mosaic_gpu" with such pages, without the packages that Triton needs.
     """
+    check_shapes(
+        "extend_attention",
+        q=(q, "T N H"),
+        kv_pool=(kv_pool, "L 2 P page_size K H"),
+        layer=(layer, ""),
+        page_indices=(page_indices, "I"),
+        page_starts=(page_starts, "B"),
+        kv_lens=(kv_lens, "B"),
+        cu_q_lens=(cu_q_lens, "B+1"),
+    )
+    check_heads("extend_attention", q.shape[1], kv_pool.shape[4])
+    check_one_dtype("extend_attention", q=q, kv_pool=kv_pool)
+    check_indices(
+        "extend_attention",
+        cu_q_lens=cu_q_lens,
+        layer=layer,
+        page_indices=page_indices,
+        page_starts=page_starts,
+        kv_lens=kv_lens,
+    )
     device = jax.local_devices()[0]
     default = default_variant(
         device.platform,
@@ -101,8 +124,6 @@ def extend_attention(
         num_requests=kv_lens.shape[0],
     )
     variant = pick_variant("extend_attention", implementation, VARIANTS, default=default)
-    check_heads("extend_attention", q.shape, kv_pool.shape)
-    check_dtypes("extend_attention", q.dtype, kv_pool.dtype)
     return variant(
         q,
         cu_q_lens,
@@ -111,7 +132,7 @@ def extend_attention(
         page_indices,
         page_starts,
         kv_lens,
-        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        sm_scale=scale_or_default("extend_attention", sm_scale, q.shape[-1]),
         out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
     )
 

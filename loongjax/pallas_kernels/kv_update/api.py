@@ -4,6 +4,7 @@ import jax
 from jaxtyping import Array, Float, Int32
 
 from loongjax.pallas_kernels.kv_update.reference import reference_kv_update
+from loongjax.pallas_kernels.operands import check_floats, check_indices, check_one_dtype, check_shapes
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
 
@@ -35,15 +36,27 @@ def kv_update(
     Args:
         kv_pool: keys ([:, 0]) and values ([:, 1]) of all layers.
         k: keys, rounded to the pool's dtype.
-        v: values, likewise.
+        v: values, likewise, in the dtype of the keys.
         layer: which layer.
         slots: page * page_size + offset, no two the same; negative, or beyond the pool: the token is dropped.
         implementation: "reference" (a jax scatter), "triton" (on a GPU), or None for the best here.
 
     Raises:
-        ValueError: an unknown implementation.
+        ValueError: shapes that are not as above, dtypes other than a floating one of the pool, one of keys and values,
+            and int32 layer and slots, or an unknown implementation.
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: an implementation that is not built.
     """
+    check_shapes(
+        "kv_update",
+        kv_pool=(kv_pool, "L 2 P page_size K H"),
+        k=(k, "T K H"),
+        v=(v, "T K H"),
+        layer=(layer, ""),
+        slots=(slots, "T"),
+    )
+    check_floats("kv_update", kv_pool=kv_pool)
+    check_one_dtype("kv_update", k=k, v=v)
+    check_indices("kv_update", layer=layer, slots=slots)
     default = "triton" if is_triton_usable() else "reference"
     return pick_variant("kv_update", implementation, VARIANTS, default=default)(kv_pool, k, v, layer, slots)

@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
-from loongjax.pallas_kernels.head_groups import check_dtypes, check_heads
+from loongjax.pallas_kernels.operands import check_heads, check_indices, check_one_dtype, check_shapes, scale_or_default
 from loongjax.pallas_kernels.prefill_attention.blockwise import blockwise_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import is_supported, mosaic_gpu_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.reference import reference_prefill_attention
@@ -42,7 +42,7 @@ def prefill_attention(
     k_start: Int32[Array, "T"],
     k_end: Int32[Array, "T"],
     *,
-    sm_scale: float | None = None,
+    sm_scale: float | ArrayLike | None = None,
     out_dtype: DTypeLike | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "T N H"], Float32[Array, "T N"]]:
@@ -59,7 +59,7 @@ def prefill_attention(
             those less than a block of keys away from a key in a range, or between two ranges, must be finite.
         k_start: each row's first visible key.
         k_end: one past each row's last visible key; at or below `k_start` for a row without keys.
-        sm_scale: factor of the scores; H ** -0.5 if None.
+        sm_scale: factor of the scores, a Python float; H ** -0.5 if None. Other scalars are made one.
         out_dtype: dtype of the output; that of the queries if None.
         implementation: "reference" (dense scores, float32); "blockwise" (one block of scores at a time; products in
             the input dtype, sums in float32); "mosaic_gpu" (the same in a kernel for Hopper; bfloat16 and float16, head
@@ -71,23 +71,34 @@ def prefill_attention(
         The output, and the natural log-sum-exp of the scaled scores; 0 and -inf in rows without keys.
 
     Raises:
-        ValueError: heads, head dims or dtypes that do not fit or that the implementation asked for does not take, or
-            an unknown implementation.
+        ValueError: shapes that are not as above, query heads that are no multiple of the KV heads, dtypes other than
+            one floating dtype of q, k and v and int32 bounds, a head dim or dtype that the implementation asked for
+            does not take, or an unknown implementation.
+        TypeError: a traced `sm_scale`, or one that is no scalar.
         ConfigError: "triton" without the packages that it needs.
         NotImplementedError: a gradient of "mosaic_gpu" or "triton".
     """
+    check_shapes(
+        "prefill_attention",
+        q=(q, "T N H"),
+        k=(k, "S K H"),
+        v=(v, "S K H"),
+        k_start=(k_start, "T"),
+        k_end=(k_end, "T"),
+    )
+    check_heads("prefill_attention", q.shape[1], k.shape[1])
+    check_one_dtype("prefill_attention", q=q, k=k, v=v)
+    check_indices("prefill_attention", k_start=k_start, k_end=k_end)
     device = jax.local_devices()[0]
     default = default_variant(device.platform, getattr(device, "compute_capability", ""), q.dtype.name, q.shape[-1])
     variant = pick_variant("prefill_attention", implementation, VARIANTS, default=default)
-    check_heads("prefill_attention", q.shape, k.shape)
-    check_dtypes("prefill_attention", q.dtype, k.dtype)
     return variant(
         q,
         k,
         v,
         k_start,
         k_end,
-        sm_scale=q.shape[-1] ** -0.5 if sm_scale is None else sm_scale,
+        sm_scale=scale_or_default("prefill_attention", sm_scale, q.shape[-1]),
         out_dtype=jnp.dtype(q.dtype if out_dtype is None else out_dtype),
     )
 
