@@ -22,3 +22,11 @@ def prepare_file(path: pathlib.Path, flag: str = "--out") -> None:
         raise ConfigError(f"{flag} {path} is a folder: give the path of a file")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ConfigError(f"{flag} {path} cannot be written: permission denied")
+    if path.exists():
+        return
+    try:
+        # Some folders, such as /proc, take no files whatever their permissions say.
+        path.open("xb").close()
+        path.unlink()
+    except OSError as error:
+        raise ConfigError(f"{flag} {path} cannot be written: {error.strerror}") from None

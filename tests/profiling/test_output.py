@@ -1,6 +1,8 @@
 """Files that commands are told to write: refused before the work is done."""
 
+import errno
 import os
+import pathlib
 
 import pytest
 
@@ -29,6 +31,21 @@ def test_a_folder_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "plain").touch()
     with pytest.raises(ConfigError, match=r"--out .* cannot be written"):
         prepare_file(tmp_path / "plain" / "out.json")
+
+
+def test_a_folder_that_takes_no_files_is_said_though_its_permissions_allow_them(tmp_path, monkeypatch):
+    def refuse(self, mode):
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    monkeypatch.setattr(pathlib.Path, "open", refuse)  # as Linux does in /proc
+    with pytest.raises(ConfigError, match=r"--out .*out\.json cannot be written: No such file or directory"):
+        prepare_file(tmp_path / "out.json")
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self").exists(), reason="Linux has a folder that nobody can write to")
+def test_proc_takes_no_files():
+    with pytest.raises(ConfigError, match=r"--out /proc/x\.json cannot be written"):
+        prepare_file(pathlib.Path("/proc/x.json"))
 
 
 def test_what_is_not_permitted_is_said(tmp_path, monkeypatch):
