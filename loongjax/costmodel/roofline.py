@@ -46,8 +46,20 @@ class DeviceRates:
     @classmethod
     def of_device(cls, device_kind: str) -> DeviceRates:
         """The rates of a device that names itself so; a slow generic device's (`name` says it) if it is not known."""
-        known = next((rates for part, rates in _KNOWN.items() if part in device_kind.upper()), _GENERIC)
-        return cls(name=device_kind if known is not _GENERIC else f"generic ({device_kind} is not known)", **known)
+        known = known_name(device_kind)
+        if known is None:
+            return cls(name=f"generic ({device_kind} is not known)", **_GENERIC)
+        return cls(name=device_kind, **_KNOWN[known])
+
+
+def known_name(device_kind: str) -> str | None:
+    """The one of `known_names` that a device which names itself so is; None if it is none of them."""
+    return next((name for name in _KNOWN if name in device_kind.upper()), None)
+
+
+def known_names() -> tuple[str, ...]:
+    """The devices whose rates are known."""
+    return tuple(_KNOWN)
 
 
 _GENERIC = {

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_shape import ModelShape
-from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.costmodel.roofline import DeviceRates, RooflineModel, known_name, known_names
 from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.errors import ConfigError
 from tests.costmodel.shapes import LLAMA2_7B
@@ -173,6 +173,13 @@ def test_more_keys_never_take_less(rows, keys, more, strategy):
 def test_the_estimate_says_that_it_is_one():
     assert H200.source == "roofline"
     assert isinstance(H200, CostModel)
+
+
+def test_known_devices_are_known_by_what_they_call_themselves():
+    assert known_names() == ("H200", "H100", "A100", "A800")
+    assert known_name("NVIDIA A800-SXM4-80GB") == "A800"
+    assert known_name("h200") == "H200"
+    assert known_name("NVIDIA L4") is None
 
 
 def test_an_unknown_device_gets_rates_that_say_so():

@@ -9,7 +9,8 @@ import pathlib
 from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.model import CostModel
 from loongjax.costmodel.model_file import load
-from loongjax.costmodel.roofline import DeviceRates, RooflineModel
+from loongjax.costmodel.roofline import DeviceRates, RooflineModel, known_name, known_names
+from loongjax.errors import ConfigError
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.simulated import NO_HOST
 from loongjax_profiling.model_shapes import MODEL_SHAPES
@@ -60,12 +61,20 @@ def choose_cluster(config: SimulateConfig) -> ClusterSpec:
 def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel:
     """The file's, for an engine that pads as this cluster's would; the one that comes with the simulator; a roofline,
     which the log says.
+
+    Raises:
+        ConfigError: a file that cannot be read, or a device whose rates are not known.
     """
     if config.cost_model == A800:
         return a800_model(max_instances=cluster.num_instances)
     if config.cost_model is not None:
         buckets = Buckets.of(cluster.shape, cluster.limits)
         return load(pathlib.Path(config.cost_model)).padded_to(buckets.num_tokens, buckets.num_rows)
+    if known_name(config.device) is None:
+        raise ConfigError(
+            f"--device must be one of {', '.join(known_names())}, got {config.device!r}: "
+            "--cost-model takes the measured times of others"
+        )
     rates = DeviceRates.of_device(config.device)
     logger.warning(
         "times are estimates: a roofline of %s for %s; --cost-model takes measured ones", rates.name, config.model

@@ -30,7 +30,7 @@ class SimulateConfig(WorkloadConfig, SchedulingConfig):
     """File with the times of iterations, as `loongjax fit` writes it, or "a800": coefficients from the times that
     LoongServe's authors published; None: a roofline of `device` and `model`."""
     device: str = "A800"
-    """Whose rates the roofline takes, for example H200."""
+    """Whose rates the roofline takes: H200, H100, A100 or A800."""
     model: ModelName = "llama2-7b"
     """Whose shape the roofline takes."""
     cluster: ClusterName = "a800-4xtp2"

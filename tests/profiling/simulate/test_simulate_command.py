@@ -136,6 +136,14 @@ def test_without_a_cost_model_it_says_that_times_are_estimates(caplog: pytest.Lo
     assert "roofline of H200 for llama3-8b" in caplog.text
 
 
+def test_a_device_whose_rates_are_not_known_is_refused_with_those_that_are():
+    config = SimulateConfig(device="nope")
+    with pytest.raises(ConfigError, match="--device must be one of H200, H100, A100, A800, got 'nope'"):
+        choose_cost_model(config, choose_cluster(config))
+    with_times = SimulateConfig(device="nope", cost_model="a800")
+    assert choose_cost_model(with_times, choose_cluster(with_times)).source == "fitted"
+
+
 def test_a_models_times_are_those_of_an_engine_that_pads_as_this_cluster_does(tmp_path: pathlib.Path):
     """Measured where 5,000 tokens were computed as 16,384; here they are 5,120."""
     fitted = fit(measurements((Strategy(1),)))
