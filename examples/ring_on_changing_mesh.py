@@ -29,8 +29,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from loongjax.parallel import multi_master_decode, retain, ring_attention
-from loongjax.parallel.striped import stripe, stripe_row_starts, unstripe
+from loongjax.parallel import multi_master_decode, retain, ring_attention, stripe, stripe_row_starts, unstripe
 
 N, K, H = 8, 2, 64
 """Query heads, KV heads, head dim. In shapes, T is the tokens of all prompts, B the prompts, n the devices."""

@@ -58,7 +58,8 @@ def ring_attention[Carry](
         k: this rank's keys.
         v: this rank's values.
         row_starts: for each row, the packed index of the first token of its request: the row sees the tokens from there
-            to itself. Above its own packed index (`striped.PADDING_ROW`): the row is padding and sees nothing.
+            to itself. Above its own packed index (`PADDING_ROW`): the row is padding and sees nothing.
+            `stripe_row_starts` makes them.
         axis_name: the mesh axis of the ring.
         sm_scale: factor of the scores, a Python float; H ** -0.5 if None. Other scalars are made one.
         out_dtype: dtype of the output; that of the queries if None. Partial outputs are float32 in any case.

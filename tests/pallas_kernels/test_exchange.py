@@ -13,15 +13,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loongjax.errors import ConfigError, EngineError
-from loongjax.pallas_kernels import triton_gpu
-from loongjax.pallas_kernels.exchange import (
+from loongjax.pallas_kernels import (
     PeerMemory,
     all_gather,
     all_reduce,
     exchange_and_merge,
     exchange_status,
-    peers,
+    triton_gpu,
 )
+from loongjax.pallas_kernels.exchange import peers
 from loongjax.pallas_kernels.exchange.group import group_of
 from loongjax.pallas_kernels.exchange.launch import ExchangeTuning
 from loongjax.pallas_kernels.exchange.workspace import (

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from loongjax.parallel import retain, ring_attention
-from loongjax.parallel.striped import stripe, stripe_row_starts, unstripe
+from loongjax.parallel import retain, ring_attention, stripe, stripe_row_starts, unstripe
 from tests.pallas_kernels.brute_force import attend_sequences
 from tests.pallas_kernels.tolerance import assert_matches
 from tests.parallel.meshes import AXIS, mesh_of

@@ -12,10 +12,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from loongjax.parallel import ring as ring_module
-from loongjax.parallel import ring_attention
+from loongjax.parallel import ring_attention, stripe, stripe_row_starts, unstripe
 from loongjax.parallel.ring import MAX_GATHERED_BLOCK_BYTES, VARIANTS, default_variant
 from loongjax.parallel.ring_permute import _pack
-from loongjax.parallel.striped import stripe, stripe_row_starts, unstripe
 from tests.pallas_kernels.brute_force import attend_sequences
 from tests.pallas_kernels.tolerance import assert_matches
 from tests.parallel.meshes import AXIS, mesh_of

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loongjax.parallel.striped import PADDING_ROW, local_length, stripe, stripe_row_starts, unstripe, visible_ranges
+from loongjax.parallel import PADDING_ROW, stripe, stripe_row_starts, unstripe
+from loongjax.parallel.striped import local_length, visible_ranges
 
 RANKS = st.integers(1, 8)
 SEQ_LENS = st.lists(st.integers(1, 9), max_size=6)

@@ -68,6 +68,8 @@ def all_gather(
 ) -> Shaped[Array, "n *shape"]:
     """All ranks' arrays, on every rank.
 
+    By "triton" one NaN, the one whose bits are all ones, arrives as another NaN.
+
     Args:
         x: this rank's array.
         axis_name: the mesh axis.
