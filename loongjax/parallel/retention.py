@@ -27,5 +27,8 @@ def retain(
         source_rank: whose block this is.
         k: that rank's keys.
         v: that rank's values.
+
+    Raises:
+        ValueError: what `kv_update` raises.
     """
     return kv_update(kv_pool, k, v, layer, kept_slots[source_rank])

@@ -245,7 +245,8 @@ def test_each_request_is_attended_to_by_the_kernel_that_is_faster_for_it(asked):
     case = make_case(0, kv_lens, page_size=16, heads=(1, H), dtype="bfloat16")
     q = random_queries(0, sum(q_lens) + 5, 2, H, "bfloat16")
     cu_q_lens = jnp.asarray(np.cumsum([0, *q_lens]), jnp.int32)
-    found = extend_attention(q, cu_q_lens, *case.arguments, out_dtype=jnp.float32, implementation="by_length")
+    settings = {"sm_scale": H**-0.5, "out_dtype": jnp.dtype("float32")}
+    found = by_length.extend_attention_by_length(q, cu_q_lens, *case.arguments, **settings)
     truth = attend_requests(np.asarray(q), q_lens, case.keys, case.values)
     assert_matches(found, truth, "bfloat16")
     assert asked["mosaic_gpu"].tolist() == [0, 17, 0, 0, 425, 0]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from loongjax.pallas_kernels.decode_attention.blockwise import blockwise_decode_attention
 from loongjax.pallas_kernels.decode_attention.reference import reference_decode_attention
+from loongjax.pallas_kernels.gpu_only import gpu_only
 from loongjax.pallas_kernels.operands import check_heads, check_indices, check_one_dtype, check_shapes, scale_or_default
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
@@ -26,7 +27,11 @@ def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array
     return triton_decode_attention(*operands, **settings)
 
 
-VARIANTS = {"blockwise": blockwise_decode_attention, "reference": reference_decode_attention, "triton": _triton}
+VARIANTS = {
+    "blockwise": blockwise_decode_attention,
+    "reference": reference_decode_attention,
+    "triton": gpu_only("decode_attention", "triton", _triton),
+}
 
 
 def decode_attention(
@@ -69,7 +74,7 @@ def decode_attention(
             for does not take, or an unknown implementation.
         TypeError: a traced `sm_scale`, or one that is no scalar.
         ConfigError: "triton" without the packages that it needs.
-        NotImplementedError: an implementation that is not built.
+        NotImplementedError: an implementation that is not built, or "triton" in a program for no GPU.
     """
     check_shapes(
         "decode_attention",

@@ -14,6 +14,7 @@ from loongjax.pallas_kernels.extend_attention.by_length import LEAST_QUERIES, ex
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import brings_into_order, mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import is_supported as has_mosaic_kernel
 from loongjax.pallas_kernels.extend_attention.reference import reference_extend_attention
+from loongjax.pallas_kernels.gpu_only import gpu_only
 from loongjax.pallas_kernels.operands import check_heads, check_indices, check_one_dtype, check_shapes, scale_or_default
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
@@ -36,10 +37,10 @@ def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array
 
 VARIANTS = {
     "blockwise": blockwise_extend_attention,
-    "by_length": extend_attention_by_length,
-    "mosaic_gpu": mosaic_gpu_extend_attention,
+    "by_length": gpu_only("extend_attention", "by_length", extend_attention_by_length),
+    "mosaic_gpu": gpu_only("extend_attention", "mosaic_gpu", mosaic_gpu_extend_attention),
     "reference": reference_extend_attention,
-    "triton": _triton,
+    "triton": gpu_only("extend_attention", "triton", _triton),
 }
 LEAST_ROWS = 2 * LEAST_QUERIES
 """Query tokens beyond which it pays to call two kernels, and from which on to bring pages into order for one request.
@@ -90,7 +91,8 @@ def extend_attention(
             one floating dtype of queries and pool and int32 tables, a head dim or dtype that the implementation asked
             for does not take, or an unknown implementation.
         TypeError: a traced `sm_scale`, or one that is no scalar.
-        NotImplementedError: an implementation that is not built.
+        NotImplementedError: an implementation that is not built, or "mosaic_gpu", "triton" or "by_length" in a program
+            for no GPU.
         ConfigError: "triton", "by_length", or "mosaic_gpu" with such pages, without the packages that Triton needs.
     """
     check_shapes(

@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Float, Int32
 
+from loongjax.pallas_kernels.gpu_only import gpu_only
 from loongjax.pallas_kernels.kv_update.reference import reference_kv_update
 from loongjax.pallas_kernels.operands import check_floats, check_indices, check_one_dtype, check_shapes
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
@@ -17,7 +18,7 @@ def _triton(*operands: jax.Array) -> jax.Array:
     return triton_kv_update(*operands)
 
 
-VARIANTS = {"reference": reference_kv_update, "triton": _triton}
+VARIANTS = {"reference": reference_kv_update, "triton": gpu_only("kv_update", "triton", _triton)}
 
 
 def kv_update(
@@ -45,7 +46,7 @@ def kv_update(
         ValueError: shapes that are not as above, dtypes other than a floating one of the pool, one of keys and values,
             and int32 layer and slots, or an unknown implementation.
         ConfigError: "triton" without the packages that it needs.
-        NotImplementedError: an implementation that is not built.
+        NotImplementedError: an implementation that is not built, or "triton" in a program for no GPU.
     """
     check_shapes(
         "kv_update",

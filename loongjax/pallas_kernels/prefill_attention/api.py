@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Float32, Int32
 
+from loongjax.pallas_kernels.gpu_only import gpu_only
 from loongjax.pallas_kernels.operands import check_heads, check_indices, check_one_dtype, check_shapes, scale_or_default
 from loongjax.pallas_kernels.prefill_attention.blockwise import blockwise_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import is_supported, mosaic_gpu_prefill_attention
@@ -29,9 +30,9 @@ def _triton(*operands: jax.Array, **settings: Any) -> tuple[jax.Array, jax.Array
 
 VARIANTS = {
     "blockwise": blockwise_prefill_attention,
-    "mosaic_gpu": mosaic_gpu_prefill_attention,
+    "mosaic_gpu": gpu_only("prefill_attention", "mosaic_gpu", mosaic_gpu_prefill_attention),
     "reference": reference_prefill_attention,
-    "triton": _triton,
+    "triton": gpu_only("prefill_attention", "triton", _triton),
 }
 
 
@@ -76,7 +77,7 @@ def prefill_attention(
             does not take, or an unknown implementation.
         TypeError: a traced `sm_scale`, or one that is no scalar.
         ConfigError: "triton" without the packages that it needs.
-        NotImplementedError: a gradient of "mosaic_gpu" or "triton".
+        NotImplementedError: a gradient of "mosaic_gpu" or "triton", or one of them in a program for no GPU.
     """
     check_shapes(
         "prefill_attention",

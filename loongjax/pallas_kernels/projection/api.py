@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from loongjax.pallas_kernels.gpu_only import gpu_only
 from loongjax.pallas_kernels.projection.reference import reference_project, reference_project_gated
 from loongjax.pallas_kernels.triton_gpu import is_triton_usable, require_triton
 from loongjax.pallas_kernels.variants import pick_variant
@@ -27,8 +28,11 @@ def _triton_project_gated(*operands: jax.Array) -> jax.Array:
     return triton_project_gated(*operands)
 
 
-PROJECT_VARIANTS = {"reference": reference_project, "triton": _triton_project}
-PROJECT_GATED_VARIANTS = {"reference": reference_project_gated, "triton": _triton_project_gated}
+PROJECT_VARIANTS = {"reference": reference_project, "triton": gpu_only("project", "triton", _triton_project)}
+PROJECT_GATED_VARIANTS = {
+    "reference": reference_project_gated,
+    "triton": gpu_only("project_gated", "triton", _triton_project_gated),
+}
 
 
 def project(
@@ -51,7 +55,7 @@ def project(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
         ConfigError: "triton" without the packages that it needs.
-        NotImplementedError: an implementation that is not built.
+        NotImplementedError: an implementation that is not built, or "triton" in a program for no GPU.
     """
     default = _default_variant(x, tuple(weights), is_gated=False)
     variant = pick_variant("project", implementation, PROJECT_VARIANTS, default=default)
@@ -77,7 +81,7 @@ def project_gated(
     Raises:
         ValueError: shapes or dtypes that do not fit, or an unknown implementation.
         ConfigError: "triton" without the packages that it needs.
-        NotImplementedError: an implementation that is not built.
+        NotImplementedError: an implementation that is not built, or "triton" in a program for no GPU.
     """
     default = _default_variant(x, (gate, up), is_gated=True)
     variant = pick_variant("project_gated", implementation, PROJECT_GATED_VARIANTS, default=default)
