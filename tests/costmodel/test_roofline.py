@@ -152,6 +152,21 @@ def test_more_masters_split_the_rows_and_exchange_them():
     assert H200.decode_s(Strategy(4), four).item() < H200.decode_s(Strategy(4), one).item()
 
 
+@pytest.mark.parametrize("tp", [1, 2, 4])
+def test_each_device_exchanges_queries_and_partial_results_of_its_own_heads(tp):
+    """In bf16 and float32: 6 bytes a dimension, of each row of the group."""
+    few, many = H200.decode_s(
+        Strategy(2, tp),
+        DecodeTotals(
+            num_rows=np.array([64.0, 164.0]),
+            num_masters=np.array(1.0),
+            busiest_rows=np.array(64.0),
+            busiest_keys=np.array(1000.0),
+        ),
+    )
+    assert many - few == pytest.approx(100 * 32 * (32 // tp) * 128 * (2 + 4) / 150e9)
+
+
 def test_a_migration_moves_the_bytes_of_each_devices_heads():
     assert H200.migration_s(0, 2) == 25e-6
     assert H200.migration_s(1000, 2) == pytest.approx(25e-6 + 1000 * 262_144 / 150e9)

@@ -59,3 +59,16 @@ def test_the_dead_are_forgotten_in_time():
         memory.prune(Residents.of([alive], 1), [])
         assert memories(memory) <= 2 + 64
     assert not memory.may_migrate(alive, 10)
+
+
+def test_prefills_are_barred_where_an_overdue_request_has_keys_and_everywhere_if_it_lacks_a_page():
+    """A page may become free on any instance, and prefills would take it."""
+    memory, late = fairness(), running("late", 0, (1, 4), (2, 4))
+    residents = Residents.of([late, running("other", 1, (3, 4))], 4)
+    assert memory.barred_instances(residents) == set()
+    memory.note_passed([late])
+    assert memory.barred_instances(residents) == {1, 2}
+    memory.note_starved([late])
+    assert memory.barred_instances(residents) == {0, 1, 2, 3}
+    memory.note_decoded([late])
+    assert memory.barred_instances(residents) == set()

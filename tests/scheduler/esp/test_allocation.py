@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from loongjax.core.cluster import Group
-from loongjax.core.plan import Decode, Migrate, Prefill, PrefillRequest
-from loongjax.costmodel.work import PrefillWork
+from loongjax.core.plan import Decode, Migrate, Prefill, PrefillRequest, SubBatch
+from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.scheduler.view import ClusterView, FlightView
 from tests.scheduler.esp.hand_model import HandModel, ask, only
 from tests.scheduler.views import cluster, running, waiting
@@ -93,3 +93,50 @@ def test_a_target_has_room_for_all_that_is_moved() -> None:
     )
     plans, _ = ask(view)
     assert not [plan for plan in plans if isinstance(plan, Migrate)]
+
+
+def test_decodes_that_are_paused_stand_still_while_the_prefill_waits_for_another_to_end() -> None:
+    """w weighs 1 / 1000, a 1 / 3000. Without 1 it takes 10 s; with it 5 s, 4 s from now: w gains 1 s, a loses 4."""
+    plan = Prefill(Group.of([1]), (PrefillRequest("echo", ()),))
+    flight = FlightView(plan=plan, group=plan.group, work=PrefillWork(new_lens=(1000,)), started_s=0.0)
+    view = cluster(
+        2,
+        num_pages=1000,
+        runs=[running("a", 0, (0, 50), num_output_tokens=2000, max_new_tokens=1000)],
+        waits=[waiting("w", 1, 1000)],
+        prefilling=[1],
+        flights=[flight],
+        now_s=6.0,
+    )
+    plans, decisions = ask(view)
+    assert only(decisions, "dispatch").is_taken
+    decision = only(decisions, "wait")
+    assert decision.gain == pytest.approx((10.0 - 4.0 - 5.0) / 1000)
+    assert decision.cost == pytest.approx(4.0 / 3000)
+    assert not decision.is_taken
+    assert [plan.group for plan in plans if isinstance(plan, Prefill)] == [Group.of([0])]
+
+
+def test_decodes_that_would_be_paused_before_the_others_are_ready_cost_that_wait_too() -> None:
+    """The step on 0 ends in 1 s. On 0 and 1 the prompt would then take 5 s instead of 10, and b would stand still for
+    all of 6 s."""
+    plan = Decode(Group.of([0]), (SubBatch(0, ("a",)),))
+    step = FlightView(plan=plan, group=plan.group, work=DecodeWork(rows=(1,), keys=(51,)), started_s=0.0)
+    view = cluster(
+        2,
+        num_pages=1000,
+        runs=[
+            running("a", 0, (0, 51), num_output_tokens=2000, is_in_flight=True),
+            running("b", 1, (1, 50), num_output_tokens=550),
+        ],
+        waits=[waiting("w", 2, 1000)],
+        decoding=[0],
+        flights=[step],
+        now_s=1.0,
+    )
+    plans, decisions = ask(view, HandModel(moved_s=1e9))
+    decision = only(decisions, "allocate")
+    assert decision.gain == pytest.approx((1.0 + 10.0 - 1.0 - 5.0) / 1000)
+    assert decision.cost == pytest.approx((1.0 + 5.0) / 1100)
+    assert not decision.is_taken
+    assert plans == (Decode(Group.of([1]), (SubBatch(1, ("b",)),)),)

@@ -7,9 +7,9 @@ import dataclasses
 import pytest
 
 from loongjax.core.cluster import Group
-from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
+from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest, SubBatch
 from loongjax.core.request import FinishReason, ServiceLevel
-from loongjax.costmodel.work import PrefillWork
+from loongjax.costmodel.work import DecodeWork, PrefillWork
 from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.objective import TOKEN_S
 from loongjax.scheduler.esp.outlook import Site, loss_weight
@@ -213,3 +213,46 @@ def test_decodes_that_let_enough_prefills_pass_come_first(max_overtakes: int) ->
         waits = [waiting(f"w{attempt}", 1 + attempt, 10)]
         answers.append(prefilled(policy.plan(cluster(1, num_pages=1000, runs=runs, waits=waits))))
     assert answers == [["w0"], ["w1"], [], ["w3"]]
+
+
+def test_decodes_that_stand_still_while_a_prefill_waits_for_others_cost_that_wait_too() -> None:
+    """An instance computes one of the prompts at a time, in a second. The step on 0 ends in a second, so that w0 is
+    done after two and w1 could follow it there. On 1, which is idle, it could start after one:
+
+        gain = 1 / 100 x (2 - 1), and cost = 1 / 140 x (1 + 1), of which the wait is one half.
+    """
+    plan = Decode(Group.of([0]), (SubBatch(0, ("a",)),))
+    step = FlightView(plan=plan, group=plan.group, work=DecodeWork(rows=(1,), keys=(51,)), started_s=0.0)
+    view = cluster(
+        2,
+        num_pages=1000,
+        runs=[
+            running("a", 0, (0, 51), num_output_tokens=100, is_in_flight=True),
+            running("b", 1, (1, 50), num_output_tokens=70),
+        ],
+        waits=[waiting("w0", 2, 100), waiting("w1", 3, 100)],
+        max_num_batched_tokens=100,
+        decoding=[0],
+        flights=[step],
+        now_s=1.0,
+    )
+    plans, decisions = ask(view, HandModel(moved_s=1e9))
+    first, second = [decision for decision in decisions if decision.step == "dispatch"]
+    assert (first.instances, first.is_taken) == ((0,), True)
+    assert (second.instances, second.is_taken) == ((1,), False)
+    assert second.gain == pytest.approx(1 / 100)
+    assert second.cost == pytest.approx(2 / 140)
+    assert plans == (Decode(Group.of([1]), (SubBatch(1, ("b",)),)),)
+
+
+def test_a_group_that_recovers_from_a_failure_is_no_place_for_prefills() -> None:
+    """Nobody knows how long that takes. The first two groups do, and are cheapest to pause; the third one is looked at
+    nevertheless."""
+    runs = [
+        running(f"r{instance}", instance, (instance, 50), num_output_tokens=100 - instance) for instance in range(3)
+    ]
+    flights = [FlightView(plan=None, group=Group.of([instance]), work=None, started_s=0.0) for instance in (0, 1)]
+    view = cluster(3, num_pages=1000, runs=runs, waits=[waiting("w", 3, 100)], decoding=[0, 1], flights=flights)
+    plans, decisions = ask(view, HandModel(moved_s=1e9))
+    assert {decision.instances for decision in decisions if decision.step == "dispatch"} == {(2,)}
+    assert prefilled(plans) == ["w"]

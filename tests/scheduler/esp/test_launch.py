@@ -122,3 +122,13 @@ def test_where_memory_is_short_each_decode_group_keeps_to_the_requests_that_it_i
     groups = [plan.group for plan in plans if isinstance(plan, Prefill)]
     started = {group: sorted(names) for group, names in zip(groups, prefills(plans), strict=True)}
     assert started == {Group.of([0]): ["w3", "w4"], Group.of([1]): ["w5"]}
+
+
+def test_the_oldest_request_gets_the_pages_that_others_were_promised_where_it_needs_them() -> None:
+    """8 pages are free on each instance, of which the decodes may want one each; it needs all 16."""
+    runs = [running(f"r{order}", order, (order - 1, 8), num_output_tokens=1) for order in (1, 2)]
+    view = cluster(2, num_pages=10, runs=runs, waits=[waiting("old", 0, 64, max_total_tokens=68)])
+    (plan,) = ask(view, max_overtakes=0)[0]
+    assert isinstance(plan, Prefill)
+    (request,) = plan.requests
+    assert {(interval.instance, interval.end - interval.begin) for interval in request.kept} == {(0, 32), (1, 32)}

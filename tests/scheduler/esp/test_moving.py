@@ -111,3 +111,12 @@ def test_nothing_decodes_on_either_instance_until_the_move_is_over() -> None:
         decoding=[1],
     )
     assert ask(view)[0] == ()
+
+
+@pytest.mark.parametrize(("max_num_seqs", "is_moved"), [(2, False), (3, True)])
+def test_a_target_has_a_seat_for_everybody_who_comes(max_num_seqs: int, is_moved: bool) -> None:
+    """d would be the third on 1."""
+    runs = [running(name, order, (order > 0, 40), num_output_tokens=10) for order, name in enumerate("def")]
+    view = cluster(2, num_pages=1000, runs=runs, waits=[waiting("w", 3, 1000)], max_num_seqs=max_num_seqs)
+    plans, _ = ask(view)
+    assert [plan for plan in plans if isinstance(plan, Migrate)] == ([Migrate("d", 0, 1, 40)] if is_moved else [])

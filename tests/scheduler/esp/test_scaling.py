@@ -106,3 +106,22 @@ def test_the_keys_of_a_prefill_stay_on_the_fewest_instances() -> None:
     assert isinstance(plan, Prefill)
     assert plan.group.dop == 4
     assert len({interval.instance for request in plan.requests for interval in request.kept}) == 1
+
+
+def test_no_master_joins_while_requests_wait_that_the_instance_could_go_to() -> None:
+    """There is no room yet for the one that waits: 1,750 pages, of which 1,000 are free on 1 and at most 460 on 0."""
+    runs = [running(f"r{i}", i, (0, 20), num_output_tokens=10) for i in range(8)]
+    waits = [waiting("w", 8, 7000)]
+    for requests, expected in ((waits, {0: 8}), ([], {0: 4, 1: 4})):
+        view = cluster(2, num_pages=1000, runs=runs, waits=requests, taken={0: 500})
+        assert rows(ask(view, COMPUTE_BOUND)[0]) == expected
+
+
+@pytest.mark.parametrize(("key_s", "is_worth"), [(0.005, True), (0.01, False)])
+def test_keys_that_are_moved_have_to_be_read_where_the_others_are(key_s: float, is_worth: bool) -> None:
+    """Of a 8 keys lie on 1. A step on 0 alone saves the exchange, but reads 88 keys there, not 80."""
+    plans, decisions = ask(straddling(), HandModel(exchange_s=0.1, key_s=key_s, moved_s=0.06))
+    decision = only(decisions, "scale-down")
+    assert decision.gain == pytest.approx(10 * (0.1 - 8 * key_s))
+    assert decision.cost == pytest.approx(8 * 0.06)
+    assert [type(plan) for plan in plans] == [Migrate if is_worth else Decode]
