@@ -70,3 +70,11 @@ def test_how_often_the_queue_is_looked_at_does_not_matter(drawn: list, seen_at_o
         in_parts = in_parts.after(sorted(requests[:end], key=lambda request: (request.priority, request.order)))
     assert in_parts == Arrivals().after(requests)
     assert in_parts.weight_per_s(now_s) >= 0.0
+
+
+def test_time_does_not_run_backwards_with_who_was_accepted_earlier_than_one_before() -> None:
+    """By hand: two seconds from 5 to 7, in which only c was seen to come."""
+    queue = [waiting("a", 0, 10, arrival_s=5.0), waiting("b", 1, 10, arrival_s=3.0), waiting("c", 2, 10, arrival_s=7.0)]
+    arrivals = Arrivals().after(queue)
+    assert (arrivals.seconds, arrivals.last_s) == (2.0, 7.0)
+    assert arrivals.weight_per_s(7.0) == pytest.approx(0.1 / 2.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -13,14 +14,22 @@ from loongjax.core.plan import Plan, Prefill, PrefillRequest
 from loongjax.costmodel.work import PrefillWork
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.arrivals import Arrivals
+from loongjax.scheduler.esp.batching import SplitMemory
+from loongjax.scheduler.esp.dispatch import Choice
 from loongjax.scheduler.esp.explain import Decision
 from loongjax.scheduler.esp.newcomers import Newcomers
-from loongjax.scheduler.esp.outlook import Outlook
+from loongjax.scheduler.esp.outlook import Outlook, Site
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.policy import EspPolicy
+from loongjax.scheduler.esp.sizes import Sizes
+from loongjax.scheduler.esp.sparing import Sparing
+from loongjax.scheduler.esp.splitter import Splitter
 from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.tipping import OrderedBatch
+from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.validate import check_plan
 from loongjax.scheduler.view import ClusterView, FlightView
+from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.esp.hand_model import HandModel, only, policy_of
 from tests.scheduler.views import cluster, running, waiting
 
@@ -72,6 +81,8 @@ def test_what_newcomers_lose_by_hand() -> None:
         assert newcomers.wait_s({}) == 0.0
         assert newcomers.cost({0: 40.0}) == pytest.approx(0.1 * max(0.0, seconds - 0.05) ** 2 / 2)
         assert newcomers.cost({0: 3.0, 1: 7.0}) == pytest.approx(0.1 * 2.95**2 / 2)
+        # On an instance of its own it would be done no sooner.
+        assert newcomers.cost({0: 0.02, 1: 7.0}) == 0.0
 
 
 @given(
@@ -158,3 +169,58 @@ def test_who_was_overtaken_enough_is_not_held_back_for_others_to_come() -> None:
 def test_the_only_instance_of_a_cluster_is_never_left_idle() -> None:
     view = cluster(1, num_pages=2000, waits=[LONG], now_s=100.0)
     assert groups(who_saw_short_ones(), view) == [Group.of([0])]
+
+
+class Scene:
+    """A choice of the first waiting request of a view, after a prompt of ten tokens a second: lambda is 1 / 10."""
+
+    def __init__(self, view: ClusterView, instances: list[int], sites: list[Site], *, num_arrivals: int = 101) -> None:
+        shorts = [waiting(f"short{second}", second, 10, arrival_s=float(second)) for second in range(num_arrivals)]
+        self.draft, self.times = Draft(view, 0), Times(HandModel(), 1)
+        self.window = Window(Sizes(view.waiting, view.shape, math.inf), view.now_s, is_patient=True)
+        self.outlook = Outlook(self.draft, self.times, (), OutputLengths())
+        self.newcomers = Newcomers(Arrivals().after(shorts), self.draft, self.outlook, self.times)
+        self.decisions: list[Decision] = []
+        self.sparing = Sparing(
+            self.draft,
+            self.outlook,
+            Choice([0], instances, sites),
+            self.window,
+            self.times,
+            newcomers=self.newcomers,
+            explain=self.decisions.append,
+        )
+
+
+def test_neither_instances_of_paused_decodes_are_left_idle_nor_any_for_nobody() -> None:
+    view = cluster(2, num_pages=2000, runs=[running("d", 0, (1, 40))], waits=[LONG], now_s=100.0)
+    paused = Site(instances=(1,), requests=view.running)
+    assert Scene(view, [0, 1], [paused]).sparing.spareable([0, 1]) == [0]
+    assert Scene(view, [0, 1], [paused]).sparing.spareable([0]) == []
+    assert Scene(view, [0, 1], [paused], num_arrivals=1).sparing.spareable([0, 1]) == []
+
+
+def test_an_instance_is_taken_until_what_starts_first_on_it_has_ended() -> None:
+    """It is idle in 1 s, and the first of the batch take 3 s of the 7 that all take: H is 4, less than the 5 s until
+    the other prefill ends. To wait for that costs LONG and who waits behind it 5 s each."""
+    behind = waiting("behind", 1000, 2000, arrival_s=100.0)
+    view = dataclasses.replace(while_another_prefills(), waiting=Waiting([LONG, behind]))
+    scene = Scene(view, [0], [])
+    scene.outlook.until_free_s = [1.0, 5.0]
+    splitter = Splitter(scene.draft, scene.window, scene.times, SplitMemory())
+    assert scene.sparing.decide([OrderedBatch([0], [0], 1, 3.0, 7.0)], [0], splitter) is None
+    decision = only(scene.decisions, "spare")
+    assert decision.gain == pytest.approx(0.1 * (1.0 + 3.0 - 0.05) ** 2 / 2)
+    assert decision.cost == pytest.approx((1 / 4000 + 1 / 2000) * 5.0)
+
+
+def test_the_instance_with_least_room_is_left_idle() -> None:
+    """Who comes is short."""
+    view = cluster(4, num_pages=2000, waits=[LONG], taken={2: 500}, now_s=100.0)
+    assert groups(who_saw_short_ones(), view) == [Group.of([0, 1, 3])]
+
+
+def test_without_room_anywhere_nobody_is_waited_for() -> None:
+    view = cluster(2, waits=[LONG], taken={0: 100, 1: 100}, now_s=100.0)
+    newcomers = Scene(view, [0], []).newcomers
+    assert (newcomers.wait_elsewhere_s([]), newcomers.wait_s({}), newcomers.cost({})) == (math.inf, 0.0, 0.0)

@@ -7,7 +7,12 @@ import pytest
 from loongjax.core.cluster import Group
 from loongjax.core.plan import Decode, Plan, Prefill, PrefillRequest
 from loongjax.costmodel.work import PrefillWork
+from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.explain import Decision
+from loongjax.scheduler.esp.outlook import Outlook, Site
+from loongjax.scheduler.esp.output_lengths import OutputLengths
+from loongjax.scheduler.esp.times import Times
+from loongjax.scheduler.esp.tying import cost_of_tie, tied
 from loongjax.scheduler.request_view import RunningView
 from loongjax.scheduler.view import FlightView
 from tests.scheduler.esp.hand_model import HandModel, ask, only
@@ -113,3 +118,17 @@ def test_instances_without_keys_are_filled_before_decode_groups_are_tied() -> No
     # Nobody is slowed down by an instance without decodes.
     assert dict(only(decisions, "tie").terms)["tie_weight_s"] == 0.0
     assert [plan.group for plan in plans if isinstance(plan, Decode)] == [Group.of([1]), Group.of([2])]
+
+
+def test_groups_that_are_tied_are_idle_when_the_last_of_them_is() -> None:
+    site = tied([Site(instances=(1,), ready_s=2.0), Site(instances=(0, 3), ready_s=1.0)])
+    assert (site.instances, site.ready_s) == ((0, 1, 3), 2.0)
+
+
+def test_who_takes_shorter_steps_in_a_tie_makes_up_for_nobody() -> None:
+    """With keys of 1 ms each, steps take 0.8 and 0.1 s apart, and 0.45 s together. Only b's become longer; it is half
+    way, so half of its output's time is still to come."""
+    runs = [running("a", 0, (0, 800), num_output_tokens=50), running("b", 1, (1, 100), num_output_tokens=50)]
+    times = Times(HandModel(step_s=0.0, key_s=0.001), 1)
+    outlook = Outlook(Draft(cluster(2, num_pages=1000, runs=runs), 0), times, (), OutputLengths())
+    assert cost_of_tie(outlook.decodes, times, 0.0) == pytest.approx(0.5 * (0.45 - 0.1))
