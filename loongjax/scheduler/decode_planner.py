@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import collections
+from collections.abc import Iterable, Mapping
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import SubBatch
@@ -19,8 +20,10 @@ class DecodePlanner:
 
     A decode group is a connected component: instances that share a request decode together. A group of which one
     instance is still in a step waits for it. Masters are chosen request by request: the holder of the newest token,
-    unless it is full or has enough to compute. A group that lacks pages takes in another instance (scale-up), waits
-    for one that ends its step soon, or preempts its newest request.
+    unless it is full or has enough to compute, or another holder that is a master anyway has fewer requests. Evenness
+    alone moves nobody whose keys lie on one instance: a key elsewhere would tie both for as long as the request lives.
+    A group that lacks pages takes in another instance (scale-up), waits for one that ends its step soon, or preempts
+    its newest request.
     """
 
     def __init__(
@@ -73,9 +76,13 @@ class DecodePlanner:
         free = {instance: self._draft.free[instance] for instance in component.instances}
         batches: dict[InstanceId, list[str]] = {instance: [] for instance in sorted(component.instances)}
         page_size = self._page_size
+        rows = collections.Counter([request.kv[-1][0] for request in component.requests])
         short: list[RunningView] = []
         for request in component.requests:
-            master, num_held = request.kv[-1]
+            newest, num_held = request.kv[-1]
+            master = newest
+            if len(request.kv) > 1:
+                master, num_held = self._even_master(request, rows, batches, free, cap)
             batch = batches[master]
             has_slot = num_held % page_size != 0
             if len(batch) >= cap or not (has_slot or free[master]):
@@ -87,6 +94,9 @@ class DecodePlanner:
                 batch = batches[master]
             if not has_slot:
                 free[master] -= 1
+            if master != newest:
+                rows[newest] -= 1
+                rows[master] += 1
             batch.append(request.request_id)
         return batches, short
 
@@ -100,6 +110,29 @@ class DecodePlanner:
         if num_new_pages > self._draft.free[master]:
             return None
         return {master: [request.request_id for request in component.requests]}
+
+    def _even_master(
+        self,
+        request: RunningView,
+        rows: Mapping[InstanceId, int],
+        batches: dict[InstanceId, list[str]],
+        free: dict[InstanceId, int],
+        cap: int,
+    ) -> tuple[InstanceId, int]:
+        """(master, keys of the request there): of its holders that of the newest, or where that makes both more even,
+        another one that is a master anyway, and has a seat for it, and a page beside one for each of its own.
+
+        Nobody goes back, for that would make them less even again: the next step has the same masters.
+        """
+        newest, num_held = request.kv[-1]
+        fewer = [
+            (rows[instance], instance, held)
+            for instance, held in request.kv[:-1]
+            if 0 < rows[instance] < rows[newest] - 1
+            and len(batches[instance]) < cap
+            and free[instance] > rows[instance]
+        ]
+        return min(fewer)[1:] if fewer else (newest, num_held)
 
     def _other_master(
         self, request: RunningView, batches: dict[InstanceId, list[str]], free: dict[InstanceId, int], cap: int
