@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 
 from loongjax.config import SchedulingConfig
@@ -70,6 +71,8 @@ def _build_esp(config: SchedulingConfig, cost_model: CostModel) -> EspPolicy:
     esp_config = EspConfig(admission=config.admission, scale_up=config.scale_up)
     if config.explain is None:
         return EspPolicy(esp_config, cost_model)
+    if config.cost_model is not None and _are_one_file(config.explain, config.cost_model):
+        raise ConfigError(f"--explain {config.explain} is the file of --cost-model: give --explain another one")
     try:
         lines = JsonLines(config.explain)
     except OSError as error:
@@ -79,6 +82,10 @@ def _build_esp(config: SchedulingConfig, cost_model: CostModel) -> EspPolicy:
     policy = EspPolicy(esp_config, cost_model, explain=lines)
     weakref.finalize(policy, lines.close)
     return policy
+
+
+def _are_one_file(path: str, other: str) -> bool:
+    return os.path.exists(path) and os.path.exists(other) and os.path.samefile(path, other)
 
 
 def keeps_to_one_instance(config: SchedulingConfig) -> bool:

@@ -75,6 +75,15 @@ def test_decisions_are_explained_in_a_file(tmp_path: pathlib.Path):
     assert all({"step", "gain", "cost"} <= line.keys() for line in lines)
 
 
+def test_decisions_are_not_explained_in_the_cost_model(tmp_path: pathlib.Path):
+    path = tmp_path / "model.json"
+    path.write_text("times")
+    settings = SchedulingConfig(policy="esp", explain=str(path), cost_model=str(tmp_path / "." / "model.json"))
+    with pytest.raises(ConfigError, match=r"--explain .* is the file of --cost-model"):
+        build_policy(settings, shape=FOUR, max_num_seqs=8, cost_model=ROOFLINE)
+    assert path.read_text() == "times"
+
+
 def test_a_file_to_explain_in_that_cannot_be_written_is_refused(tmp_path: pathlib.Path):
     settings = SchedulingConfig(policy="esp", explain=str(tmp_path))
     with pytest.raises(ConfigError, match=r"--explain .* cannot be written \(Is a directory\)"):

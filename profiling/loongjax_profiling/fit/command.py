@@ -38,10 +38,11 @@ def main(argv: Sequence[str]) -> int:
     """Fits, writes and reports.
 
     Raises:
-        ConfigError: no such database, nothing to fit, or several systems of which one must be chosen.
+        ConfigError: no such database, nothing to fit, several systems of which one must be chosen, or a file that
+            must not be written.
     """
     command = tyro.cli(FitCommand, prog="loongjax fit", args=argv)
-    prepare_file(command.out)
+    prepare_file(command.out, inputs={"--db": command.db})
     with Database(command.db) as database:
         system = choose_system(database, device=command.device, model=command.model)
         measured = measurements_of(database, system)

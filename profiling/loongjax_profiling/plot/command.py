@@ -49,14 +49,15 @@ def main(argv: Sequence[str]) -> int:
     """Draws one figure.
 
     Raises:
-        ConfigError: no such database, or it lacks the figure's points; the message says what measures them.
+        ConfigError: no such database, or it lacks the figure's points; the message says what measures them. Or a file
+            that must not be written.
     """
     command = tyro.cli(PlotCommand, prog="loongjax plot", args=argv)
     # Here: they need matplotlib, and `--help` does not.
     from loongjax_profiling.plot import accuracy, scaling, sequence_parallelism, tensor_parallelism
     from loongjax_profiling.plot.times import Times
 
-    prepare_file(command.out)
+    prepare_file(command.out, inputs={"--db": command.db})
     with Database(command.db) as database:
         system = choose_system(database, device=command.device, model=command.model)
         runs = database.runs(system)

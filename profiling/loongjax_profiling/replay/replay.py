@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ import tqdm
 from loongjax.core.request import Request
 from loongjax.costmodel.model import CostModel, FittedModel
 from loongjax.engine.client import EngineStats
-from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
 from loongjax_profiling.elasticity import Elasticity
+from loongjax_profiling.output import prepare_file, prepare_folder
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.records import RequestRecord, write_records
 from loongjax_profiling.replay.comparison import (
@@ -37,6 +38,8 @@ from loongjax_profiling.simulate.report import describe
 from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
+FILES = ("measured.jsonl", "iterations.jsonl", "simulated.jsonl", "comparison.json")
+
 
 def replay(config: ReplayConfig, command_line: str) -> int:
     """Plays, simulates, compares, and writes it all down.
@@ -54,10 +57,10 @@ def replay(config: ReplayConfig, command_line: str) -> int:
         KeyboardInterrupt: Ctrl-C ended it; what had ended by then was compared and written down.
     """
     workload = make_workload(config)
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--out {config.out} cannot be made: {error}") from None
+    inputs = {"--trace": config.trace, "--cost-model": config.cost_model}
+    prepare_folder(config.out, FILES, inputs=inputs)
+    if config.explain is not None:
+        prepare_file(pathlib.Path(config.explain), "--explain", inputs=inputs)
     engine = ReplayEngine(config)
     print(f"{engine.hardware}: ready after {engine.ready_s:.1f} s, {engine.cluster}", flush=True)
     try:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import pathlib
 import sys
 import time
 from collections.abc import Sequence
 
 import tyro
 
-from loongjax.errors import ConfigError
 from loongjax_profiling.simulate.config import SimulateConfig
 
 
@@ -34,18 +34,19 @@ def run(config: SimulateConfig) -> int:
     """As `main`, of a configuration. Ctrl-C keeps who has ended by then."""
     from loongjax.engine.client import EngineStats  # here: `--help` needs none of this
     from loongjax_profiling.elasticity import Elasticity
+    from loongjax_profiling.output import prepare_file, prepare_folder
     from loongjax_profiling.records import RequestRecord
     from loongjax_profiling.simulate.assembly import assemble_system, make_workload, service_level
-    from loongjax_profiling.simulate.report import write_report
+    from loongjax_profiling.simulate.report import FILES, write_report
     from loongjax_profiling.simulate.simulation import simulate
     from loongjax_profiling.simulate.timeline import Timeline
 
     system, workload, wish = assemble_system(config), make_workload(config), service_level(config)
     middle_s = (workload[0].arrival_s + workload[-1].arrival_s) / 2.0
-    try:
-        config.out.mkdir(parents=True, exist_ok=True)  # now: not after an hour of simulation
-    except OSError as error:
-        raise ConfigError(f"--out {config.out} cannot be made: {error}") from None
+    inputs = {"--trace": config.trace, "--cost-model": config.cost_model, "--host": config.host}
+    prepare_folder(config.out, FILES, inputs=inputs)  # now: not after an hour of simulation
+    if config.explain is not None:
+        prepare_file(pathlib.Path(config.explain), "--explain", inputs=inputs)
     timeline = Timeline(begin_s=max(0.0, middle_s - config.timeline_s / 2.0), length_s=config.timeline_s)
     records: list[RequestRecord] = []
     stats: list[EngineStats] = []

@@ -17,6 +17,8 @@ from loongjax_profiling.simulate.config import SimulateConfig
 from loongjax_profiling.simulate.simulation import SimulatedSystem, in_order_of_arrival
 from loongjax_profiling.simulate.timeline import Timeline
 
+FILES = ("records.jsonl", "metrics.json", "timeline.png")
+
 
 def write_report(
     config: SimulateConfig,

@@ -135,6 +135,16 @@ def test_a_file_that_cannot_be_written_is_said_first(tmp_path):
         main(["--db", str(path), "--out", str(tmp_path)])
 
 
+def test_the_database_is_not_overwritten_nor_is_another(tmp_path):
+    path, other = (make_database(tmp_path / f"{name}.sqlite", model_cases((ONE,))) for name in "ab")
+    before = path.read_bytes(), other.read_bytes()
+    with pytest.raises(ConfigError, match=r"--out .* is the file of --db"):
+        main(["--db", str(path), "--out", str(path)])
+    with pytest.raises(ConfigError, match=r"--out .* is an SQLite database"):
+        main(["--db", str(path), "--out", str(other)])
+    assert (path.read_bytes(), other.read_bytes()) == before
+
+
 def test_without_enough_points_nothing_is_written(tmp_path):
     path = make_database(tmp_path / "points.sqlite", model_cases((ONE,))[:4])
     with pytest.raises(ConfigError, match="--grid analytical-model"):

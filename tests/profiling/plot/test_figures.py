@@ -187,6 +187,14 @@ def test_a_picture_that_cannot_be_written_is_said_first(tmp_path):
         main(["13", "--db", str(tmp_path / "nothing"), "--out", str(tmp_path)])
 
 
+def test_the_database_is_not_drawn_over(tmp_path):
+    path = make_database(tmp_path / "points.sqlite", model_cases((Strategy(1),)))
+    before = path.read_bytes()
+    with pytest.raises(ConfigError, match=r"--out .* is the file of --db"):
+        main(["14", "--db", str(path), "--out", str(path)])
+    assert path.read_bytes() == before
+
+
 def test_lengths_are_divided_by_at_least_one(tmp_path):
     with pytest.raises(ConfigError, match="--shrink"):
         PlotCommand(figure="2", db=tmp_path / "points.sqlite", out=tmp_path / "figure.png", shrink=0)

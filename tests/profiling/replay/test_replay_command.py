@@ -189,6 +189,17 @@ def test_a_folder_that_cannot_be_made_is_told_before_anything_is_built(trace, tm
         main([*FLAGS, "--trace", str(trace), "--out", str(tmp_path / "plain")])
 
 
+@pytest.mark.parametrize("flag", ["--out", "--explain"])
+def test_a_trace_is_not_written_over(trace, tmp_path, monkeypatch, flag):
+    monkeypatch.setattr("loongjax_profiling.replay.engine.build_random_runtime", lambda *args: pytest.fail("built"))
+    copy = tmp_path / "measured.jsonl"
+    copy.write_bytes(trace.read_bytes())
+    target = tmp_path if flag == "--out" else copy
+    with pytest.raises(ConfigError, match=rf"{flag} .*measured\.jsonl is the file of --trace"):
+        main([*FLAGS, "--trace", str(copy), flag, str(target)])
+    assert copy.read_bytes() == trace.read_bytes()
+
+
 def test_help_names_the_flags_and_needs_no_jax():
     script = """
 import atexit, sys

@@ -198,6 +198,16 @@ def test_a_folder_that_cannot_be_made_is_said_before_the_simulation(
         main(["--num-requests", "2", "--out", str(tmp_path / "plain")])
 
 
+@pytest.mark.parametrize("flag", ["--out", "--explain"])
+def test_a_trace_is_not_written_over(tmp_path: pathlib.Path, flag: str):
+    trace = tmp_path / "records.jsonl"
+    trace.write_text(line := '{"timestamp": 0, "input_length": 300, "output_length": 7}\n')
+    target = tmp_path if flag == "--out" else trace
+    with pytest.raises(ConfigError, match=rf"{flag} .*records\.jsonl is the file of --trace"):
+        main([*FLAGS, "--policy", "esp", "--trace", str(trace), flag, str(target)])
+    assert trace.read_text() == line
+
+
 def test_help_names_the_flags(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as exit_info:
         main(["--help"])
