@@ -93,6 +93,11 @@ def keeps_to_one_instance(config: SchedulingConfig) -> bool:
     return config.policy in _POLICIES_OF_ONE_INSTANCE_A_REQUEST
 
 
+def largest_group(config: SchedulingConfig, num_instances: int) -> int:
+    """Most instances that work on one iteration; smaller groups may form too."""
+    return 1 if keeps_to_one_instance(config) else num_instances
+
+
 def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_batched_tokens: int) -> int:
     """Tokens of the longest request, prompt and output together, that the policy can always carry to its end.
 
@@ -104,7 +109,7 @@ def max_request_tokens(config: SchedulingConfig, shape: ClusterShape, max_num_ba
         shape: the cluster.
         max_num_batched_tokens: tokens of one prefill on one instance.
     """
-    num_instances = 1 if keeps_to_one_instance(config) else shape.num_instances
+    num_instances = largest_group(config, shape.num_instances)
     in_pool = num_instances * shape.num_slots + 1
     return in_pool if config.cuts_prompts else min(in_pool, num_instances * max_num_batched_tokens)
 

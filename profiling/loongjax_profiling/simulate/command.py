@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from loongjax.errors import LoongjaxError
 from loongjax_profiling.simulate.config import SimulateConfig
 
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(config: SimulateConfig) -> int:
-    """As `main`, of a configuration. Ctrl-C keeps who has ended by then."""
+    """As `main`, of a configuration. Ctrl-C, or an error in the middle, keeps who has ended by then."""
     from loongjax.engine.client import EngineStats  # here: `--help` needs none of this
     from loongjax_profiling.elasticity import Elasticity
     from loongjax_profiling.output import prepare_file, prepare_folder
@@ -44,6 +45,7 @@ def run(config: SimulateConfig) -> int:
     system, workload, wish = assemble_system(config), make_workload(config), service_level(config)
     middle_s = (workload[0].arrival_s + workload[-1].arrival_s) / 2.0
     inputs = {"--trace": config.trace, "--cost-model": config.cost_model, "--host": config.host}
+    system.require_times(workload)
     prepare_folder(config.out, FILES, inputs=inputs)  # now: not after an hour of simulation
     if config.explain is not None:
         prepare_file(pathlib.Path(config.explain), "--explain", inputs=inputs)
@@ -61,7 +63,7 @@ def run(config: SimulateConfig) -> int:
             on_end=stats.extend,
             progress=sys.stderr.isatty(),
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, LoongjaxError):
         wall_s, elasticity = time.perf_counter() - begin_s, Elasticity.of(stats)
         write_report(config, system, records, elasticity, timeline, wall_s=wall_s, is_complete=False)
         print(f"stopped early: {config.out}/ has {len(records)} of {len(workload)} requests, those that ended first")

@@ -13,11 +13,12 @@ import tqdm
 from loongjax.config import SchedulingConfig
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.request import NO_SLO, ServiceLevel
-from loongjax.costmodel.model import CostModel
+from loongjax.costmodel.model import CostModel, FittedModel
+from loongjax.costmodel.work import Strategy
 from loongjax.engine.client import EngineStats
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import NO_HOST, HostTimes, Span
-from loongjax.scheduler.build import build_policy, max_request_tokens, max_whole_prompt_len
+from loongjax.scheduler.build import build_policy, largest_group, max_request_tokens, max_whole_prompt_len
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.simulate.cluster import ClusterSpec
 from loongjax_profiling.simulate.load import LoadPredictor
@@ -64,6 +65,39 @@ class SimulatedSystem:
         num_pods = -(-count // self.pod_size)
         edges = [count * index // num_pods for index in range(num_pods + 1)]
         return [tuple(range(begin, end)) for begin, end in itertools.pairwise(edges)]
+
+    def require_times(self, workload: Sequence[WorkloadRequest]) -> None:
+        """Whether the cost model knows all that it may be asked for while these requests are served.
+
+        Raises:
+            ConfigError: it does not.
+        """
+        model = self.cost_model
+        if not isinstance(model, FittedModel):
+            return
+        num_instances, tp = self._most_instances(workload), self.cluster.tp
+        try:
+            model.require(Strategy(sp, tp) for sp in range(1, largest_group(self.scheduling, num_instances) + 1))
+            if self.scheduling.policy == "disaggregated":
+                model.migration_s(1, tp)
+        except ConfigError as error:
+            raise ConfigError(
+                f"the policy {self.scheduling.policy} on {num_instances} instances of tp={tp} cannot be simulated: "
+                f"{error}, or give --num-instances, --pod-size or --tp that it knows"
+            ) from None
+
+    def _most_instances(self, workload: Sequence[WorkloadRequest]) -> int:
+        """Of a pod, or of the pods that merge for a request of this workload."""
+
+        def most_tokens(num_instances: int) -> int:
+            return self._pod_cluster(num_instances).limits.max_model_len
+
+        count, largest = self.cluster.num_instances, max(map(len, self.parts()))
+        lens = [request.prompt_len + request.output_len for request in workload]
+        longest = max((length for length in lens if length <= most_tokens(count)), default=0)
+        needed = next(number for number in range(largest, count + 1) if most_tokens(number) >= longest)
+        # All but the last pod of a merger are too few.
+        return largest if needed == largest else min(count, needed - 1 + largest)
 
     def build_pod(
         self,
@@ -124,7 +158,11 @@ def simulate(
         is_hopeless: asked now and then whether to stop, given the records as they would be if all that is missing came
             at once, at no cost to who has not arrived. Those are the result if it stops. Without it nobody is asked.
         progress: whether to show a bar.
+
+    Raises:
+        ConfigError: a cost model that lacks what the policy may ask for, before anything is simulated.
     """
+    system.require_times(workload)
     records: list[RequestRecord] = []
     with tqdm.tqdm(total=len(workload), unit="request", disable=not progress) as bar, contextlib.ExitStack() as at_end:
 

@@ -8,6 +8,7 @@ from loongjax.engine.client import EngineStats
 from loongjax.errors import ConfigError
 from loongjax.runtime.simulated import Span
 from loongjax_profiling.elasticity import Elasticity
+from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.load import LoadPredictor
 from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
@@ -76,6 +77,16 @@ def test_what_no_pod_can_hold_gets_several_pods_and_then_they_part():
     assert large.output_len == 10
     assert first.complete_s < 1.0
     assert last.ttft_s == pytest.approx(0.1)
+
+
+def test_a_model_has_to_know_the_groups_of_pods_that_merge():
+    spec = cluster(6, num_slots=1008, page_size=8, max_num_batched_tokens=1000)
+    pods = system(spec, cost_model=a800_model(3), pod_size=2)
+    simulate(pods, arriving((0.0, 1900, 5), (0.0, 7000, 5)))  # a pod, and refused
+    with pytest.raises(ConfigError, match=r"4 instances of tp=2 .* knows nothing of sp4 tp2"):
+        simulate(pods, arriving((0.0, 2500, 10)))
+    with pytest.raises(ConfigError, match=r"6 instances of tp=2 .* knows nothing of sp4 tp2, sp5 tp2, sp6 tp2"):
+        simulate(pods, arriving((0.0, 5500, 10)))
 
 
 def test_pods_that_merge_first_finish_what_they_have():

@@ -1,5 +1,6 @@
 """`loongjax simulate` from its flags to its files."""
 
+import dataclasses
 import json
 import logging
 import pathlib
@@ -11,7 +12,7 @@ from loongjax.costmodel.fit import fit
 from loongjax.costmodel.model import FittedModel
 from loongjax.costmodel.model_file import save
 from loongjax.costmodel.work import PrefillTotals, Strategy
-from loongjax.errors import ConfigError
+from loongjax.errors import ConfigError, EngineError
 from loongjax.runtime.simulated import Span
 from loongjax_profiling.metrics import ServingMetrics
 from loongjax_profiling.records import RequestRecord, read_records
@@ -74,6 +75,27 @@ def test_a_fitted_file_gives_the_times(tmp_path: pathlib.Path):
     assert (built_in / "records.jsonl").read_bytes() == (from_file / "records.jsonl").read_bytes()
 
 
+def test_a_model_that_lacks_a_group_size_is_refused_before_anything_runs(tmp_path: pathlib.Path):
+    """Three instances work together now and then, which is found out late."""
+    whole = a800_model()
+    without = {strategy: times for strategy, times in whole.strategies.items() if strategy != Strategy(3, 2)}
+    save(dataclasses.replace(whole, strategies=without), tmp_path / "model.json")
+    flags = ("--cost-model", str(tmp_path / "model.json"))
+    with pytest.raises(ConfigError, match=r"simple on 4 instances of tp=2 .* knows nothing of sp3 tp2, only of sp1"):
+        run(tmp_path, *flags)
+    assert not (tmp_path / "out").exists()
+    assert run(tmp_path, *flags, "--policy", "replicated"), "one instance at a time"
+    assert run(tmp_path, *flags, "--num-instances", "4", "--pod-size", "2"), "two at a time"
+
+
+def test_a_model_without_migrations_is_refused_where_keys_have_to_move(tmp_path: pathlib.Path):
+    save(dataclasses.replace(a800_model(), migration=None), tmp_path / "model.json")
+    flags = ("--cost-model", str(tmp_path / "model.json"))
+    with pytest.raises(ConfigError, match=r"disaggregated on 4 .* has no migration time"):
+        run(tmp_path, *flags, "--policy", "disaggregated")
+    assert run(tmp_path, *flags)
+
+
 def test_what_a_fitted_model_was_measured_on_is_told_instead_of_the_rooflines_flags(tmp_path: pathlib.Path):
     about = json.loads((run(tmp_path, "--timeline-s", "0") / "metrics.json").read_text())["about"]
     assert about["cost_model_provenance"]["hardware"].startswith("8 x A800")
@@ -81,8 +103,9 @@ def test_what_a_fitted_model_was_measured_on_is_told_instead_of_the_rooflines_fl
     assert about["is_complete"] is True
 
 
-def test_ctrl_c_keeps_who_has_ended(
-    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("reason", [KeyboardInterrupt(), EngineError("the engine broke")])
+def test_ctrl_c_or_an_error_in_the_middle_keeps_who_has_ended(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], reason: BaseException
 ):
     whole = read_records(run(tmp_path / "whole") / "records.jsonl")
     spans = []
@@ -90,10 +113,10 @@ def test_ctrl_c_keeps_who_has_ended(
     def stop_in_the_middle(self: Timeline, span: Span):
         spans.append(span)
         if len(spans) == 15:
-            raise KeyboardInterrupt
+            raise reason
 
     monkeypatch.setattr(Timeline, "note", stop_in_the_middle)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(type(reason)):
         run(tmp_path)
     kept = read_records(tmp_path / "out" / "records.jsonl")
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
