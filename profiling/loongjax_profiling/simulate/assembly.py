@@ -7,15 +7,16 @@ import logging
 import pathlib
 
 from loongjax.core.request import ServiceLevel
-from loongjax.costmodel.model import CostModel
+from loongjax.costmodel.model import CostModel, FittedModel
 from loongjax.costmodel.model_file import load
+from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel, known_name, known_names
 from loongjax.errors import ConfigError
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.simulated import NO_HOST
 from loongjax_profiling.model_shapes import MODEL_SHAPES
 from loongjax_profiling.simulate.a800 import a800_model
-from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec
+from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec, roofline_of
 from loongjax_profiling.simulate.config import A800, SimulateConfig
 from loongjax_profiling.simulate.host_times import read_host_times
 from loongjax_profiling.simulate.simulation import SimulatedSystem
@@ -53,7 +54,7 @@ def assemble_system(config: SimulateConfig) -> SimulatedSystem:
 
 def choose_cluster(config: SimulateConfig) -> ClusterSpec:
     """The preset, with what the configuration names instead."""
-    preset = PRESETS[config.cluster]
+    preset = PRESETS[config.cluster].spec
     given = {field.name: getattr(config, field.name) for field in dataclasses.fields(ClusterSpec)}
     return dataclasses.replace(preset, **{name: value for name, value in given.items() if value is not None})
 
@@ -65,21 +66,49 @@ def choose_cost_model(config: SimulateConfig, cluster: ClusterSpec) -> CostModel
     Raises:
         ConfigError: a file that cannot be read, or a device whose rates are not known.
     """
-    if config.cost_model == A800:
-        return a800_model(max_instances=cluster.num_instances)
     if config.cost_model is not None:
-        buckets = Buckets.of(cluster.shape, cluster.limits)
-        return load(pathlib.Path(config.cost_model)).padded_to(buckets.num_tokens, buckets.num_rows)
-    if known_name(config.device) is None:
+        model = _fitted(config.cost_model, cluster)
+        _compare(model, config)
+        return model
+    device, name = roofline_of(config)
+    if known_name(device) is None:
         raise ConfigError(
-            f"--device must be one of {', '.join(known_names())}, got {config.device!r}: "
+            f"--device must be one of {', '.join(known_names())}, got {device!r}: "
             "--cost-model takes the measured times of others"
         )
-    rates = DeviceRates.of_device(config.device)
-    logger.warning(
-        "times are estimates: a roofline of %s for %s; --cost-model takes measured ones", rates.name, config.model
-    )
-    return RooflineModel(rates=rates, model=MODEL_SHAPES[config.model])
+    rates = DeviceRates.of_device(device)
+    logger.warning("times are estimates: a roofline of %s for %s; --cost-model takes measured ones", rates.name, name)
+    return RooflineModel(rates=rates, model=MODEL_SHAPES[name])
+
+
+def _fitted(cost_model: str, cluster: ClusterSpec) -> FittedModel:
+    if cost_model == A800:
+        return a800_model(max_instances=cluster.num_instances)
+    buckets = Buckets.of(cluster.shape, cluster.limits)
+    return load(pathlib.Path(cost_model)).padded_to(buckets.num_tokens, buckets.num_rows)
+
+
+def _compare(model: FittedModel, config: SimulateConfig) -> None:
+    """Warns of flags that a fitted model makes idle, and of a cluster whose memory is another device's or model's."""
+    idle = [f"--{name} {value}" for name in ("device", "model") if (value := getattr(config, name)) is not None]
+    if idle:
+        logger.warning("not read: %s; the times are those of --cost-model %s", " ".join(idle), config.cost_model)
+    preset, provenance = PRESETS[config.cluster], model.provenance
+    is_same_device = preset.device.upper() in provenance.hardware.upper()
+    if config.num_slots is None and not (is_same_device and provenance.model == MODEL_SHAPES[preset.model]):
+        logger.warning(
+            "--cost-model %s is of %s with %s, and --cluster %s has the memory of %s: choose another one, or give "
+            "--num-slots",
+            config.cost_model,
+            provenance.hardware,
+            _name_of(provenance.model),
+            config.cluster,
+            preset,
+        )
+
+
+def _name_of(shape: ModelShape) -> str:
+    return next((name for name, known in MODEL_SHAPES.items() if known == shape), f"a model of another shape, {shape}")
 
 
 def choose_lengths(name: WorkloadName, zipf_alpha: float) -> LengthDistribution:

@@ -7,6 +7,7 @@ import dataclasses
 from loongjax.core.cluster import ClusterShape
 from loongjax.errors import ConfigError
 from loongjax.runtime.protocol import RuntimeLimits
+from loongjax_profiling.simulate.config import ModelName, SimulateConfig
 
 VOCAB_SIZE = 2
 """Token ids mean nothing in a simulation."""
@@ -69,18 +70,43 @@ class ClusterSpec:
         return dataclasses.replace(self, num_instances=num_instances)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A cluster, and whose memory and keys its slots come from."""
+
+    spec: ClusterSpec
+    device: str
+    """Part of the name that the devices give themselves."""
+    model: ModelName
+
+    def __str__(self) -> str:
+        return f"{self.device} with {self.model}"
+
+
 PRESETS = {
     # The paper's: 8 GPUs of 80 GB, Llama-2-7B in float16; slots by tensor parallelism from its artifact.
-    "a800-4xtp2": ClusterSpec(
-        num_instances=4, tp=2, num_slots=210_000, max_num_batched_tokens=210_000, max_num_seqs=1024
+    "a800-4xtp2": Preset(
+        spec=ClusterSpec(num_instances=4, tp=2, num_slots=210_000, max_num_batched_tokens=210_000, max_num_seqs=1024),
+        device="A800",
+        model="llama2-7b",
     ),
-    "a800-1xtp8": ClusterSpec(
-        num_instances=1, tp=8, num_slots=900_000, max_num_batched_tokens=900_000, max_num_seqs=1024
+    "a800-1xtp8": Preset(
+        spec=ClusterSpec(num_instances=1, tp=8, num_slots=900_000, max_num_batched_tokens=900_000, max_num_seqs=1024),
+        device="A800",
+        model="llama2-7b",
     ),
     # 8 GPUs of 141 GB, Llama-3-8B in bfloat16, whose keys and values take 128 KiB a token: 0.9 of the memory without
     # the weights and 6 GB of workspace.
-    "h200-8xtp1": ClusterSpec(
-        num_instances=8, tp=1, num_slots=800_000, max_num_batched_tokens=65_536, max_num_seqs=256
+    "h200-8xtp1": Preset(
+        spec=ClusterSpec(num_instances=8, tp=1, num_slots=800_000, max_num_batched_tokens=65_536, max_num_seqs=256),
+        device="H200",
+        model="llama3-8b",
     ),
 }
 """Known clusters by name."""
+
+
+def roofline_of(config: SimulateConfig) -> tuple[str, ModelName]:
+    """The device and the model of an estimate: those that were named, or the cluster's."""
+    preset = PRESETS[config.cluster]
+    return config.device or preset.device, config.model or preset.model

@@ -29,12 +29,12 @@ class SimulateConfig(WorkloadConfig, SchedulingConfig):
     cost_model: str | None = None
     """File with the times of iterations, as `loongjax fit` writes it, or "a800": coefficients from the times that
     LoongServe's authors published; None: a roofline of `device` and `model`."""
-    device: str = "A800"
-    """Whose rates the roofline takes: H200, H100, A100 or A800."""
-    model: ModelName = "llama2-7b"
-    """Whose shape the roofline takes."""
+    device: str | None = None
+    """Whose rates the roofline takes, H200, H100, A100 or A800; None: the cluster's."""
+    model: ModelName | None = None
+    """Whose shape the roofline takes; None: the one that the cluster's memory was divided for."""
     cluster: ClusterName = "a800-4xtp2"
-    """Instances x GPUs of each, with their memory and limits; the flags below change them one by one."""
+    """Device, instances x GPUs of each, with their memory and limits; the flags below change them one by one."""
     num_instances: int | None = None
     """Elastic instances."""
     tp: int | None = None

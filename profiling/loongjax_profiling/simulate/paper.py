@@ -177,7 +177,7 @@ def paper_system(name: SystemName, chunk_tokens: int = ZIPF_CHUNK_TOKENS) -> Sim
         chunk_tokens=chunk_tokens,
         scale_up=name != "esp-no-scale-up",
     )
-    return SimulatedSystem(cluster=PRESETS[cluster_name], scheduling=scheduling, cost_model=a800_model())
+    return SimulatedSystem(cluster=PRESETS[cluster_name].spec, scheduling=scheduling, cost_model=a800_model())
 
 
 def zipf_wish(request: WorkloadRequest) -> ServiceLevel:

@@ -13,6 +13,7 @@ from loongjax_profiling.elasticity import Elasticity
 from loongjax_profiling.metrics import Distribution, ServingMetrics
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.records import RequestRecord, write_records
+from loongjax_profiling.simulate.cluster import roofline_of
 from loongjax_profiling.simulate.config import SimulateConfig
 from loongjax_profiling.simulate.simulation import SimulatedSystem, in_order_of_arrival
 from loongjax_profiling.simulate.timeline import Timeline
@@ -44,7 +45,7 @@ def write_report(
     records = in_order_of_arrival(records)
     metrics = ServingMetrics.of(records)
     write_records(records, config.out / "records.jsonl")
-    about = describe(config) | _source(system) | {"is_complete": is_complete, "commit": checked_out_commit()}
+    about = describe(config) | _source(config, system) | {"is_complete": is_complete, "commit": checked_out_commit()}
     write_metrics(metrics, elasticity, about, config.out / "metrics.json")
     if config.timeline_s > 0.0:
         timeline.draw(config.out / "timeline.png", title=f"{config.policy} on {system.cluster.num_instances} instances")
@@ -100,10 +101,11 @@ def _items(config: Any) -> list[tuple[str, Any]]:
     return [(field.name, getattr(config, field.name)) for field in dataclasses.fields(config)]
 
 
-def _source(system: SimulatedSystem) -> dict[str, Any]:
+def _source(config: SimulateConfig, system: SimulatedSystem) -> dict[str, Any]:
     """Where the times come from; the flags that name a roofline's device and model mean nothing to fitted ones."""
     model = system.cost_model
     if not isinstance(model, FittedModel):
-        return {"cost_model_source": model.source}
+        device, name = roofline_of(config)
+        return {"cost_model_source": model.source, "device": device, "model": name}
     provenance = dataclasses.asdict(model.provenance)
     return {"cost_model_source": model.source, "cost_model_provenance": provenance, "device": None, "model": None}

@@ -9,17 +9,19 @@ import pytest
 
 from loongjax.core.cluster import Group
 from loongjax.costmodel.fit import fit
+from loongjax.costmodel.measurement import Provenance
 from loongjax.costmodel.model import FittedModel
 from loongjax.costmodel.model_file import save
 from loongjax.costmodel.work import PrefillTotals, Strategy
 from loongjax.errors import ConfigError, EngineError
 from loongjax.runtime.simulated import Span
 from loongjax_profiling.metrics import ServingMetrics
+from loongjax_profiling.model_shapes import MODEL_SHAPES
 from loongjax_profiling.records import RequestRecord, read_records
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.assembly import choose_cluster, choose_cost_model, make_workload
 from loongjax_profiling.simulate.command import main
-from loongjax_profiling.simulate.config import SimulateConfig
+from loongjax_profiling.simulate.config import ClusterName, SimulateConfig
 from loongjax_profiling.simulate.report import summary
 from loongjax_profiling.simulate.timeline import Timeline
 from tests.costmodel.shapes import measurements
@@ -165,6 +167,57 @@ def test_a_device_whose_rates_are_not_known_is_refused_with_those_that_are():
         choose_cost_model(config, choose_cluster(config))
     with_times = SimulateConfig(device="nope", cost_model="a800")
     assert choose_cost_model(with_times, choose_cluster(with_times)).source == "fitted"
+
+
+@pytest.mark.parametrize(
+    ("flags", "device", "model"),
+    [
+        ((), "A800", "llama2-7b"),
+        (("--cluster", "h200-8xtp1"), "H200", "llama3-8b"),
+        (("--cluster", "h200-8xtp1", "--device", "H100"), "H100", "llama3-8b"),
+        (("--cluster", "a800-1xtp8", "--model", "llama3-8b"), "A800", "llama3-8b"),
+    ],
+)
+def test_an_estimate_is_of_the_clusters_device_and_model_unless_others_are_named(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture, flags: tuple[str, ...], device: str, model: str
+):
+    few = ("--policy", "static", "--num-requests", "2", "--timeline-s", "0", "--out", str(tmp_path))
+    assert main([*few, *flags]) == 0
+    assert f"roofline of {device} for {model};" in caplog.text
+    about = json.loads((tmp_path / "metrics.json").read_text())["about"]
+    assert (about["device"], about["model"]) == (device, model)
+
+
+def test_a_cost_model_of_another_device_or_model_than_the_clusters_is_warned_of(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+):
+    def warnings(name: str, cluster: ClusterName, num_slots: int | None = None) -> str:
+        caplog.clear()
+        config = SimulateConfig(cost_model=name, cluster=cluster, num_slots=num_slots)
+        choose_cost_model(config, choose_cluster(config))
+        return caplog.text
+
+    eight_h200 = Provenance(hardware="8 x NVIDIA H200", model=MODEL_SHAPES["llama3-8b"])
+    name = str(tmp_path / "model.json")
+    save(dataclasses.replace(a800_model(), provenance=eight_h200), tmp_path / "model.json")
+    assert warnings("a800", "a800-4xtp2") == warnings(name, "h200-8xtp1") == ""
+    other = warnings(name, "a800-1xtp8")
+    assert (
+        "is of 8 x NVIDIA H200 with llama3-8b, and --cluster a800-1xtp8 has the memory of A800 with llama2-7b" in other
+    )
+    assert "is of 8 x A800" in warnings("a800", "h200-8xtp1")
+    assert warnings(name, "a800-1xtp8", 1600) == "", "then the memory is not the preset's"
+    tiny = dataclasses.replace(eight_h200, model=dataclasses.replace(eight_h200.model, num_layers=3))
+    save(dataclasses.replace(a800_model(), provenance=tiny), tmp_path / "model.json")
+    assert "with a model of another shape" in warnings(name, "h200-8xtp1")
+
+
+def test_flags_of_the_estimate_beside_a_cost_model_are_said_to_be_idle(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+):
+    run(tmp_path, "--device", "H200", "--model", "llama2-7b", "--timeline-s", "0")
+    (warned,) = caplog.messages
+    assert warned == "not read: --device H200 --model llama2-7b; the times are those of --cost-model a800"
 
 
 def test_a_models_times_are_those_of_an_engine_that_pads_as_this_cluster_does(tmp_path: pathlib.Path):

@@ -162,7 +162,7 @@ def test_a_pod_whose_time_was_not_reached_knows_nothing_of_the_future():
     assert pod.num_live == 0
 
 
-@pytest.mark.parametrize("spec", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("spec", [preset.spec for preset in PRESETS.values()], ids=PRESETS)
 def test_presets_hold_a_request_of_half_a_million_tokens(spec: ClusterSpec):
     pod = system(spec).build_pod(spec.shape.all_instances)
     assert pod.can_hold(WorkloadRequest(arrival_s=0.0, prompt_len=499_000, output_len=1000))
