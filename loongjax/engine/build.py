@@ -29,6 +29,7 @@ from loongjax.scheduler.build import (
     max_request_tokens,
     max_whole_prompt_len,
     needs_cost_model,
+    warn_of_unread_settings,
 )
 from loongjax.scheduler.policy import Policy
 
@@ -95,6 +96,7 @@ def choose_policy(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimi
         )
     elif config.cost_model is not None:
         logger.warning("the policy %s asks no cost model: %s is not read", config.policy, config.cost_model)
+    warn_of_unread_settings(config)
     return build_policy(config, shape=shape, max_num_seqs=limits.max_num_seqs, cost_model=cost_model)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
 import weakref
 
-from loongjax.config import SchedulingConfig
+from loongjax.config import PolicyName, SchedulingConfig
 from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.model import CostModel
 from loongjax.errors import ConfigError
@@ -21,13 +23,40 @@ from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.simple import SimplePolicy
 from loongjax.scheduler.simple_config import SimplePolicyConfig
 
+logger = logging.getLogger(__name__)
+
 _POLICIES_THAT_ASK = frozenset({"esp"})
+_SETTINGS: dict[PolicyName, frozenset[str]] = {
+    "esp": frozenset({"scale_up", "admission", "explain"}),
+    "simple": frozenset({"prefill_tokens_per_instance", "max_requests_per_master"}),
+    "static": frozenset(),
+    "replicated": frozenset(),
+    "prefill-first": frozenset(),
+    "chunked": frozenset({"chunk_tokens"}),
+    "disaggregated": frozenset({"num_prefill_instances"}),
+}
+"""What each policy is told, but for the times of iterations, which others than policies read too."""
 _POLICIES_OF_ONE_INSTANCE_A_REQUEST = frozenset({"replicated", "chunked", "disaggregated"})
 
 
 def needs_cost_model(config: SchedulingConfig) -> bool:
     """Whether the policy asks how long iterations take."""
     return config.policy in _POLICIES_THAT_ASK
+
+
+def warn_of_unread_settings(config: SchedulingConfig) -> None:
+    """Logs those that were changed and that the policy does not read, with their values; the cost model aside.
+
+    For whoever builds policies, once, however many those are.
+    """
+    unread = [
+        f"{field.name}={value!r}"
+        for field in dataclasses.fields(SchedulingConfig)
+        if field.name not in ("policy", "cost_model", *_SETTINGS[config.policy])
+        and (value := getattr(config, field.name)) != field.default
+    ]
+    if unread:
+        logger.warning("the policy %s does not read %s", config.policy, ", ".join(unread))
 
 
 def build_policy(

@@ -101,6 +101,11 @@ def test_a_cost_model_that_nobody_asks_is_told(caplog: pytest.LogCaptureFixture)
     assert "the policy static asks no cost model: model.json is not read" in caplog.text
 
 
+def test_settings_that_the_policy_does_not_read_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    choose_policy(EngineConfig(policy="static", scale_up=False, explain="why.jsonl"), FOUR, LIMITS, SPEC)
+    assert caplog.messages == ["the policy static does not read scale_up=False, explain='why.jsonl'"]
+
+
 def test_the_policy_is_told_and_a_cost_model_is_found_for_it(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="loongjax"):
         assert isinstance(choose_policy(EngineConfig(policy="esp"), FOUR, LIMITS, SPEC), EspPolicy)

@@ -9,7 +9,7 @@ from loongjax.config import POLICIES, EngineConfig, SchedulingConfig
 from loongjax.core.cluster import ClusterShape
 from loongjax.costmodel.roofline import DeviceRates, RooflineModel
 from loongjax.errors import ConfigError
-from loongjax.scheduler.build import build_policy, max_request_tokens, max_whole_prompt_len
+from loongjax.scheduler.build import build_policy, max_request_tokens, max_whole_prompt_len, warn_of_unread_settings
 from loongjax.scheduler.policy import Policy
 from tests.costmodel.shapes import LLAMA2_7B
 from tests.scheduler.views import cluster, waiting
@@ -73,6 +73,45 @@ def test_decisions_are_explained_in_a_file(tmp_path: pathlib.Path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert lines
     assert all({"step", "gain", "cost"} <= line.keys() for line in lines)
+
+
+CHANGED = {
+    "scale_up": False,
+    "admission": "worst-case",
+    "explain": "why.jsonl",
+    "chunk_tokens": 7,
+    "num_prefill_instances": 9,
+    "prefill_tokens_per_instance": 5,
+    "max_requests_per_master": 3,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "read"),
+    [
+        ("esp", {"scale_up", "admission", "explain"}),
+        ("simple", {"prefill_tokens_per_instance", "max_requests_per_master"}),
+        ("static", set()),
+        ("replicated", set()),
+        ("prefill-first", set()),
+        ("chunked", {"chunk_tokens"}),
+        ("disaggregated", {"num_prefill_instances"}),
+    ],
+)
+def test_settings_that_a_policy_does_not_read_are_named_at_once(
+    name: str, read: set[str], caplog: pytest.LogCaptureFixture
+):
+    warn_of_unread_settings(SchedulingConfig(policy=name, **CHANGED))  # pyright: ignore[reportArgumentType]
+    (said,) = caplog.messages
+    assert said.startswith(f"the policy {name} does not read ")
+    assert all((f"{field}={value!r}" in said) == (field not in read) for field, value in CHANGED.items())
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_settings_that_are_read_or_left_alone_are_not_spoken_of(name: str, caplog: pytest.LogCaptureFixture):
+    warn_of_unread_settings(config(name))
+    warn_of_unread_settings(SchedulingConfig(policy="chunked", chunk_tokens=7, cost_model="model.json"))
+    assert caplog.messages == []
 
 
 def test_decisions_are_not_explained_in_the_cost_model(tmp_path: pathlib.Path):

@@ -18,7 +18,7 @@ from loongjax.models.shipped import SHIPPED_NAME
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.build import build_runtime
 from loongjax.runtime.local import LocalRuntime
-from loongjax.scheduler.build import build_policy, max_whole_prompt_len
+from loongjax.scheduler.build import build_policy, max_whole_prompt_len, warn_of_unread_settings
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.replay.config import ReplayConfig
 from loongjax_profiling.replay.rehearsal import rehearse
@@ -41,6 +41,7 @@ class ReplayEngine:
         started_s = time.monotonic()
         if config.cost_model is not None:
             load(pathlib.Path(config.cost_model))  # a file that cannot be read is told before weights are loaded
+        warn_of_unread_settings(config)
         local = _build_runtime(config)
         shape, limits = local.shape, local.limits
         device_kind = jax.devices()[0].device_kind

@@ -14,6 +14,7 @@ from loongjax.costmodel.roofline import DeviceRates, RooflineModel, known_name, 
 from loongjax.errors import ConfigError
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.simulated import NO_HOST
+from loongjax.scheduler.build import warn_of_unread_settings
 from loongjax_profiling.model_shapes import MODEL_SHAPES
 from loongjax_profiling.simulate.a800 import a800_model
 from loongjax_profiling.simulate.cluster import PRESETS, ClusterSpec, roofline_of
@@ -40,6 +41,7 @@ def assemble_system(config: SimulateConfig) -> SimulatedSystem:
     Raises:
         ConfigError: a cluster, a cost model or a file of host times that cannot be.
     """
+    warn_of_unread_settings(config)
     cluster = choose_cluster(config)
     return SimulatedSystem(
         cluster=cluster,

@@ -220,6 +220,16 @@ def test_flags_of_the_estimate_beside_a_cost_model_are_said_to_be_idle(
     assert warned == "not read: --device H200 --model llama2-7b; the times are those of --cost-model a800"
 
 
+def test_settings_that_the_policy_does_not_read_are_told_once_however_many_pods_there_are(
+    tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
+):
+    unread = ("--no-scale-up", "--admission", "worst-case", "--num-prefill-instances", "9", "--chunk-tokens", "7")
+    run(tmp_path, *unread, "--pod-size", "2", "--timeline-s", "0", "--explain", str(tmp_path / "why.jsonl"))
+    (said,) = caplog.messages
+    assert said.startswith("the policy simple does not read scale_up=False, admission='worst-case', explain='")
+    assert said.endswith("chunk_tokens=7, num_prefill_instances=9")
+
+
 def test_a_models_times_are_those_of_an_engine_that_pads_as_this_cluster_does(tmp_path: pathlib.Path):
     """Measured where 5,000 tokens were computed as 16,384; here they are 5,120."""
     fitted = fit(measurements((Strategy(1),)))
