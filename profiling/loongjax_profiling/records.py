@@ -79,12 +79,14 @@ def read_records(path: pathlib.Path) -> list[RequestRecord]:
     names = [field.name for field in dataclasses.fields(RequestRecord)]
     return [
         RequestRecord(**{name: row[name] for name in names})
-        for row in read_json_lines(path, required=(*names, *_DERIVED))
+        for row in read_json_lines(path, required=(*names, *_DERIVED)).values()
     ]
 
 
-def read_json_lines(path: pathlib.Path, *, required: Sequence[str]) -> list[dict[str, Any]]:
-    """The objects of a JSON-lines file, each with at least these fields; empty lines are passed over.
+def read_json_lines(path: pathlib.Path, *, required: Sequence[str]) -> dict[int, dict[str, Any]]:
+    """The objects of a JSON-lines file by the numbers of their lines, each with at least these fields.
+
+    Empty lines are passed over.
 
     Raises:
         ConfigError: as `read_records`.
@@ -93,16 +95,16 @@ def read_json_lines(path: pathlib.Path, *, required: Sequence[str]) -> list[dict
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
-    rows = []
+    rows = {}
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path}, line {number} is no JSON: {error}") from None
         missing = [name for name in required if not isinstance(row, dict) or name not in row]
         if missing:
             raise ConfigError(f"{path}, line {number} lacks {', '.join(missing)}")
-        rows.append(row)
+        rows[number] = row
     return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
@@ -24,6 +24,8 @@ class ReplayConfig(WorkloadConfig, EngineConfig):
         ConfigError: settings that cannot work.
     """
 
+    USUAL_NUM_REQUESTS: ClassVar[int] = 60
+
     random_weights: Literal["llama2-7b", "llama3-8b", "tiny"] | None = None
     """Random weights of this shape instead of a checkpoint's."""
     cost_model: str | None = None
@@ -33,8 +35,8 @@ class ReplayConfig(WorkloadConfig, EngineConfig):
     """Build before the clock starts what requests may need; None: only what these ones may need."""
     max_queue_len: int = 1 << 20
     """Requests that may wait; one more is refused."""
-    num_requests: int = 60
-    """How many requests come; of a trace: at most so many."""
+    num_requests: int | None = None
+    """How many requests come, of a trace the first so many; None: 60, of a trace all."""
     num_calibration_requests: int = 12
     """Requests of another seed that are played first, to measure by how much the cost model's times are off here, and
     what the host adds to them; 0: the simulation takes the model as it is, and the host to add nothing."""

@@ -56,7 +56,7 @@ def replay(config: ReplayConfig, command_line: str) -> int:
         EngineError: the engine failed; the records of requests that had ended are written.
         KeyboardInterrupt: Ctrl-C ended it; what had ended by then was compared and written down.
     """
-    workload = make_workload(config)
+    workload = make_workload(config, tell=print)
     inputs = {"--trace": config.trace, "--cost-model": config.cost_model}
     prepare_folder(config.out, FILES, inputs=inputs)
     if config.explain is not None:

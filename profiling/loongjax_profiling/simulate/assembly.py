@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Callable
 
 from loongjax.core.request import ServiceLevel
 from loongjax.costmodel.model import CostModel, FittedModel
@@ -130,18 +131,29 @@ def choose_lengths(name: WorkloadName, zipf_alpha: float) -> LengthDistribution:
             return MooncakeLengths()
 
 
-def make_workload(config: WorkloadConfig) -> list[WorkloadRequest]:
+def make_workload(config: WorkloadConfig, tell: Callable[[str], object] = lambda text: None) -> list[WorkloadRequest]:
     """The requests, in order of arrival.
+
+    Args:
+        config: which.
+        tell: is given what was left out of a trace, in words.
 
     Raises:
         ConfigError: a rate or a trace that cannot be.
     """
     if config.trace is not None:
-        return read_mooncake(config.trace, speed=config.trace_speed, max_requests=config.num_requests)
+        whole = read_mooncake(config.trace, speed=config.trace_speed)
+        workload = whole[: config.num_requests]
+        if num_left := len(whole) - len(workload):
+            tell(
+                f"{config.trace}: the first {len(workload)} of {len(whole)} requests, until {workload[-1].arrival_s:g} "
+                f"s; --num-requests leaves out {num_left}, until {whole[-1].arrival_s:g} s"
+            )
+        return workload
     return synthesize(
         choose_lengths(config.workload, config.zipf_alpha),
         rate=config.rate,
-        num_requests=config.num_requests,
+        num_requests=config.num_requests or config.USUAL_NUM_REQUESTS,
         cv=config.cv,
         seed=config.seed,
     )

@@ -42,7 +42,7 @@ def run(config: SimulateConfig) -> int:
     from loongjax_profiling.simulate.simulation import simulate
     from loongjax_profiling.simulate.timeline import Timeline
 
-    system, workload, wish = assemble_system(config), make_workload(config), service_level(config)
+    system, workload, wish = assemble_system(config), make_workload(config, tell=print), service_level(config)
     middle_s = (workload[0].arrival_s + workload[-1].arrival_s) / 2.0
     inputs = {"--trace": config.trace, "--cost-model": config.cost_model, "--host": config.host}
     system.require_times(workload)

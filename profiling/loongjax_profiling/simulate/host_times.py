@@ -19,7 +19,7 @@ def read_host_times(path: pathlib.Path) -> HostTimes:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             f"--host {path} cannot be read: {error}; `loongjax replay` writes a comparison.json"
         ) from None

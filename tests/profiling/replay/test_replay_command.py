@@ -160,6 +160,12 @@ def test_the_workload_is_that_of_a_simulation():
     assert make_workload(config) == make_workload(ReplayConfig(workload="zipf", rate=3.0, num_requests=40, seed=5))
 
 
+def test_all_of_a_trace_is_played_and_else_a_minute_or_so(trace: pathlib.Path):
+    assert len(make_workload(ReplayConfig(rate=1.0))) == 60
+    assert len(make_workload(ReplayConfig(trace=trace))) == len(LENGTHS)
+    assert [request.prompt_len for request in make_workload(ReplayConfig(trace=trace, num_requests=2))] == [200, 30]
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

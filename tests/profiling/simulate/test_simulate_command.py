@@ -70,6 +70,24 @@ def test_a_trace_is_played_instead_of_a_distribution(tmp_path: pathlib.Path):
     assert (record.issue_s, record.prompt_len, record.output_len) == (0.5, 300, 7)
 
 
+def test_a_part_of_a_trace_is_said_to_be_one(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]):
+    trace = tmp_path / "trace.jsonl"
+    rows = [{"timestamp": 1000 * time, "input_length": 300, "output_length": 7} for time in (5, 2, 4)]
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run(tmp_path, "--trace", str(trace), "--num-requests", "2", "--timeline-s", "0")
+    assert [record.issue_s for record in read_records(out / "records.jsonl")] == [2.0, 4.0]
+    assert "the first 2 of 3 requests" in capsys.readouterr().out
+
+
+def test_json_that_is_too_deep_is_refused(tmp_path: pathlib.Path):
+    deep = tmp_path / "deep.json"
+    deep.write_text("[" * 100_000 + "]" * 100_000)
+    with pytest.raises(ConfigError, match=r"deep\.json, line 1 is no JSON"):
+        main([*FLAGS, "--trace", str(deep), "--out", str(tmp_path / "out")])
+    with pytest.raises(ConfigError, match=r"--host .*deep\.json cannot be read"):
+        main([*FLAGS, "--host", str(deep), "--out", str(tmp_path / "out")])
+
+
 def test_a_fitted_file_gives_the_times(tmp_path: pathlib.Path):
     save(a800_model(), tmp_path / "model.json")
     built_in = run(tmp_path / "a", "--timeline-s", "0")

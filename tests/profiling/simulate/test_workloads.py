@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from loongjax.errors import ConfigError
+from loongjax_profiling.simulate.assembly import make_workload
 from loongjax_profiling.simulate.workload.arrivals import arrival_times
+from loongjax_profiling.simulate.workload.config import WorkloadConfig
 from loongjax_profiling.simulate.workload.lengths import LengthDistribution, Quantiles
 from loongjax_profiling.simulate.workload.leval import LEvalLengths
 from loongjax_profiling.simulate.workload.lveval import LvEvalLengths
@@ -171,24 +173,64 @@ class TestMooncakeFiles:
             WorkloadRequest(arrival_s=3.0, prompt_len=7322, output_len=1),
         ]
 
-    def test_it_can_be_played_faster_and_cut_short(self, tmp_path: pathlib.Path):
+    def times(self, path: pathlib.Path, *timestamps: float, speed: float = 1.0) -> list[float]:
+        """When requests of a trace with these timestamps arrive."""
+        file = self.write(path, *[{"timestamp": each, "input_length": 5, "output_length": 5} for each in timestamps])
+        return [request.arrival_s for request in read_mooncake(file, speed=speed)]
+
+    def test_it_can_be_played_faster(self, tmp_path: pathlib.Path):
+        assert self.times(tmp_path, 0, 1000, 2000, speed=2.0) == [0.0, 0.5, 1.0]
+
+    def test_times_of_a_calendar_are_counted_from_the_earliest_and_others_from_the_traces_begin(
+        self, tmp_path: pathlib.Path
+    ):
+        assert self.times(tmp_path, 3_600_000, 3_601_000) == [3600.0, 3601.0], "the second hour of a trace"
+        assert self.times(tmp_path, 1_700_000_000_250, 1_700_000_000_000) == [0.0, 0.25]
+        # As floats these two are equal.
+        assert self.times(tmp_path, 1_700_000_000_000_000_000, 1_700_000_000_000_000_100) == [0.0, 0.1]
+
+    @pytest.mark.parametrize("begin", [0, 1_700_000_000_000_000_000])
+    def test_a_trace_of_centuries_is_refused_by_line(self, tmp_path: pathlib.Path, begin: int):
+        """Half a day in nanoseconds."""
+        with pytest.raises(ConfigError, match=r"line 3: .* more than 1e\+10 s into the trace .* in milliseconds"):
+            self.times(tmp_path, begin, begin + 9_000_000_000_000, begin + 43_200_000_000_000)
+        with pytest.raises(ConfigError, match=r"line 2: .* at a speed of 1e-12"):
+            self.times(tmp_path, begin, begin + 1000, speed=1e-12)
+
+    def test_the_first_requests_are_the_first_to_arrive_and_what_is_left_out_is_told(self, tmp_path: pathlib.Path):
         row = {"input_length": 5, "output_length": 5}
-        file = self.write(tmp_path, *[row | {"timestamp": 1000 * index} for index in range(5)])
-        assert [r.arrival_s for r in read_mooncake(file, speed=2.0, max_requests=3)] == [0.0, 0.5, 1.0]
+        file = self.write(tmp_path, *[row | {"timestamp": 1000 * time} for time in (4, 1, 3, 0, 2)])
+        told: list[str] = []
+        for number, expected in ((None, [0.0, 1.0, 2.0, 3.0, 4.0]), (5, [0.0, 1.0, 2.0, 3.0, 4.0]), (2, [0.0, 1.0])):
+            workload = make_workload(WorkloadConfig(trace=file, num_requests=number), tell=told.append)
+            assert [request.arrival_s for request in workload] == expected
+        (said,) = told
+        assert said == f"{file}: the first 2 of 5 requests, until 1 s; --num-requests leaves out 3, until 4 s"
+
+    def test_more_requests_than_come_without_a_trace_come_from_one(self, tmp_path: pathlib.Path):
+        assert len(make_workload(WorkloadConfig())) == 1000
+        file = self.write(tmp_path, *[{"timestamp": 5, "input_length": 5, "output_length": 5}] * 1001)
+        assert len(make_workload(WorkloadConfig(trace=file))) == 1001
+
+    def test_empty_lines_count_where_a_line_is_named(self, tmp_path: pathlib.Path):
+        file = tmp_path / "trace.jsonl"
+        file.write_text('\n\n{"timestamp": "x", "input_length": 1, "output_length": 5}\n')
+        with pytest.raises(ConfigError, match=r"trace\.jsonl, line 3: a timestamp is"):
+            read_mooncake(file)
 
     @pytest.mark.parametrize(
         ("row", "said"),
         [
             ({"timestamp": 0, "input_length": 5}, "line 1 lacks output_length"),
-            ({"timestamp": 0, "input_length": 0, "output_length": 5}, "request 1"),
-            ({"timestamp": "x", "input_length": 1, "output_length": 5}, "request 1"),
-            ({"timestamp": -5, "input_length": 1, "output_length": 5}, "request 1"),
-            ({"timestamp": float("inf"), "input_length": 1, "output_length": 5}, "request 1"),
+            ({"timestamp": 0, "input_length": 0, "output_length": 5}, "line 1: "),
+            ({"timestamp": "x", "input_length": 1, "output_length": 5}, "line 1: "),
+            ({"timestamp": -5, "input_length": 1, "output_length": 5}, "line 1: "),
+            ({"timestamp": float("inf"), "input_length": 1, "output_length": 5}, "line 1: "),
             ({"timestamp": 0, "input_length": float("inf"), "output_length": 5}, "a whole number, got inf"),
             ({"timestamp": 0, "input_length": 5.7, "output_length": 5}, "a whole number, got 5.7"),
             ({"timestamp": 0, "input_length": 1, "output_length": True}, "a whole number, got True"),
             ({"timestamp": 0, "input_length": 1, "output_length": -1}, "a whole number, got -1"),
-            ({"timestamp": 10**400, "input_length": 1, "output_length": 1}, "request 1"),
+            ({"timestamp": 10**400, "input_length": 1, "output_length": 1}, "line 1: "),
             ({"timestamp": None, "input_length": 1, "output_length": 1}, "milliseconds, got None"),
         ],
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
-from typing import Literal
+from typing import ClassVar, Literal
 
 from loongjax.errors import ConfigError
 
@@ -19,18 +19,22 @@ class WorkloadConfig:
         ConfigError: settings that cannot work.
     """
 
+    USUAL_NUM_REQUESTS: ClassVar[int] = 1000
+    """How many come where neither a number nor a trace is named."""
+
     workload: WorkloadName = "sharegpt"
     """Distribution of prompt and output lengths."""
     zipf_alpha: float = 1.2
     """Exponent of the workload zipf."""
     rate: float = 1.0
     """Requests a second."""
-    num_requests: int = 1000
-    """How many requests come; of a trace: at most so many."""
+    num_requests: int | None = None
+    """How many requests come, of a trace the first so many; None: 1000, of a trace all."""
     cv: float = 1.0
     """Coefficient of variation of the gaps between arrivals; 1: Poisson, above: burstier."""
     trace: pathlib.Path | None = None
-    """A file in Mooncake's format to play instead, JSON lines with timestamp, input_length and output_length."""
+    """A file in Mooncake's format to play instead, JSON lines with timestamp (milliseconds since the trace began; where
+    the earliest is beyond a day they are counted from that one), input_length and output_length (tokens)."""
     trace_speed: float = 1.0
     """How many times faster than recorded the trace is played."""
     ttft_slo_s: float | None = None
@@ -41,7 +45,7 @@ class WorkloadConfig:
     """Of lengths and arrivals."""
 
     def __post_init__(self) -> None:
-        if self.num_requests < 1:
+        if self.num_requests is not None and self.num_requests < 1:
             raise ConfigError(f"--num-requests must be at least 1, got {self.num_requests}")
         if self.seed < 0:
             raise ConfigError(f"--seed must be at least 0, got {self.seed}")
