@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from loongjax.costmodel.work import DecodeTotals, PrefillWork, Strategy
+from loongjax.errors import ConfigError
 
 Kind = Literal["prefill", "decode", "extend", "migration"]
 
 
+def kind_of(name: str) -> Kind:
+    """The kind of this name. Raises ConfigError if there is none."""
+    for kind in get_args(Kind):
+        if kind == name:
+            return kind
+    raise ConfigError(f"the kind of an iteration is one of {', '.join(get_args(Kind))}, got {name!r}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-    """An iteration to measure; a value that identifies its time on given devices with a given model."""
+    """An iteration to measure; a value that identifies its time on given devices with a given model.
+
+    Raises:
+        ConfigError: sizes that no iteration of this kind has.
+    """
 
     kind: Kind
     strategy: Strategy
@@ -32,14 +45,19 @@ class Case:
     """Requests of one new token beside the chunks of an extend; 0 in other kinds."""
 
     def __post_init__(self) -> None:
-        assert min(self.batch_size, self.input_len) >= 1, self
-        assert (self.num_masters > 0) == (self.kind == "decode"), self
-        assert self.num_masters <= min(self.strategy.sp, self.batch_size), self
-        assert self.kind == "prefill" or not self.scales_down, self
-        assert self.kind != "migration" or self.strategy.sp == 2, self
-        assert (self.past_len > 0) == (self.kind == "extend"), self
-        assert self.kind != "extend" or (self.strategy.sp == 1 and self.input_len > 1), self
-        assert self.num_decodes == 0 or (self.kind == "extend" and self.num_decodes > 0), self
+        is_possible = (
+            min(self.batch_size, self.input_len) >= 1
+            and (self.num_masters > 0) == (self.kind == "decode")
+            and 0 <= self.num_masters <= min(self.strategy.sp, self.batch_size)
+            and (self.kind == "prefill" or not self.scales_down)
+            and (self.kind != "migration" or self.strategy.sp == 2)
+            and (self.past_len > 0) == (self.kind == "extend")
+            and self.past_len >= 0
+            and (self.kind != "extend" or (self.strategy.sp == 1 and self.input_len > 1))
+            and (self.num_decodes == 0 or (self.kind == "extend" and self.num_decodes > 0))
+        )
+        if not is_possible:
+            raise ConfigError(f"there is no such iteration: {self!r}")
 
     def __str__(self) -> str:
         match self.kind:

@@ -14,11 +14,14 @@ from loongjax.costmodel.measurement import Padding
 from loongjax.costmodel.model_shape import ModelShape
 from loongjax.costmodel.work import Strategy
 from loongjax.errors import ConfigError
-from loongjax_profiling.iteration.case import Case
+from loongjax_profiling.iteration.case import Case, kind_of
+from loongjax_profiling.iteration.columns import model_shape, seconds, text, whole, wholes
 from loongjax_profiling.iteration.meter import Timing
 
 APPLICATION_ID = 0x6C6F6F6E
 """What SQLite keeps in the file's head to say whose it is: "loon"."""
+LEAST_S = 1e-12
+"""No iteration is faster."""
 PATIENCE_S = 30.0
 """How long a statement waits for another process that writes."""
 VERSION = 2
@@ -145,7 +148,8 @@ class Database:
             self._connection = sqlite3.connect(path, isolation_level=None, timeout=PATIENCE_S)
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{path} cannot be used as a database of points: {error}") from None
-        self._path = path
+        self.path = path
+        """Of the file."""
         try:
             self._open(create=create)
         except BaseException:
@@ -163,8 +167,11 @@ class Database:
 
     @property
     def systems(self) -> tuple[System, ...]:
-        rows = self._rows("SELECT device, model FROM systems ORDER BY id")
-        return tuple(System(device=device, model=ModelShape(**json.loads(model))) for device, model in rows)
+        systems = []
+        for row_id, device, model in self._rows("SELECT id, device, model FROM systems ORDER BY id"):
+            with self._reading("systems", row_id):
+                systems.append(System(device=text(device, "device"), model=model_shape(model, "model")))
+        return tuple(systems)
 
     def begin_run(self, system: System, run: Run) -> int:
         """Notes a start of the profiler, and returns what its points are added under."""
@@ -209,38 +216,49 @@ class Database:
     def points_and_runs(self, system: System) -> list[tuple[Point, Run]]:
         """As `points`, each with the run that it is from."""
         columns = (
-            "run_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, seconds, "
-            "stddev_s, num_rounds, keys, error"
+            "id, run_id, kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, "
+            "seconds, stddev_s, num_rounds, keys, error"
         )
         rows = self._rows(f"SELECT {columns} FROM points WHERE system_id = ? ORDER BY id", (self._system_id(system),))
         runs = self._runs(system)
-        return [(_point(row[1:]), runs[row[0]]) for row in rows]
+        found = []
+        for row_id, run_id, *row in rows:
+            with self._reading("points", row_id):
+                if run_id not in runs:
+                    raise ValueError(f"it is of run {run_id!r}, which is not there")
+                found.append((_point(row), runs[run_id]))
+        return found
 
     def runs(self, system: System) -> list[Run]:
         """The runs that points of this system are from, oldest first."""
         rows = self._rows("SELECT DISTINCT run_id FROM points WHERE system_id = ?", (self._system_id(system),))
-        used = {run_id for (run_id,) in rows}
-        return [run for run_id, run in self._runs(system).items() if run_id in used]
+        used, runs = {run_id for (run_id,) in rows}, self._runs(system)
+        if missing := used - runs.keys():
+            raise ConfigError(f"{self.path} cannot be used: it has points of run {missing.pop()!r}, which is not there")
+        return [run for run_id, run in runs.items() if run_id in used]
 
     def _runs(self, system: System) -> dict[int, Run]:
-        """By id. None is ever deleted, so a point that was read before has its run here, whatever happens meanwhile."""
+        """By id. No profiler deletes any, so a point that was read before has its run here, whatever else happens."""
         columns = "id, num_devices, model_name, commit_id, jax, command, page_size, token_buckets, row_buckets"
         rows = self._rows(
             f"SELECT {columns} FROM runs WHERE system_id = ? ORDER BY id",
             (self._system_id(system),),
         )
-        return {
-            run_id: Run(
-                num_devices=num_devices,
-                model_name=model_name,
-                commit=commit,
-                jax=jax,
-                command=command,
-                page_size=page_size,
-                padding=Padding(token_buckets=tuple(json.loads(tokens)), row_buckets=tuple(json.loads(rows))),
-            )
-            for run_id, num_devices, model_name, commit, jax, command, page_size, tokens, rows in rows
-        }
+        runs = {}
+        for run_id, *row in rows:
+            with self._reading("runs", run_id):
+                runs[run_id] = _run(row)
+        return runs
+
+    @contextlib.contextmanager
+    def _reading(self, table: str, row_id: int) -> Iterator[None]:
+        """Says of which row it is that something cannot be."""
+        try:
+            yield
+        except (ConfigError, ValueError) as error:
+            raise ConfigError(
+                f"{self.path} cannot be used: row {row_id} of its table {table} is wrong: {error}"
+            ) from None
 
     def _open(self, *, create: bool) -> None:
         if create:
@@ -248,17 +266,17 @@ class Database:
                 if not self._rows("SELECT name FROM sqlite_master"):
                     self._run(TABLES)
         if not self._rows("SELECT name FROM sqlite_master"):
-            raise ConfigError(f"{self._path} is empty: `loongjax profile iteration --db {self._path}` measures points")
+            raise ConfigError(f"{self.path} is empty: `loongjax profile iteration --db {self.path}` measures points")
         [(application_id,)] = self._rows("PRAGMA application_id")
         if application_id != APPLICATION_ID:
-            raise ConfigError(f"{self._path} is a database of something else: give --db another file")
+            raise ConfigError(f"{self.path} is a database of something else: give --db another file")
         if self._version == 1:
             with self._transaction():
                 if self._version == 1:  # no other program was faster
                     self._run(UPGRADE)
         if self._version != VERSION:
             raise ConfigError(
-                f"{self._path} has tables of version {self._version}, and this program reads {VERSION}: "
+                f"{self.path} has tables of version {self._version}, and this program reads {VERSION}: "
                 "measure into a new file, or use the version of loongjax that wrote it"
             )
 
@@ -277,7 +295,7 @@ class Database:
             return self._connection.execute(statement, values).fetchall()
         except sqlite3.Error as error:
             advice = " (another process writes to it: try again later)" if "locked" in str(error) else ""
-            raise ConfigError(f"{self._path} cannot be used as a database of points: {error}{advice}") from None
+            raise ConfigError(f"{self.path} cannot be used as a database of points: {error}{advice}") from None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[None]:
@@ -312,24 +330,47 @@ def _key(case: Case) -> dict[str, str | int]:
     }
 
 
-def _point(row: tuple) -> Point:
+def _run(row: Sequence[object]) -> Run:
+    """Raises ValueError for values that a run does not have."""
+    num_devices, model_name, commit, jax, command, page_size, token_buckets, row_buckets = row
+    return Run(
+        num_devices=whole(num_devices, "num_devices"),
+        model_name=text(model_name, "model_name"),
+        commit=None if commit is None else text(commit, "commit_id"),
+        jax=text(jax, "jax"),
+        command=text(command, "command"),
+        page_size=whole(page_size, "page_size"),
+        padding=Padding(
+            token_buckets=wholes(token_buckets, "token_buckets"), row_buckets=wholes(row_buckets, "row_buckets")
+        ),
+    )
+
+
+def _point(row: Sequence[object]) -> Point:
+    """Raises ValueError or ConfigError for values that a point does not have."""
     kind, sp, tp, batch_size, input_len, num_masters, scales_down, past_len, num_decodes, *measured = row
-    seconds, stddev_s, num_rounds, keys, error = measured
+    median_s, stddev_s, num_rounds, keys, error = measured
     case = Case(
-        kind=kind,
-        strategy=Strategy(sp, tp),
-        batch_size=batch_size,
-        input_len=input_len,
-        num_masters=num_masters,
-        scales_down=bool(scales_down),
-        past_len=past_len,
-        num_decodes=num_decodes,
+        kind=kind_of(text(kind, "kind")),
+        strategy=Strategy(whole(sp, "sp"), whole(tp, "tp")),
+        batch_size=whole(batch_size, "batch_size"),
+        input_len=whole(input_len, "input_len"),
+        num_masters=whole(num_masters, "num_masters"),
+        scales_down=bool(whole(scales_down, "scales_down")),
+        past_len=whole(past_len, "past_len"),
+        num_decodes=whole(num_decodes, "num_decodes"),
     )
     if error is not None:
-        return Point(case=case, error=error)
-    timing = Timing(
-        seconds=seconds, stddev_s=stddev_s, num_rounds=num_rounds, keys=tuple(json.loads(keys)) if keys else ()
-    )
+        return Point(case=case, error=text(error, "error"))
+    try:
+        timing = Timing(
+            seconds=seconds(median_s, "seconds", least=LEAST_S),
+            stddev_s=None if stddev_s is None else seconds(stddev_s, "stddev_s", least=0.0),
+            num_rounds=whole(num_rounds, "num_rounds"),
+            keys=() if keys is None else wholes(keys, "keys"),
+        )
+    except ValueError as wrong:
+        raise ValueError(f"{case}: {wrong}") from None
     return Point(case=case, timing=timing)
 
 

@@ -34,31 +34,35 @@ def choose_system(database: Database, *, device: str | None = None, model: str |
 
 
 def measurements_of(database: Database, system: System) -> Measurements:
-    """What succeeded. Prefills that scale down are left out: they do the work of others, and would count twice."""
-    timed = [
-        (point.case, point.timing, run.padding)
-        for point, run in database.points_and_runs(system)
-        if point.timing is not None
-    ]
+    """What succeeded. Prefills that scale down are left out: they do the work of others, and would count twice.
+
+    Raises:
+        ConfigError: a point that cannot be; the message names it.
+    """
+    prefills, decodes, migrations = [], [], []
+    for point, run in database.points_and_runs(system):
+        case, timing = point.case, point.timing
+        if timing is None or case.scales_down:
+            continue
+        time = {"measured_s": timing.seconds}
+        try:
+            match case.kind:
+                case "prefill" | "extend":
+                    prefills.append(
+                        PrefillPoint(strategy=case.strategy, work=case.prefill_work, padding=run.padding, **time)
+                    )
+                case "decode":
+                    work = decode_work(case, timing)
+                    decodes.append(DecodePoint(strategy=case.strategy, work=work, padding=run.padding, **time))
+                case "migration":
+                    migrations.append(MigrationPoint(tp=case.strategy.tp, num_tokens=case.input_len, **time))
+        except ConfigError as error:
+            raise ConfigError(f"{database.path}, {case}: {error}") from None
     return Measurements(
         provenance=_provenance(system, database.runs(system)),
-        prefills=tuple(
-            PrefillPoint(strategy=case.strategy, work=case.prefill_work, measured_s=timing.seconds, padding=padding)
-            for case, timing, padding in timed
-            if case.kind in ("prefill", "extend") and not case.scales_down
-        ),
-        decodes=tuple(
-            DecodePoint(
-                strategy=case.strategy, work=decode_work(case, timing), measured_s=timing.seconds, padding=padding
-            )
-            for case, timing, padding in timed
-            if case.kind == "decode"
-        ),
-        migrations=tuple(
-            MigrationPoint(tp=case.strategy.tp, num_tokens=case.input_len, measured_s=timing.seconds)
-            for case, timing, _ in timed
-            if case.kind == "migration"
-        ),
+        prefills=tuple(prefills),
+        decodes=tuple(decodes),
+        migrations=tuple(migrations),
     )
 
 

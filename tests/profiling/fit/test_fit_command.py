@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -150,6 +151,68 @@ def test_without_enough_points_nothing_is_written(tmp_path):
     with pytest.raises(ConfigError, match="--grid analytical-model"):
         main(["--db", str(path), "--out", str(tmp_path / "model.json")])
     assert not (tmp_path / "model.json").exists()
+
+
+DECODE, PREFILL = (f"(SELECT min(id) FROM points WHERE kind = '{kind}')" for kind in ("decode", "prefill"))
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        (
+            f"UPDATE points SET keys = '[1,' WHERE id = {DECODE}",
+            "of its table points is wrong: decode of .* keys is no JSON",
+        ),
+        (f"UPDATE points SET keys = '{{}}' WHERE id = {DECODE}", "keys must be a list of whole numbers"),
+        (f"UPDATE points SET keys = '[1.5]' WHERE id = {DECODE}", "keys must be a whole number, got 1.5"),
+        (
+            f"UPDATE points SET keys = NULL WHERE id = {DECODE}",
+            r"points\.sqlite, decode of 1 x 10 on sp1 tp1, 1 masters: ",
+        ),
+        (f"UPDATE points SET keys = x'00' WHERE id = {DECODE}", "keys is no JSON: keys must be a text"),
+        (
+            f"UPDATE points SET seconds = -1 WHERE id = {PREFILL}",
+            "row 1 .* prefill of 1 x 10 on sp1 tp1: seconds must be .* got -1",
+        ),
+        (
+            f"UPDATE points SET seconds = 9e999 WHERE id = {PREFILL}",
+            "row 1 .* prefill of 1 x 10 .* seconds must be .* got inf",
+        ),
+        (f"UPDATE points SET seconds = 'abc' WHERE id = {PREFILL}", "row 1 .* seconds must be .* got 'abc'"),
+        (f"UPDATE points SET stddev_s = 'abc' WHERE id = {PREFILL}", "stddev_s must be .* got 'abc'"),
+        (f"UPDATE points SET num_rounds = NULL WHERE id = {PREFILL}", "num_rounds must be a whole number, got None"),
+        (
+            f"UPDATE points SET batch_size = 0 WHERE id = {PREFILL}",
+            r"row 1 of its table points .* no such iteration: .*batch_size=0",
+        ),
+        (f"UPDATE points SET input_len = 'x' WHERE id = {PREFILL}", "input_len must be a whole number, got 'x'"),
+        (f"UPDATE points SET sp = -1 WHERE id = {PREFILL}", "row 1 .* at least one instance"),
+        (f"UPDATE points SET past_len = -1 WHERE id = {PREFILL}", "no such iteration"),
+        (f"UPDATE points SET run_id = 7 WHERE id = {PREFILL}", "points of run 7, which is not there"),
+        ("DELETE FROM runs", "points of run 1, which is not there"),
+        ("UPDATE runs SET token_buckets = 'x'", "row 1 of its table runs is wrong: token_buckets is no JSON"),
+        ("UPDATE runs SET row_buckets = '7'", "row_buckets must be a list of whole numbers, got '7'"),
+        ("UPDATE runs SET num_devices = 'many'", "num_devices must be a whole number, got 'many'"),
+        (
+            "UPDATE systems SET model = '{}'",
+            "row 1 of its table systems is wrong: model must be an object of dtype_bytes, ",
+        ),
+        (
+            "UPDATE systems SET model = replace(model, '4096', '\"x\"')",
+            "model's hidden_size must be a whole number, got 'x'",
+        ),
+        ("UPDATE systems SET model = replace(model, '4096', '0')", "row 1 .* hidden_size of a model's shape must be"),
+        ("UPDATE systems SET device = x'ff'", "device must be a text"),
+    ],
+)
+def test_what_is_wrong_in_a_database_is_said_with_its_row(tmp_path, statement, said):
+    path = make_database(tmp_path / "points.sqlite", model_cases((ONE,)))
+    with sqlite3.connect(path) as connection:
+        connection.execute(statement)
+    connection.close()
+    with pytest.raises(ConfigError, match=said) as raised:
+        main(["--db", str(path), "--out", str(tmp_path / "model.json")])
+    assert str(path) in str(raised.value)
 
 
 def test_without_a_database_it_is_said_what_makes_one(tmp_path):
