@@ -14,6 +14,9 @@ from loongjax.core.cluster import InstanceId
 from loongjax.core.sampling import SamplingParams
 from loongjax.errors import RequestError
 
+LEAST_WISH_S = 1e-6
+"""No token comes sooner. A request weighs as much as its wish is short, and weights are squared and summed."""
+
 
 class FinishReason(enum.StrEnum):
     """How a request ended. Every accepted request ends in exactly one of these."""
@@ -29,7 +32,7 @@ class ServiceLevel:
     """How soon a client wants its tokens. A wish that the scheduler weighs, not a limit at which a request ends.
 
     Raises:
-        RequestError: a time that is not a finite number above 0.
+        RequestError: a time that is not finite, or below `LEAST_WISH_S`.
     """
 
     ttft_s: float | None = None
@@ -40,8 +43,10 @@ class ServiceLevel:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s"):
             value = getattr(self, name)
-            if value is not None and not 0.0 < value < math.inf:
-                raise RequestError(f"{name} must be a finite number of seconds above 0, got {value}", name)
+            if value is not None and not LEAST_WISH_S <= value < math.inf:
+                raise RequestError(
+                    f"{name} must be a finite number of seconds, at least {LEAST_WISH_S:g}, got {value}", name
+                )
 
 
 NO_SLO = ServiceLevel()

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.datastructures import Headers
 
-from loongjax.core.request import ServiceLevel
+from loongjax.core.request import LEAST_WISH_S, ServiceLevel
 from loongjax.errors import RequestError
 
 TTFT_HEADER = "x-slo-ttft-ms"
@@ -39,7 +39,11 @@ def _read_seconds(headers: Headers, name: str) -> float | None:
     if not values:
         return None
     milliseconds = float(values[0]) if len(values) == 1 and _NUMBER.fullmatch(values[0]) else 0.0
-    if milliseconds <= 0.0:
+    if milliseconds / 1000.0 < LEAST_WISH_S:
         shown = ", ".join(values)[:100]
-        raise RequestError(f"{name} must be a number of milliseconds above 0, such as 200 or 12.5, got {shown!r}", name)
+        raise RequestError(
+            f"{name} must be a number of milliseconds, at least {1000.0 * LEAST_WISH_S:g}, such as 200 or 12.5, "
+            f"got {shown!r}",
+            name,
+        )
     return milliseconds / 1000.0

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pickle
 
 import numpy as np
+import pytest
 
-from loongjax.core.request import Request
+from loongjax.core.request import Request, ServiceLevel
 from loongjax.core.sampling import SamplingParams
+from loongjax.errors import RequestError
 
 
 def request(*prompt: int) -> Request:
@@ -18,6 +20,15 @@ def test_the_vocabulary_of_a_prompt_names_each_token_once() -> None:
     vocabulary = request(9, 2, 9, 131071, 2).prompt_vocabulary
     assert vocabulary.dtype == np.int32
     assert vocabulary.tolist() == [2, 9, 131071]
+
+
+@pytest.mark.parametrize("name", ["ttft_s", "tpot_s"])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1e-310, 9.9e-7, float("inf"), float("nan")])
+def test_a_wish_is_a_time_in_which_a_token_can_come(name: str, value: float) -> None:
+    assert ServiceLevel(**{name: 1e-6})
+    with pytest.raises(RequestError, match=f"{name} must be a finite number of seconds, at least 1e-06, got") as raised:
+        ServiceLevel(**{name: value})
+    assert raised.value.param == name
 
 
 def test_the_vocabulary_is_worked_out_once_and_changes_no_comparison() -> None:

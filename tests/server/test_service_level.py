@@ -27,6 +27,12 @@ def test_they_reach_the_engine(server: RunningServer, path: str, body: dict[str,
     assert (call.priority, call.slo) == (-3, ServiceLevel(ttft_s=0.2, tpot_s=0.0125))
 
 
+def test_a_microsecond_is_the_shortest_wish(server: RunningServer):
+    assert post(server, "/v1/completions", COMPLETIONS, {"x-slo-ttft-ms": "0.001"}).status == 200
+    (call,) = server.engine.calls
+    assert call.slo == ServiceLevel(ttft_s=1e-6)
+
+
 @BOTH
 def test_without_them_there_is_no_wish(server: RunningServer, path: str, body: dict[str, object]):
     assert post(server, path, {**body, "priority": None}, {}).status == 200
@@ -43,7 +49,7 @@ def test_they_hold_for_every_prompt_of_a_request(server: RunningServer):
 
 @pytest.mark.parametrize("name", ["x-slo-ttft-ms", "x-slo-tpot-ms"])
 @pytest.mark.parametrize(
-    "value", ["", "0", "0.000", "-1", "fast", "1e3", "nan", "inf", "1_0", "1,5", "5 ms", "9" * 400]
+    "value", ["", "0", "0.000", "0.0009", "-1", "fast", "1e3", "nan", "inf", "1_0", "1,5", "5 ms", "9" * 400]
 )
 @BOTH
 def test_what_is_no_number_of_milliseconds_is_400(
@@ -51,7 +57,7 @@ def test_what_is_no_number_of_milliseconds_is_400(
 ):
     answer = post(server, path, body, {name: value})
     assert (answer.status, answer.error["type"], answer.error["param"]) == (400, "invalid_request_error", name)
-    assert f"{name} must be a number of milliseconds above 0" in answer.error["message"]
+    assert f"{name} must be a number of milliseconds, at least 0.001, such as" in answer.error["message"]
     assert server.engine.calls == []
 
 

@@ -88,6 +88,14 @@ def test_json_that_is_too_deep_is_refused(tmp_path: pathlib.Path):
         main([*FLAGS, "--host", str(deep), "--out", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("flag", ["--ttft-slo-s", "--tpot-slo-s"])
+def test_the_shortest_wish_is_served_and_shorter_ones_are_refused(tmp_path: pathlib.Path, flag: str):
+    few = ("--policy", "esp", "--num-requests", "5", "--timeline-s", "0", "--rate", "50")
+    assert len(read_records(run(tmp_path, *few, flag, "1e-6") / "records.jsonl")) == 5
+    with pytest.raises(ConfigError, match=rf"{flag} must be .* at least 1e-06, got 1e-310"):
+        run(tmp_path, *few, flag, "1e-310")
+
+
 def test_a_fitted_file_gives_the_times(tmp_path: pathlib.Path):
     save(a800_model(), tmp_path / "model.json")
     built_in = run(tmp_path / "a", "--timeline-s", "0")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 from typing import ClassVar, Literal
 
+from loongjax.core.request import LEAST_WISH_S
 from loongjax.errors import ConfigError
 
 WorkloadName = Literal["sharegpt", "leval", "lv-eval", "mixed", "zipf", "mooncake"]
@@ -49,3 +51,10 @@ class WorkloadConfig:
             raise ConfigError(f"--num-requests must be at least 1, got {self.num_requests}")
         if self.seed < 0:
             raise ConfigError(f"--seed must be at least 0, got {self.seed}")
+        for name in ("ttft_slo_s", "tpot_slo_s"):
+            value = getattr(self, name)
+            if value is not None and not LEAST_WISH_S <= value < math.inf:
+                raise ConfigError(
+                    f"--{name.replace('_', '-')} must be a finite number of seconds, at least {LEAST_WISH_S:g}, got "
+                    f"{value}: leave it out for no wish"
+                )
