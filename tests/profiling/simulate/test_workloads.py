@@ -126,6 +126,11 @@ def test_arrivals_have_the_rate_and_the_burstiness_that_were_asked_for(cv: float
     assert gaps.std() / gaps.mean() == pytest.approx(cv, abs=0.05 + 0.03 * cv)
 
 
+@pytest.mark.parametrize("cv", [1e-200, 1e-320, 1e-155, 1e-9])
+def test_gaps_that_hardly_vary_are_equal(cv: float):
+    assert arrival_times(2.0, 50, generator(), cv=cv) == pytest.approx(np.arange(1, 51) / 2.0)
+
+
 def test_another_rate_is_the_same_pattern_faster():
     slow, fast = arrival_times(1.0, 50, generator(1)), arrival_times(4.0, 50, generator(1))
     assert slow == pytest.approx(4.0 * fast)

@@ -10,6 +10,8 @@ from loongjax.errors import ConfigError
 
 LONGEST_S = 1e10
 """Beyond it a clock of 64 bits counts no microseconds."""
+LEAST_CV = 1e-9
+"""Up to it gaps count as equal: gamma variates of so large a shape are, but for rounding, and cannot be summed."""
 
 
 def arrival_times(rate: float, num_requests: int, random: np.random.Generator, *, cv: float = 1.0) -> np.ndarray:
@@ -32,7 +34,7 @@ def arrival_times(rate: float, num_requests: int, random: np.random.Generator, *
     if not (0.0 <= cv < math.inf):
         raise ConfigError(f"the gaps' coefficient of variation is at least 0, got {cv}: 1 is a Poisson process")
     # A gamma variate of shape k has mean k and coefficient of variation 1 / sqrt(k).
-    gaps = random.gamma(cv**-2.0, size=num_requests) if cv > 0.0 else np.ones(num_requests)
+    gaps = random.gamma(cv**-2.0, size=num_requests) if cv > LEAST_CV else np.ones(num_requests)
     times = np.cumsum(gaps)
     if not times[-1] > 0.0:
         raise ConfigError(f"gaps of a coefficient of variation of {cv} are all 0 here: give --cv of a few at most")
