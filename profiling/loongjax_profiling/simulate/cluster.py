@@ -11,6 +11,8 @@ from loongjax_profiling.simulate.config import ModelName, SimulateConfig
 
 VOCAB_SIZE = 2
 """Token ids mean nothing in a simulation."""
+MAX_PAGES = 1 << 28
+"""Of all instances: their bookkeeping takes 2 GiB, and as much for the cluster as a whole."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,7 +20,7 @@ class ClusterSpec:
     """Instances, their memory, and what one iteration can hold.
 
     Raises:
-        ConfigError: a size below 1, or slots that are no multiple of the page size.
+        ConfigError: a size below 1, slots that are no multiple of the page size, or more pages than can be kept.
     """
 
     num_instances: int
@@ -43,6 +45,13 @@ class ClusterSpec:
             raise ConfigError(
                 f"num_slots must be a multiple of page_size ({self.page_size}), got {self.num_slots}: "
                 f"try {max(1, self.num_slots // self.page_size) * self.page_size}"
+            )
+
+        num_pages = self.num_instances * (self.num_slots // self.page_size)
+        if num_pages > MAX_PAGES:
+            raise ConfigError(
+                f"a simulated cluster has at most {MAX_PAGES} pages, got {num_pages}, {self.num_slots} slots in pages "
+                f"of {self.page_size} on each of {self.num_instances} instances: lower num_slots, or raise page_size"
             )
 
     @property

@@ -168,6 +168,13 @@ def test_presets_hold_a_request_of_half_a_million_tokens(spec: ClusterSpec):
     assert pod.can_hold(WorkloadRequest(arrival_s=0.0, prompt_len=499_000, output_len=1000))
 
 
+def test_a_cluster_of_more_pages_than_can_be_kept_is_refused():
+    for num_instances, num_slots, page_size in ((1, 10**12, 1000), (1 << 14, 1 << 18, 8), (1 << 29, 1, 1)):
+        with pytest.raises(ConfigError, match=r"at most 268435456 pages, got .* lower num_slots, or raise page_size"):
+            ClusterSpec(num_instances=num_instances, tp=1, num_slots=num_slots, page_size=page_size)
+    ClusterSpec(num_instances=1024, tp=1, num_slots=1 << 20, page_size=4)
+
+
 @pytest.mark.parametrize("fields", [{"num_slots": 17}, {"num_slots": 0}, {"num_instances": 0}, {"max_model_len": 0}])
 def test_impossible_clusters_are_refused(fields: dict[str, int]):
     with pytest.raises(ConfigError):
