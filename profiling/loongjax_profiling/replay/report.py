@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loongjax.costmodel.model import CostModel
+from loongjax_profiling.json_file import write_json
 from loongjax_profiling.replay.comparison import LATENCIES, ReplayComparison
 from loongjax_profiling.replay.traced_runtime import TracedIteration
 
@@ -62,7 +63,7 @@ def write_iterations(
 
 def write_comparison(comparison: ReplayComparison, about: dict[str, Any], path: pathlib.Path) -> None:
     """One JSON object: the comparison, and under "about" where it comes from."""
-    path.write_text(json.dumps(comparison.as_json() | {"about": about}, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(comparison.as_json() | {"about": about}, path)
 
 
 def _percent(error: float | None) -> str:

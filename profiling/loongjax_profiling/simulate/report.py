@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from loongjax.costmodel.model import FittedModel
 from loongjax_profiling.elasticity import Elasticity
+from loongjax_profiling.json_file import write_json
 from loongjax_profiling.metrics import Distribution, ServingMetrics
 from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.records import RequestRecord, write_records
@@ -55,8 +55,7 @@ def write_report(
 
 def write_metrics(metrics: ServingMetrics, elasticity: Elasticity, about: dict[str, Any], path: pathlib.Path) -> None:
     """One JSON object: the metrics, and under "about" where they come from."""
-    whole = metrics.as_json() | dataclasses.asdict(elasticity) | {"about": about}
-    path.write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(metrics.as_json() | dataclasses.asdict(elasticity) | {"about": about}, path)
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -156,6 +156,13 @@ def test_ctrl_c_or_an_error_in_the_middle_keeps_who_has_ended(
     assert f"has {len(kept)} of 12 requests" in capsys.readouterr().out
 
 
+def test_all_of_it_can_be_drawn_and_any_reader_of_json_takes_the_metrics(tmp_path: pathlib.Path):
+    out = run(tmp_path, "--timeline-s", "inf")
+    assert (out / "timeline.png").read_bytes().startswith(PNG)
+    metrics = json.loads((out / "metrics.json").read_text(), parse_constant=lambda name: pytest.fail(name))
+    assert metrics["about"]["timeline_s"] is None
+
+
 def test_chunks_of_prompts_are_drawn_too(tmp_path: pathlib.Path):
     assert (run(tmp_path, "--policy", "chunked") / "timeline.png").read_bytes().startswith(PNG)
 
