@@ -15,7 +15,10 @@ MAX_PANELS = 3
 
 
 def draw(measurements: Measurements, system: str) -> Figure:
-    """A panel for each strategy of most devices: lines are predicted by a model fitted to all points, markers measured.
+    """A panel for each strategy of most devices: lines are predicted by a model, markers measured.
+
+    The model is the one that `fit` makes of them: of 8 different works or more it has not seen every fifth, which are
+    drawn all the same.
 
     Raises:
         ConfigError: no prefill of these batch sizes was measured, or too few of all to fit.
