@@ -58,7 +58,8 @@ class IterationCommand:
     num_slots: int | None = None
     """Tokens that one instance's part of the KV pool holds; None: from free memory, on CPU 16384."""
     page_size: int = EngineConfig.page_size
-    """Tokens a page of the KV pool holds."""
+    """Tokens a page of the KV pool holds. A point that is there for another size is not measured again: give each its
+    own database."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Type of weights, activations and KV pool; auto: the model's, with float32 as bfloat16 on GPU."""
     exchange: Literal["auto", "xla"] = "auto"

@@ -115,8 +115,16 @@ class _Profile:
 
     def _known(self) -> set[Case]:
         """What is not to be measured again."""
-        points = self._database.points(self._system)
-        return {point.case for point in points if point.error is None or not self._command.retry_failed}
+        found = self._database.points_and_runs(self._system)
+        if others := {run.page_size for _, run in found} - {self._command.page_size}:
+            logger.warning(
+                "%s has points of this model with pages of %s tokens, which count as if measured with pages of %d: "
+                "give each page size its own --db",
+                self._command.db,
+                ", ".join(map(str, sorted(others))),
+                self._command.page_size,
+            )
+        return {point.case for point, _ in found if point.error is None or not self._command.retry_failed}
 
     def _measure_with(self, tp: int, passes: Sequence[Sequence[Case]], deadline_s: float) -> None:
         """Measures with instances of `tp` devices, until the deadline on the monotonic clock."""

@@ -209,6 +209,15 @@ def test_a_command_that_cannot_work_is_refused(db, settings, message):
         command_for(db, **settings)
 
 
+def test_points_of_another_page_size_count_as_measured_and_that_is_said(builds, db, capsys, caplog):
+    run(db, page_size=16)
+    run(db, page_size=16)
+    assert "pages of" not in caplog.text
+    run(db, page_size=4)
+    assert "measured 0 points" in capsys.readouterr().out
+    assert "points of this model with pages of 16 tokens, which count as if measured with pages of 4:" in caplog.text
+
+
 def test_points_whose_programs_are_not_compiled_in_time_are_left_for_another_run(builds, db, capsys):
     builds.compile_in_time = lambda keys, timeout_s: {key for key in keys if key.name != "prefill"}
     run(db, tp=(1,), limit_s=1000.0)
