@@ -149,9 +149,9 @@ class PaperConfig:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ConfigError("--seeds needs at least one, as in --seeds 0 1 2")
-        if not self.duration_s > 0.0 or not self.precision > 0.0:
+        if not 0.0 < self.duration_s < math.inf or not 0.0 < self.precision < math.inf:
             raise ConfigError(
-                f"--duration-s and --precision must be above 0, got {self.duration_s} and {self.precision}"
+                f"--duration-s and --precision must be finite and above 0, got {self.duration_s} and {self.precision}"
             )
         if not self.tail >= 0.0:
             raise ConfigError(f"--tail must be at least 0, got {self.tail}")

@@ -129,7 +129,9 @@ def test_datasets_are_compared_too(capsys: pytest.CaptureFixture[str]):
     assert "lv-eval" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("fields", [{"duration_s": 0.0}, {"seeds": ()}])
+@pytest.mark.parametrize(
+    "fields", [{"duration_s": 0.0}, {"duration_s": float("inf")}, {"precision": float("nan")}, {"seeds": ()}]
+)
 def test_a_comparison_without_time_or_requests_is_refused(fields):
     with pytest.raises(ConfigError):
         PaperConfig(**fields)
