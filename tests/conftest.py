@@ -30,6 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 import jax
+import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -43,3 +44,9 @@ def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # which all workers of a run share
     return folder / "xla"
+
+
+@pytest.fixture
+def users_types(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Arguments of any type get through, as they do outside of tests, to what loongjax itself says about them."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loongjax.core.cluster import InstanceId
+from loongjax.core.field_values import as_number
 from loongjax.core.sampling import SamplingParams
 from loongjax.errors import RequestError
 
@@ -32,7 +33,7 @@ class ServiceLevel:
     """How soon a client wants its tokens. A wish that the scheduler weighs, not a limit at which a request ends.
 
     Raises:
-        RequestError: a time that is not finite, or below `LEAST_WISH_S`.
+        RequestError: a time that is no number, not finite, or below `LEAST_WISH_S`; `param` names the field.
     """
 
     ttft_s: float | None = None
@@ -43,7 +44,10 @@ class ServiceLevel:
     def __post_init__(self) -> None:
         for name in ("ttft_s", "tpot_s"):
             value = getattr(self, name)
-            if value is not None and not LEAST_WISH_S <= value < math.inf:
+            if value is None:
+                continue
+            object.__setattr__(self, name, as_number(name, value))
+            if not LEAST_WISH_S <= value < math.inf:
                 raise RequestError(
                     f"{name} must be a finite number of seconds, at least {LEAST_WISH_S:g}, got {value}", name
                 )

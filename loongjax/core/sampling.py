@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+from loongjax.core.field_values import as_biases, as_flag, as_integer, as_integers, as_number, as_strings
 from loongjax.errors import RequestError
 
 MAX_LOGPROBS = 20
@@ -13,13 +15,20 @@ MAX_LOGPROBS = 20
 
 MAX_SEED = 2**63 - 1
 
+_INTEGERS = ("max_tokens", "min_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs")
+_NUMBERS = ("temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty")
+_FLAGS = ("ignore_eos", "include_stop_str_in_output", "skip_special_tokens")
+_MAY_BE_NONE = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """What a client asks of the sampler. Every field is per request, and no field depends on batch mates.
 
+    Numbers of other kinds, such as NumPy's, are stored as Python's own.
+
     Raises:
-        RequestError: a value out of its range; `param` names the field.
+        RequestError: a value of the wrong type or out of its range; `param` names the field.
     """
 
     max_tokens: int | None = 16
@@ -63,9 +72,15 @@ class SamplingParams:
     """The same for every prompt token but the first."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        for name in _INTEGERS:
+            self._convert(name, as_integer)
+        for name in _NUMBERS:
+            self._convert(name, as_number)
+        for name in _FLAGS:
+            self._convert(name, as_flag)
+        self._convert("logit_bias", as_biases)
+        self._convert("stop", as_strings)
+        self._convert("stop_token_ids", as_integers)
         if self.top_k == -1:
             object.__setattr__(self, "top_k", 0)
         for name, low, high in (
@@ -101,6 +116,11 @@ class SamplingParams:
             raise RequestError("stop strings must not be empty", "stop")
         if any(token_id < 0 for token_id in self.stop_token_ids):
             raise RequestError("stop_token_ids must not be negative", "stop_token_ids")
+
+    def _convert(self, name: str, converted: Callable[[str, Any], Any]) -> None:
+        value = getattr(self, name)
+        if value is not None or name not in _MAY_BE_NONE:
+            object.__setattr__(self, name, converted(name, value))
 
     @property
     def is_greedy(self) -> bool:

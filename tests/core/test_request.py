@@ -36,3 +36,11 @@ def test_the_vocabulary_is_worked_out_once_and_changes_no_comparison() -> None:
     assert one.prompt_vocabulary is one.prompt_vocabulary
     assert one == other
     assert pickle.loads(pickle.dumps(one)) == other
+
+
+@pytest.mark.parametrize("value", ["1", True, [0.5]])
+def test_a_wish_is_a_number(users_types: None, value: object) -> None:
+    with pytest.raises(RequestError, match="tpot_s must be a number, got") as caught:
+        ServiceLevel(tpot_s=value)  # pyright: ignore[reportArgumentType]
+    assert caught.value.param == "tpot_s"
+    assert type(ServiceLevel(ttft_s=1).ttft_s) is float

@@ -1,7 +1,10 @@
 """Sampling parameters are checked when they are made, and the error names the field."""
 
 import pickle
+from fractions import Fraction
+from typing import Any
 
+import numpy as np
 import pytest
 
 from loongjax.core.sampling import MAX_LOGPROBS, SamplingParams
@@ -46,6 +49,70 @@ def test_a_value_out_of_its_range_is_refused_by_name(name, value):
     with pytest.raises(RequestError, match=name) as caught:
         SamplingParams(**{name: value})
     assert caught.value.param == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "got"),
+    [
+        ("max_tokens", 1.5, "an integer, got 1.5 (float)"),
+        ("max_tokens", True, "an integer, got True (bool)"),
+        ("max_tokens", "16", "an integer, got '16' (str)"),
+        ("min_tokens", None, "an integer, got None (NoneType)"),
+        ("top_k", 2.0, "an integer, got 2.0 (float)"),
+        ("n", 1.5, "an integer, got 1.5 (float)"),
+        ("n", None, "an integer, got None (NoneType)"),
+        ("seed", "a", "an integer, got 'a' (str)"),
+        ("logprobs", True, "an integer, got True (bool)"),
+        ("prompt_logprobs", 0.5, "an integer, got 0.5 (float)"),
+        ("temperature", None, "a number, got None (NoneType)"),
+        ("temperature", 1j, "a number, got 1j (complex)"),
+        ("top_p", "0.5", "a number, got '0.5' (str)"),
+        ("min_p", False, "a number, got False (bool)"),
+        ("presence_penalty", [0.1], "a number, got [0.1] (list)"),
+        ("frequency_penalty", None, "a number, got None (NoneType)"),
+        ("repetition_penalty", "1", "a number, got '1' (str)"),
+        ("logit_bias", [(1, 2.0)], "a mapping from token ids to numbers, got [(1, 2.0)] (list)"),
+        ("logit_bias", {"1": 2.0}, "a mapping from token ids to numbers, got {'1': 2.0} (dict)"),
+        ("logit_bias", {1: 2.0, 3: None}, "a mapping from token ids to numbers, got {3: None} (dict)"),
+        ("stop", None, "a string or a list of strings, got None (NoneType)"),
+        ("stop", [5], "a string or a list of strings, got one that holds 5 (int)"),
+        ("stop", b"end", "a string or a list of strings, got b'end' (bytes)"),
+        ("stop_token_ids", 5, "a list of integers, got 5 (int)"),
+        ("stop_token_ids", "5", "a list of integers, got '5' (str)"),
+        ("stop_token_ids", [5, 6.0], "a list of integers, got one that holds 6.0 (float)"),
+        ("ignore_eos", "no", "True or False, got 'no' (str)"),
+        ("stop_token_ids", "x" * 1000, f"a list of integers, got '{'x' * 99}... (str)"),
+    ],
+)
+def test_a_value_of_the_wrong_type_is_refused_by_name(users_types, name, value, got):
+    with pytest.raises(RequestError) as caught:
+        SamplingParams(**{name: value})
+    assert str(caught.value) == f"{name} must be {got}"
+    assert caught.value.param == name
+
+
+def test_numbers_of_other_kinds_become_pythons_own(users_types):
+    given: dict[str, Any] = {
+        "max_tokens": np.int64(5),
+        "seed": np.uint8(7),
+        "temperature": np.float32(0.5),
+        "top_p": 1,
+        "min_p": Fraction(1, 4),
+        "logit_bias": {np.int32(3): 2},
+        "stop_token_ids": np.array([4, 5]),
+    }
+    params = SamplingParams(**given)
+    assert params == SamplingParams(
+        max_tokens=5, seed=7, temperature=0.5, min_p=0.25, logit_bias={3: 2.0}, stop_token_ids=(4, 5)
+    )
+    stored = (params.max_tokens, params.seed, params.temperature, params.top_p, params.min_p, *params.stop_token_ids)
+    assert [type(value) for value in stored] == [int, int, float, float, float, int, int]
+    assert [(type(key), type(bias)) for key, bias in params.logit_bias.items()] == [(int, float)]
+
+
+def test_a_number_beyond_all_floats_is_out_of_range_like_any_other(users_types):
+    with pytest.raises(RequestError, match=r"temperature must be at least 0\.0, got inf"):
+        SamplingParams(temperature=10**400)
 
 
 @pytest.mark.parametrize(
