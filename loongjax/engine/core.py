@@ -218,7 +218,7 @@ class EngineCore:
             raise EngineDeadError(complaint)
 
     def close(self) -> None:
-        """Gives the devices back, after what is in flight unless they answer nothing. Nothing may follow."""
+        """Gives the devices back, after what is in flight unless they answer nothing. Only `close` may follow."""
         if self.death is None:
             self.death = "the engine was closed"
         self._runtime.close(waits=not overdue_recoveries(self._state.flights, self._runtime.now_s()))

@@ -16,9 +16,14 @@ class RecompileCounter:
     def __init__(self) -> None:
         self.count = 0
         self._lock = threading.Lock()
+        self._is_closed = False
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def close(self) -> None:
+        """Counts no more. A second time it does nothing."""
+        if self._is_closed:
+            return
+        self._is_closed = True
         jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: Any) -> None:

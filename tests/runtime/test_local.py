@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 import pytest
 
@@ -185,3 +186,12 @@ def test_every_rope_and_head_dim_gives_the_tokens_of_transformers(variant, tmp_p
     driver.decode((1, 2, 3), {3: ["r"]}, steps=6)
     golden.check(driver, "r", 4)
     runtime.close()
+
+
+def test_closing_a_second_time_does_nothing(tmp_path, cache_dir):
+    runtime = small_runtime(make_checkpoint(tmp_path, "gqa", with_tokenizer=False), cache_dir)
+    runtime.close()
+    count = runtime.num_recompiles
+    runtime.close()
+    jax.jit(lambda: 17)()
+    assert runtime.num_recompiles == count
