@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import SupportsIndex
 
 from loongjax.core.cluster import ClusterShape
+from loongjax.core.field_values import as_integer, as_integers
 from loongjax.core.request import NO_SLO, Request, ServiceLevel
 from loongjax.core.sampling import MAX_SEED, SamplingParams
 from loongjax.engine.client import ModelInfo
@@ -15,7 +17,7 @@ from loongjax.runtime.protocol import RuntimeLimits
 
 
 def admit(
-    prompt_token_ids: Sequence[int],
+    prompt_token_ids: Iterable[SupportsIndex],
     sampling: SamplingParams,
     *,
     request_id: str,
@@ -38,13 +40,15 @@ def admit(
     Raises:
         ContextLengthError: the prompt, or prompt and `max_tokens`, exceed `max_model_len`, or the prompt exceeds
             `max_whole_prompt_len` and cannot be cut.
-        RequestError: an empty prompt, token ids outside the vocabulary.
+        RequestError: an empty prompt, token ids that are no integers or outside the vocabulary, a priority that is no
+            integer of 64 bits.
     """
-    prompt = tuple(prompt_token_ids)
+    prompt = as_integers("prompt", prompt_token_ids)
     _check_token_ids(prompt, sampling, info.vocab_size)
     max_tokens = _resolve_max_tokens(len(prompt), sampling, info.max_model_len)
     _check_whole_prompt(len(prompt), sampling, info.max_whole_prompt_len)
     seed = seeds.getrandbits(63) if sampling.seed is None else sampling.seed
+    priority = _check_priority(priority)
     stop_token_ids = frozenset(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stop_token_ids |= frozenset(info.eos_token_ids)
@@ -109,6 +113,13 @@ def _check_token_ids(prompt: tuple[int, ...], sampling: SamplingParams, vocab_si
     for token_id in sampling.stop_token_ids:
         if token_id >= vocab_size:
             raise RequestError(f"stop_token_ids must be from 0 to {vocab_size - 1}, got {token_id}", "stop_token_ids")
+
+
+def _check_priority(priority: int) -> int:
+    priority = as_integer("priority", priority)
+    if not -(2**63) <= priority < 2**63:
+        raise RequestError(f"priority must be from -2**63 to 2**63 - 1, got {str(priority)[:40]}", "priority")
+    return priority
 
 
 def _resolve_max_tokens(num_prompt_tokens: int, sampling: SamplingParams, max_model_len: int) -> int:

@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import itertools
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -20,10 +20,8 @@ from loongjax.engine.client import EngineStats
 from loongjax.engine.interrupts import deferred_interrupt
 from loongjax.engine.outputs import RequestOutput, SampleCollector
 from loongjax.engine.parts import EngineParts
-from loongjax.errors import EngineDeadError, RequestError
-
-Prompt = str | Sequence[int]
-"""Text, or token ids."""
+from loongjax.engine.prompts import Prompt, as_prompts, one_each
+from loongjax.errors import EngineDeadError
 
 _STEP_TIMEOUT_S = 10.0
 
@@ -78,7 +76,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Gives the devices back."""
+        """Gives the devices back. A second time it does nothing; `generate` raises EngineDeadError from then on."""
         self._core.close()
 
     def stats(self) -> EngineStats:
@@ -87,17 +85,20 @@ class LLM:
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None = None,
         use_tqdm: bool = True,
         *,
-        priority: int | Sequence[int] = 0,
-        slo: ServiceLevel | Sequence[ServiceLevel] = NO_SLO,
+        priority: int | Iterable[int] = 0,
+        slo: ServiceLevel | Iterable[ServiceLevel] = NO_SLO,
     ) -> list[RequestOutput]:
         """Generates for every prompt; one output each, in the order of the prompts.
 
+        Not every failure is raised: a sample whose own iterations fail again and again ends with FinishReason.ERROR,
+        with what went wrong in `error` and the tokens that it had until then.
+
         Args:
-            prompts: texts or lists of token ids, or only one of these.
+            prompts: texts or lists of token ids, or only one of these; lists may be arrays of integers or generators.
             params: for all of them, or one for each; None: what the checkpoint's generation_config.json recommends.
             use_tqdm: show a progress bar.
             priority: for all of them, or one for each; lower goes first.
@@ -106,7 +107,7 @@ class LLM:
         Raises:
             RequestError: a prompt or its parameters cannot be served, ContextLengthError if they are too long. Raised
                 before anything runs.
-            EngineDeadError: the engine failed; the outputs are lost.
+            EngineDeadError: the engine failed as a whole; the outputs are lost.
         """
         jobs = self._admit(prompts, params, priority, slo)
         by_request = {sample.request_id: (job, sample) for job in jobs for sample in job.samples}
@@ -137,21 +138,21 @@ class LLM:
 
     def _admit(
         self,
-        prompts: Prompt | Sequence[Prompt],
-        params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: int | Sequence[int],
-        slo: ServiceLevel | Sequence[ServiceLevel],
+        prompts: Prompt | Iterable[Prompt],
+        params: SamplingParams | Iterable[SamplingParams] | None,
+        priority: int | Iterable[int],
+        slo: ServiceLevel | Iterable[ServiceLevel],
     ) -> list[_Job]:
-        listed = _as_list(prompts)
+        listed = as_prompts(prompts)
         if params is None:
             params = dataclasses.replace(SamplingParams(), **dict(self._core.info.default_sampling))
         return [
             self._job(*job)
             for job in zip(
                 listed,
-                _one_each(params, SamplingParams, len(listed), "params"),
-                _one_each(priority, int, len(listed), "priority"),
-                _one_each(slo, ServiceLevel, len(listed), "slo"),
+                one_each(params, SamplingParams, len(listed), "params"),
+                one_each(priority, int, len(listed), "priority"),
+                one_each(slo, ServiceLevel, len(listed), "slo"),
                 strict=True,
             )
         ]
@@ -179,27 +180,6 @@ class LLM:
             self._core.abort(request_id)
         while self._core.death is None and not self._core.is_idle:
             self._core.step(_STEP_TIMEOUT_S)
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
-        return [prompts]
-    token_ids = [item for item in prompts if isinstance(item, int)]
-    if token_ids and len(token_ids) == len(prompts):
-        return [token_ids]
-    texts_and_ids = [item for item in prompts if not isinstance(item, int)]
-    if token_ids:
-        raise RequestError("token ids stand among the prompts: put each prompt's into a list of its own", "prompts")
-    return texts_and_ids
-
-
-def _one_each[Item](given: Item | Sequence[Item], kind: type[Item], num_prompts: int, param: str) -> Sequence[Item]:
-    if isinstance(given, kind):
-        return [given] * num_prompts
-    assert isinstance(given, Sequence)
-    if len(given) != num_prompts:
-        raise RequestError(f"there are {num_prompts} prompts but {len(given)} of {param}: give one, or one each", param)
-    return given
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,6 +22,7 @@ class SampleResult:
     logprobs: tuple[TokenLogprobs, ...] | None
     """One for each token, if they were asked for."""
     finish_reason: FinishReason
+    """ERROR if its iterations failed again and again."""
     stop_reason: int | str | None
     """The stop token id or stop string that ended it; None for EOS."""
     history: tuple[Phase, ...]
@@ -32,7 +33,7 @@ class SampleResult:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RequestOutput:
-    """All that came of one prompt. Where there is one sample, its fields are here as well."""
+    """All that came of one prompt. The fields of its first sample, mostly the only one, are here as well."""
 
     prompt: str | None
     """The text, if the prompt was given as text."""
@@ -41,6 +42,10 @@ class RequestOutput:
     """One for every prompt token but the first, if they were asked for."""
     outputs: tuple[SampleResult, ...]
     """By sample index."""
+
+    @property
+    def index(self) -> int:
+        return self.outputs[0].index
 
     @property
     def text(self) -> str:
@@ -65,6 +70,10 @@ class RequestOutput:
     @property
     def history(self) -> tuple[Phase, ...]:
         return self.outputs[0].history
+
+    @property
+    def error(self) -> str | None:
+        return self.outputs[0].error
 
 
 class SampleCollector:

@@ -7,6 +7,8 @@ import os
 import signal
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from loongjax.core.iteration import Iteration, PrefillIteration
@@ -15,6 +17,7 @@ from loongjax.core.request import NO_SLO, FinishReason, ServiceLevel
 from loongjax.core.sampling import SamplingParams
 from loongjax.engine.core import EngineCore
 from loongjax.engine.llm import LLM
+from loongjax.engine.outputs import SampleResult
 from loongjax.engine.parts import EngineParts
 from loongjax.errors import ContextLengthError, EngineDeadError, RequestError
 from loongjax.scheduler.simple import SimplePolicy
@@ -142,6 +145,103 @@ def test_a_list_of_ids_is_one_prompt() -> None:
 
 def test_no_prompts_give_no_outputs() -> None:
     assert llm().generate([], use_tqdm=False) == []
+    assert llm().generate(iter([]), use_tqdm=False) == []
+
+
+@pytest.mark.parametrize(
+    ("prompts", "expected"),
+    [
+        (np.array([17, 18]), [(17, 18)]),
+        (np.array([[17, 18], [19, 20]], np.uint8), [(17, 18), (19, 20)]),
+        ([np.int64(17), np.int32(18)], [(17, 18)]),
+        ([np.array([17]), [np.int64(18)], "C"], [(17,), (18,), (19,)]),
+        (jnp.array([17, 18]), [(17, 18)]),
+        ([jnp.array([17, 18]), jnp.array([19])], [(17, 18), (19,)]),
+        (("A" * i for i in (1, 2)), [(17,), (17, 17)]),
+        (range(17, 20), [(17, 18, 19)]),
+        (np.array(["A", "B"]), [(17,), (18,)]),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_prompts_may_be_arrays_and_generators(users_types: None, prompts: Any, expected: list[tuple[int, ...]]) -> None:
+    outputs = llm().generate(prompts, GREEDY, use_tqdm=False)
+    assert [output.prompt_token_ids for output in outputs] == expected
+    assert {type(token_id) for output in outputs for token_id in output.prompt_token_ids} == {int}
+
+
+def test_params_priorities_and_wishes_may_come_from_arrays_and_generators(users_types: None) -> None:
+    spy, slo = Spy(), ServiceLevel(ttft_s=1.0)
+    params = (dataclasses.replace(GREEDY, max_tokens=count) for count in (3, 4))
+    outputs = llm(CLUSTER.core(policy=spy)).generate(
+        ["A", "B"], params, use_tqdm=False, priority=np.array([3, -1]), slo=(wish for wish in (NO_SLO, slo))
+    )
+    assert [len(output.token_ids) for output in outputs] == [3, 4]
+    assert spy.seen == {"prompt-0/0": (3, NO_SLO), "prompt-1/0": (-1, slo)}
+
+
+EACH = "or a list of one for each prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "given", "complaint"),
+    [
+        ([[1.7, 5.2]], {}, "prompt must be a list of integers, got one that holds 1.7 (float)"),
+        (np.array([[1.7]]), {}, "prompt must be a list of integers, got one that holds 1.7 (float)"),
+        ([[1, True]], {}, "prompt must be a list of integers, got one that holds True (bool)"),
+        (
+            [1.7],
+            {},
+            "prompts must be a text, a list of token ids, or a list of such prompts, got one that holds 1.7 (float)",
+        ),
+        (
+            [True],
+            {},
+            "prompts must be a text, a list of token ids, or a list of such prompts, got one that holds True (bool)",
+        ),
+        (None, {}, "prompts must be a text, a list of token ids, or a list of such prompts, got None (NoneType)"),
+        (
+            {"prompt": "A"},
+            {},
+            "prompts must be a text, a list of token ids, or a list of such prompts, got {'prompt': 'A'} (dict)",
+        ),
+        ([{"prompt": "A"}], {}, "prompt must be a list of integers, got {'prompt': 'A'} (dict)"),
+        ([1, "A"], {}, "token ids stand among the prompts: put each prompt's into a list of its own"),
+        ("A", {"params": {"max_tokens": 5}}, f"params must be SamplingParams, {EACH}, got {{'max_tokens': 5}} (dict)"),
+        ("A", {"params": [None]}, f"params must be SamplingParams, {EACH}, got one that holds None (NoneType)"),
+        ("A", {"priority": 1.5}, f"priority must be int, {EACH}, got 1.5 (float)"),
+        ("A", {"priority": [True]}, f"priority must be int, {EACH}, got one that holds True (bool)"),
+        ("A", {"priority": 2**63}, "priority must be from -2**63 to 2**63 - 1, got 9223372036854775808"),
+        ("A", {"slo": 0.2}, f"slo must be ServiceLevel, {EACH}, got 0.2 (float)"),
+    ],
+)
+def test_anything_else_is_refused_in_words(
+    users_types: None, prompts: Any, given: dict[str, Any], complaint: str
+) -> None:
+    runtime = CLUSTER.runtime()
+    with pytest.raises(RequestError) as caught:
+        llm(CLUSTER.core(runtime)).generate(prompts, use_tqdm=False, **given)
+    assert str(caught.value) == complaint
+    assert caught.value.param == complaint.split()[0] or complaint.startswith("token ids")
+    assert runtime.submitted == []
+
+
+def test_a_sample_whose_iterations_fail_ends_with_the_error_beside_those_that_do_not() -> None:
+    def fails(iteration: Iteration) -> bool:
+        return isinstance(iteration, PrefillIteration) and any(
+            item.request.request_id == "prompt-1/0" for item in iteration.inputs
+        )
+
+    fine, failed = llm(CLUSTER.core(CLUSTER.runtime(fails=fails))).generate(["A", "B"], GREEDY, use_tqdm=False)
+    assert (fine.finish_reason, fine.error, len(fine.token_ids)) == (FinishReason.LENGTH, None, 12)
+    assert (failed.finish_reason, failed.index, failed.token_ids) == (FinishReason.ERROR, 0, ())
+    assert failed.error is not None
+    assert "injected failure" in failed.error
+
+
+def test_the_fields_of_a_sample_are_those_of_an_output_of_one_sample() -> None:
+    [output] = llm().generate("AB", GREEDY, use_tqdm=False)
+    for field in dataclasses.fields(SampleResult):
+        assert getattr(output, field.name) == getattr(output.outputs[0], field.name)
 
 
 def test_the_progress_bar_counts_prompts(capsys: pytest.CaptureFixture[str]) -> None:
@@ -155,6 +255,14 @@ def test_leaving_the_block_closes_the_engine() -> None:
         engine.generate("AB", GREEDY, use_tqdm=False)
         assert engine.stats().num_generation_tokens == 12
     assert runtime.is_closed
+
+
+def test_a_closed_engine_can_be_closed_again_and_generates_nothing() -> None:
+    engine = llm()
+    engine.close()
+    engine.close()
+    with pytest.raises(EngineDeadError, match="the engine was closed"):
+        engine.generate("AB", GREEDY, use_tqdm=False)
 
 
 class Spy(SimplePolicy):
