@@ -1,4 +1,4 @@
-"""Which waiting requests a fixed group prefills next: first come, first served, as memory allows."""
+"""Which waiting requests a fixed group prefills next: the first in line, as memory allows."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ from loongjax.core.plan import Chunk, Decode, Extend, Plan, Preempt, Prefill, Su
 from loongjax.scheduler.baselines.admission import next_batch
 from loongjax.scheduler.baselines.batching_config import BatchingConfig
 from loongjax.scheduler.baselines.even_placement import spread_keys
+from loongjax.scheduler.baselines.line import Line
 from loongjax.scheduler.baselines.router import Router
 from loongjax.scheduler.observation import IterationEnded, Observation
 from loongjax.scheduler.request_view import RunningView, WaitingView
@@ -23,14 +24,15 @@ CHUNKED = BatchingConfig(reserves_max_tokens=False, watermark=0.01, cuts_prompts
 class ChunkedPolicy:
     """Iterations of few tokens: the next one of every request that decodes, and pieces of prompts in what is left.
 
-    Each instance is a replica that knows nothing of the others, and a request has to fit one's pool. Prompts are cut in
-    the order of arrival, and nobody is overtaken. While no prompt is there to be cut, iterations are decodes like any
-    other. What needs a prefill in one piece gets it, and a suspect's prompt is cut with nobody beside it. Both wait
-    until no other prompt is in part, let nobody in meanwhile, and take turns with the decodes.
+    Each instance is a replica that knows nothing of the others, and a request has to fit one's pool. Requests are let
+    in by priority and then by age, and who is first in line is not overtaken. Prompts that are let in are cut in the
+    order of arrival. While no prompt is there to be cut, iterations are decodes like any other. What needs a prefill in
+    one piece gets it, and a suspect's prompt is cut with nobody beside it. Both wait until no other prompt is in part,
+    let nobody in meanwhile, and take turns with the decodes.
 
     If the tokens of decodes or the oldest prompt find no page, the newest request is preempted. Why every request ends:
     the oldest that runs is never preempted, and goes on as soon as those decodes end which leave it no room; if none
-    runs, the oldest that waits is let in.
+    runs, the first in line is let in, which the oldest becomes after a while (`Line`).
 
     Args:
         shape: the cluster's.
@@ -42,6 +44,7 @@ class ChunkedPolicy:
         self._chunk_tokens = chunk_tokens
         self._config = config
         self._router = Router(shape.all_instances)
+        self._lines = [Line() for _ in shape.all_instances]
         self._went_alone: frozenset[InstanceId] = frozenset()
         """Instances whose last iteration computed a prompt, or a chunk of one, with nobody beside it."""
 
@@ -49,6 +52,7 @@ class ChunkedPolicy:
         """See `Policy.copy`."""
         other = copy.copy(self)
         other._router = self._router.copy()
+        other._lines = [line.copy() for line in self._lines]
         return other
 
     def observe(self, observations: Sequence[Observation]) -> None:
@@ -92,16 +96,21 @@ class ChunkedPolicy:
             has_prompts = not all(_is_decoding(request) for request in running)
             if not has_prompts and (may_go_alone or not running):
                 first = admitted[0]
+                self._lines[instance].note_let_in(waiting, [first])
                 if first.needs_whole_prefill:
                     kept = spread_keys([first], {instance: num_free}, page_size=view.shape.page_size)
                     return (Prefill(group, kept),)
                 return (Extend(group, (Chunk(first.request_id, min(budget, first.num_tokens)),)),)
         num_left = budget - sum(chunk.num_tokens for chunk in chunks)
+        let_in: list[WaitingView] = []
         for request in admitted:
             if _goes_alone(request) or num_left <= 0:
                 break
+            let_in.append(request)
             chunks.append(Chunk(request.request_id, min(num_left, request.num_tokens)))
             num_left -= chunks[-1].num_tokens
+        if let_in:
+            self._lines[instance].note_let_in(waiting, let_in)
         return (_iteration(group, chunks, oldest_first),) if chunks else ()
 
     def _admit(
@@ -116,8 +125,7 @@ class ChunkedPolicy:
         before = instances[instance]
         instances[instance] = dataclasses.replace(before, num_free_pages=before.num_free_pages - num_reserved)
         later = dataclasses.replace(view, instances=tuple(instances))
-        oldest_first = sorted(waiting, key=lambda request: request.order)
-        return next_batch(later, group, oldest_first, running, self._config)
+        return next_batch(later, group, self._lines[instance].in_order(waiting), running, self._config)
 
 
 def _next_chunks(

@@ -13,6 +13,7 @@ from loongjax.scheduler.baselines.admission import next_batch
 from loongjax.scheduler.baselines.batching_config import BatchingConfig
 from loongjax.scheduler.baselines.decoding import plan_decode
 from loongjax.scheduler.baselines.even_placement import spread_keys
+from loongjax.scheduler.baselines.line import Line
 from loongjax.scheduler.baselines.router import Router
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.request_view import RunningView
@@ -24,10 +25,11 @@ DISAGGREGATED = BatchingConfig(reserves_max_tokens=False, watermark=0.01)
 class DisaggregatedPolicy:
     """The first instances prefill, the others decode, and keys are handed over in between.
 
-    A prompt waits for the prefill instance with the fewest tokens. Its keys stay there until a decode instance has
-    room for them, pulled by the oldest first; the next prefill waits for the hand-over, unless no decode instance has
-    room. A hand-over takes both instances for as long as it lasts. If a decode instance lacks a page for a next token,
-    its newest request is preempted, and prefilled again. A request has to fit one instance of either kind.
+    A prompt waits for the prefill instance with the fewest tokens, in a line by priority and then by age (`Line`). Its
+    keys stay there until a decode instance has room for them, pulled by the oldest first; the next prefill waits for
+    the hand-over, unless no decode instance has room. A hand-over takes both instances for as long as it lasts. If a
+    decode instance lacks a page for a next token, its newest request is preempted, and prefilled again. A request has
+    to fit one instance of either kind.
 
     Args:
         shape: the cluster's.
@@ -59,11 +61,13 @@ class DisaggregatedPolicy:
         self._prefillers = shape.all_instances[:count]
         self._decoders = shape.all_instances[count:]
         self._router = Router(self._prefillers)
+        self._lines = {instance: Line() for instance in self._prefillers}
 
     def copy(self) -> DisaggregatedPolicy:
         """See `Policy.copy`."""
         other = copy.copy(self)
         other._router = self._router.copy()
+        other._lines = {instance: line.copy() for instance, line in self._lines.items()}
         return other
 
     def observe(self, observations: Sequence[Observation]) -> None:
@@ -78,9 +82,10 @@ class DisaggregatedPolicy:
         for instance in self._prefillers:
             if instance in idle and waiting[instance]:
                 group = Group((instance,))
-                oldest_first = sorted(waiting[instance], key=lambda request: request.order)
-                batch = next_batch(view, group, oldest_first, residents[instance], self._config)
+                line = self._lines[instance]
+                batch = next_batch(view, group, line.in_order(waiting[instance]), residents[instance], self._config)
                 if batch:
+                    line.note_let_in(waiting[instance], batch)
                     free_pages = {instance: view.instances[instance].num_free_pages}
                     plans.append(Prefill(group, spread_keys(batch, free_pages, page_size=view.shape.page_size)))
         for instance in self._decoders:

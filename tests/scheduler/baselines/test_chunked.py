@@ -32,7 +32,7 @@ def test_decodes_come_first_and_prompts_get_the_rest_in_order_of_arrival():
     view = cluster(
         1,
         runs=[running("part", 0, (0, 8), num_uncomputed_tokens=5), running("b", 2, (0, 9)), running("a", 1, (0, 9))],
-        waits=[waiting("late", 4, 9), waiting("next", 3, 7)],
+        waits=[waiting("next", 3, 7), waiting("late", 4, 9)],
     )
     assert ask(view, 10) == (extend(("a", 1), ("b", 1), ("part", 5), ("next", 3)),)
     assert ask(view, 6) == (extend(("a", 1), ("b", 1), ("part", 4)),)

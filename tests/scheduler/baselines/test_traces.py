@@ -31,6 +31,8 @@ class Setup:
 
     name: PolicyName
     cluster: RandomCluster
+    priorities: tuple[int, ...]
+    """From which those of requests are drawn."""
 
     def engine(self) -> ToyEngine:
         config = SchedulingConfig(policy=self.name)
@@ -44,14 +46,16 @@ class Setup:
         longest = max_request_tokens(config, self.cluster.shape, self.cluster.max_num_batched_tokens)
         total = longest if rng.random() < 0.2 else rng.randint(2, longest)
         prompt = rng.randint(1, total - 1)
-        return engine.add(prompt, 0 if rng.random() < 0.1 else total - prompt)
+        priority = rng.choice(self.priorities)
+        return engine.add(prompt, 0 if rng.random() < 0.1 else total - prompt, priority=priority)
 
 
 def setups(name: PolicyName) -> st.SearchStrategy[Setup]:
     """Pools from one longest request of the policy upwards."""
     least, most = {"prefill-first": (1, 1), "disaggregated": (2, 5)}.get(name, (1, 5))
     drawn = clusters(least_instances=least, most_instances=most, least_slots=2)
-    return drawn.map(lambda cluster: Setup(name, cluster))
+    priorities = st.sampled_from([(0,), (0, 0, 0, -1), (-1, 0, 1)])
+    return st.builds(Setup, st.just(name), drawn, priorities)
 
 
 @EACH
@@ -80,6 +84,16 @@ def test_every_waiting_and_running_request_ends_under_endless_arrivals(
     rng, engine = random.Random(seed), setup.engine()
     first = [setup.add(engine, rng) for _ in range(4)]
     check_that_these_end(engine, rng, first, lambda engine, rng: engine.add(1, 1), patience=100)
+
+
+@EACH
+@settings(max_examples=8, deadline=None)
+@given(data=st.data(), seed=st.integers(0, 2**32))
+def test_every_request_ends_also_if_all_that_arrive_later_go_first(name: PolicyName, data: st.DataObject, seed: int):
+    setup = data.draw(setups(name))
+    rng, engine = random.Random(seed), setup.engine()
+    first = [setup.add(engine, rng) for _ in range(4)]
+    check_that_these_end(engine, rng, first, lambda engine, rng: engine.add(1, 1, priority=-2), patience=400)
 
 
 @EACH
