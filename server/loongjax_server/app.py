@@ -29,7 +29,7 @@ def create_app(engine: EngineClient, tokenizer: TextTokenizer, config: ServerCon
     """An application around an engine that runs already and that it does not close.
 
     Raises:
-        ConfigError: a chat template that cannot be read.
+        ConfigError: a chat template that cannot be read or compiled.
     """
     context = ServerContext(engine, tokenizer, config)
 

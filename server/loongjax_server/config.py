@@ -79,7 +79,7 @@ class ServerConfig:
         """Reads what the settings refer to, so that it is told before a model is loaded.
 
         Raises:
-            ConfigError: a chat template that cannot be read, or a variable that cannot be an API key.
+            ConfigError: a chat template that cannot be read or compiled, or a variable that cannot be an API key.
         """
         self.read_chat_template()
         self.resolve_api_key()
@@ -101,16 +101,20 @@ class ServerConfig:
         """The text of `chat_template`, or None if it names no file.
 
         Raises:
-            ConfigError: a file that cannot be read.
+            ConfigError: a file that cannot be read, or that is no Jinja template.
         """
         if self.chat_template is None:
             return None
+        from loongjax_server.chat_template import check_chat_template  # here: `--help` needs no Jinja
+
         try:
-            return self.chat_template.read_text(encoding="utf-8")
+            template = self.chat_template.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(
                 f"--chat-template {self.chat_template} cannot be read ({error}): give the path of a UTF-8 text file"
             ) from error
+        check_chat_template(f"--chat-template {self.chat_template}", template)
+        return template
 
 
 def _check_api_key(source: str, key: str) -> None:

@@ -7,8 +7,10 @@ from server_fakes import ByteTokenizer, FakeEngine
 
 import loongjax_server
 from loongjax.errors import ConfigError
+from loongjax.models.tokenizer import load_tokenizer
 from loongjax_server import ServerConfig, create_app
 from loongjax_server.run import listen
+from tests.checkpoints import make_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,36 @@ def test_a_missing_or_unreadable_template_is_refused_at_start(tmp_path):
     for path in (tmp_path / "missing", tmp_path / "binary", tmp_path):
         with pytest.raises(ConfigError, match=r"--chat-template .* UTF-8"):
             create_app(FakeEngine(), ByteTokenizer(), ServerConfig(chat_template=path))
+
+
+@pytest.mark.parametrize(
+    ("template", "complaint"),
+    [
+        ("{{ messages", r"line 1: .*end of print statement"),
+        ("{% for m in messages %}\n{{ m.content }}", r"line 2: Unexpected end of template"),
+        ("a\n{{ messages | to_yaml }}", r"line 2: No filter named 'to_yaml'"),
+    ],
+)
+def test_a_template_with_a_mistake_is_refused_at_start_with_its_line(tmp_path, template, complaint):
+    path = tmp_path / "chat.jinja"
+    path.write_text(template)
+    with pytest.raises(ConfigError, match=rf"--chat-template {path} is no Jinja template \({complaint}") as caught:
+        ServerConfig(chat_template=path).check_outside()
+    assert "mend it" in str(caught.value)
+
+
+def test_a_template_may_use_all_that_tokenizers_know(tmp_path):
+    template = (
+        "{% for m in messages %}{% if loop.index > 2 %}{% break %}{% endif %}{{ m.content | tojson }}"
+        "{% if m.role == 'bad' %}{{ raise_exception('no') }}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    )
+    path = tmp_path / "chat.jinja"
+    path.write_text(template)
+    assert ServerConfig(chat_template=path).read_chat_template() == template
+    tokenizer = load_tokenizer(make_checkpoint(tmp_path / "checkpoint", "gqa"))
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}] * 3, chat_template=template)
+    assert tokenizer.decode(ids) == '"hi"hi"hi"hi'
 
 
 def test_the_public_names_load_on_first_use():
