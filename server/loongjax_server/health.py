@@ -22,6 +22,7 @@ router = APIRouter()
 
 
 @router.get("/health", response_class=Response)
+@router.head("/health", response_class=Response, include_in_schema=False)
 async def health(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """200 if the engine works and the server takes requests, 503 with the reason otherwise.
 
@@ -36,6 +37,7 @@ async def health(context: Annotated[ServerContext, Depends(get_context)]) -> Res
 
 
 @router.get("/ping", response_class=Response)
+@router.head("/ping", response_class=Response, include_in_schema=False)
 @router.post("/ping", response_class=Response, include_in_schema=False)
 async def ping(context: Annotated[ServerContext, Depends(get_context)]) -> Response:
     """The same under another name, which some hosts ask for."""

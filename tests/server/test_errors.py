@@ -32,6 +32,15 @@ def test_a_wrong_method_is_405_and_names_the_right_one(server: RunningServer, me
     assert answer.error["message"] == "Method Not Allowed"
 
 
+@pytest.mark.parametrize("path", ["/health", "/ping"])
+def test_probes_may_ask_for_the_head_alone(server: RunningServer, path):
+    answer = server.request("HEAD", path, None, {})
+    assert (answer.status, answer.body) == (200, b"")
+    server.engine.is_dead = True
+    answer = server.request("HEAD", path, None, {})
+    assert (answer.status, answer.body) == (503, b"")
+
+
 def test_an_unknown_model_is_404(server: RunningServer):
     for path in (COMPLETIONS, CHAT, "/tokenize"):
         body = {"model": "gpt-9", "prompt": "a", "messages": [{"role": "user", "content": "a"}]}
