@@ -31,6 +31,7 @@ class CoreFactory:
     def __call__(self) -> EngineCore:
         logging.basicConfig(level=self.log_level.upper(), format=LOG_FORMAT)
         logging.getLogger("jax").setLevel(logging.WARNING)  # it tells at INFO which back ends are not there
+        logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells through it what it does when
         # Readback lanes turn large results into Python values: they must not hold up the step loop for long at a time.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         # Without this, progress bars make a lock for several processes: a semaphore that is left behind if this process

@@ -42,10 +42,17 @@ class Tokenizer:
     def has_chat_template(self) -> bool:
         return self._tokenizer.chat_template is not None
 
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template, or one of several, has a place for tools: then it names them."""
+        template = self._tokenizer.chat_template or ""
+        return any("tools" in text for text in ([template] if isinstance(template, str) else template.values()))
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Lone surrogates, which no tokenizer takes, become the replacement character."""
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        # Not verbose: what is too long for the model is said on admission, and by transformers in words of training.
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens, verbose=False)
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of token ids; half a character at the end becomes the replacement character."""

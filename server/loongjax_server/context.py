@@ -32,7 +32,8 @@ class ServerContext:
         self.chat_template = config.read_chat_template()
         self.metrics = Metrics(self.model_name)
         self.token_texts = TokenTexts(tokenizer)
-        self.unsupported_fields = UnsupportedFields()
+        takes_tools = "tools" in self.chat_template if self.chat_template is not None else tokenizer.takes_tools
+        self.unsupported_fields = UnsupportedFields(takes_tools=takes_tools)
         self.created_s = int(time.time())
         self.is_draining = False
         self._num_live = 0

@@ -1,4 +1,4 @@
-"""Fields that would change the output in ways this server cannot: refused, never ignored."""
+"""Fields that would change the output in ways this server cannot: refused, never ignored without a word."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from typing import Any
 
 from loongjax.errors import RequestError
-from loongjax_server.schemas import Body, CompletionBody
+from loongjax_server.schemas import Body, CompletionBody, ConversationBody
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,9 @@ _MAX_NUM_WARNINGS = 1000
 class UnsupportedFields:
     """Refuses what cannot be honoured, and warns once of each field that is not known."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, takes_tools: bool) -> None:
+        """`takes_tools`: whether the chat template has a place for tools."""
+        self._takes_tools = takes_tools
         self._warned: set[str] = set()
 
     def check(self, body: Body) -> None:
@@ -74,6 +76,8 @@ class UnsupportedFields:
         if isinstance(body, CompletionBody) and body.best_of is not None and body.best_of != (body.n or 1):
             raise RequestError("best_of is not supported; leave it out, or make it equal to n", "best_of")
         self._warn(extra)
+        if isinstance(body, ConversationBody) and body.tools and body.tool_choice != "none" and not self._takes_tools:
+            self._warn_of_lost_tools()
 
     def _warn(self, extra: dict[str, Any]) -> None:
         unknown = extra.keys() - HARMLESS - REFUSED.keys() - {"response_format", "modalities", "echo"} - self._warned
@@ -81,6 +85,14 @@ class UnsupportedFields:
             if len(self._warned) < _MAX_NUM_WARNINGS:
                 self._warned.add(name)
                 logger.warning("ignoring unknown field %.100r; said once", name)
+
+    def _warn_of_lost_tools(self) -> None:
+        if "tools" not in self._warned:
+            self._warned.add("tools")
+            logger.warning(
+                "the chat template has no place for tools: the model does not see them (give --chat-template one that "
+                "does; said once)"
+            )
 
 
 def _check_response_format(response_format: Any) -> None:

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import gc
+import pickle
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import loongjax.engine.build
 from loongjax.config import EngineConfig
 from loongjax.engine.child import CoreFactory
+from loongjax.models.orbax_checkpoint import convert
+from tests.checkpoints import make_checkpoint
 
 
 def test_what_lives_when_the_engine_is_built_is_never_looked_at_by_the_garbage_collector_again(
@@ -25,3 +30,16 @@ def test_what_lives_when_the_engine_is_built_is_never_looked_at_by_the_garbage_c
     finally:
         gc.unfreeze()
         sys.setswitchinterval(switch_interval_s)
+
+
+def test_a_converted_checkpoint_is_loaded_without_a_line_of_others(tmp_path: Path) -> None:
+    convert(make_checkpoint(tmp_path / "original", "gqa"), tmp_path / "converted")
+    config = EngineConfig(checkpoint=str(tmp_path / "converted"), num_instances=1, num_slots=64)
+    program = "import sys, pickle; pickle.loads(bytes.fromhex(sys.argv[1]))().close()"
+    factory = pickle.dumps(CoreFactory(config)).hex()
+    done = subprocess.run(
+        [sys.executable, "-c", program, factory], capture_output=True, text=True, check=True, timeout=300
+    )
+    lines = done.stderr.splitlines()
+    assert any("INFO loongjax" in line for line in lines)
+    assert [line for line in lines if "INFO" in line and "INFO loongjax" not in line] == []

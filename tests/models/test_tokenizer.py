@@ -1,6 +1,8 @@
 """Text, ids and conversations, on a byte-level tokenizer whose ids are known by construction."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given
@@ -97,6 +99,34 @@ def test_without_a_template_conversations_are_refused(tmp_path):
     assert not tokenizer.has_chat_template
     with pytest.raises(RequestError, match="no chat template"):
         tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+
+
+@pytest.mark.parametrize(
+    ("template", "takes_tools"),
+    [
+        ("{{ messages[0].content }}", False),
+        ("{% if tools %}{{ tools | tojson }}{% endif %}", True),
+        ([{"name": "default", "template": "a"}, {"name": "tool_use", "template": "{{ tools }}"}], True),
+        ([{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}], False),
+        (None, False),
+    ],
+)
+def test_a_template_that_names_tools_takes_them(tmp_path, template, takes_tools):
+    make_checkpoint(tmp_path, "gqa")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": template}))
+    assert load_tokenizer(tmp_path).takes_tools == takes_tools
+
+
+def test_a_long_text_is_encoded_without_a_word(tmp_path):
+    make_checkpoint(tmp_path, "gqa")
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 8}))
+    program = "from loongjax.models.tokenizer import load_tokenizer; "
+    program += f"print(len(load_tokenizer({str(tmp_path)!r}).encode('the ' * 20)))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert int(done.stdout) > 8
+    assert done.stderr == ""
 
 
 def test_a_missing_folder_is_refused_at_once(tmp_path):

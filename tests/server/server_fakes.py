@@ -52,6 +52,10 @@ class ByteTokenizer:
     def has_chat_template(self) -> bool:
         return self._has_chat_template
 
+    @property
+    def takes_tools(self) -> bool:
+        return True
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         token_ids = [BOS] if add_special_tokens else []
         end = 0

@@ -99,6 +99,22 @@ def test_tools_reach_the_template_unless_switched_off(server: RunningServer, cho
     assert ("[tools]1" in prompt_text(server)) == visible
 
 
+def test_tools_that_the_template_has_no_place_for_are_told_once(serve, tmp_path, caplog):
+    template = tmp_path / "chat.jinja"
+    template.write_text("{{ messages[0].content }}")
+    server = serve(FakeEngine(), chat_template=template)
+    for choice, num_told in (("none", 0), ("auto", 1), (None, 1)):
+        body = {"messages": HI, "tools": TOOLS, "tool_choice": choice, "max_tokens": 1}
+        assert server.post(PATH, body).status == 200
+        told = [record.getMessage() for record in caplog.records if "no place for tools" in record.getMessage()]
+        assert len(told) == num_told, choice
+
+
+def test_nothing_is_told_of_tools_that_the_model_sees(server: RunningServer, caplog):
+    assert server.post(PATH, {"messages": HI, "tools": TOOLS, "max_tokens": 1}).status == 200
+    assert "tools" not in caplog.text
+
+
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "f"}}, "x"])
 def test_forced_tools_are_refused(server: RunningServer, choice):
     answer = server.post(PATH, {"messages": HI, "tools": TOOLS, "tool_choice": choice})
