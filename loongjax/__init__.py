@@ -6,18 +6,28 @@ The names below load on first use, so that `import loongjax` and the command lin
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from loongjax.core.request import ServiceLevel as ServiceLevel
     from loongjax.core.sampling import SamplingParams as SamplingParams
     from loongjax.engine.llm import LLM as LLM
 
-_HOMES = {"LLM": "loongjax.engine.llm", "SamplingParams": "loongjax.core.sampling"}
+    __version__: str
 
-__all__ = ["LLM", "SamplingParams"]
+_HOMES = {
+    "LLM": "loongjax.engine.llm",
+    "SamplingParams": "loongjax.core.sampling",
+    "ServiceLevel": "loongjax.core.request",
+}
+
+__all__ = ["LLM", "SamplingParams", "ServiceLevel"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("loongjax")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import select
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 from loongjax.errors import LoongjaxError
 
@@ -14,6 +17,20 @@ COMMANDS_GROUP = "loongjax.commands"
 INTERRUPTED = 130
 """The exit status that shells give to a process which SIGINT ended."""
 
+NO_READER = 141
+"""The exit status that shells give to a process which SIGPIPE ended."""
+
+_SUMMARIES = {
+    "convert": "write a checkpoint anew, to be restored onto any number of devices",
+    "fit": "fit the cost model to measured points",
+    "plot": "draw the paper's figures from measured points",
+    "profile": "time kernels, or the engine's iterations",
+    "replay": "play a workload on the real engine beside its simulation",
+    "serve": "serve a checkpoint over an OpenAI-compatible HTTP API",
+    "simulate": "run the engine and its scheduler on a virtual clock",
+}
+"""What the project's own commands do: to ask them would mean to load them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one sub-command.
@@ -22,9 +39,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None takes the process's.
 
     Returns:
-        The exit status: 2 for a wrong command line, 1 for an error that loongjax explains, 130 for Ctrl-C.
+        The exit status: 2 for a wrong command line, 1 for an error that loongjax explains, 130 for Ctrl-C, 141 if
+        nobody reads what is printed any more.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()  # here, where an error can still be caught
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        return NO_READER
+
+
+def _run(arguments: Sequence[str]) -> int:
     commands = {point.name: point for point in importlib.metadata.entry_points(group=COMMANDS_GROUP)}
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_usage(sorted(commands)))
@@ -59,6 +89,12 @@ def _usage(commands: Sequence[str]) -> str:
             "usage: loongjax COMMAND [OPTIONS]      (loongjax COMMAND --help explains one)",
             "",
             "commands:",
-            *(f"  {name}" for name in commands),
+            *(f"  {name:10} {_SUMMARIES.get(name, '')}".rstrip() for name in commands),
         ]
     )
+
+
+def _has_lost_its_reader(stream: TextIO) -> bool:
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

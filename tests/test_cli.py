@@ -2,12 +2,15 @@
 
 import importlib.metadata
 import json
+import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 
+import loongjax
 from loongjax.cli import COMMANDS_GROUP, main
 from loongjax.errors import ConfigError
 from tests.checkpoints import make_checkpoint
@@ -39,6 +42,57 @@ def test_help_lists_every_command(argv, capsys):
     printed = capsys.readouterr().out
     assert "serve" in printed
     assert "convert" in printed
+
+
+def test_help_says_a_word_on_each_of_the_projects_commands(capsys):
+    assert main(["--help"]) == 0
+    _, _, listed = capsys.readouterr().out.partition("commands:\n")
+    summaries = dict(line.split(maxsplit=1) for line in listed.splitlines())
+    pyproject = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    assert summaries.keys() == pyproject["project"]["entry-points"][COMMANDS_GROUP].keys()
+
+
+def test_a_command_of_others_is_listed_without_one(commands, capsys):
+    commands += [Point("serve", None), Point("paint", None)]
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.endswith(
+        "  paint\n  serve      serve a checkpoint over an OpenAI-compatible HTTP API\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["simulate", "--help"]])
+@pytest.mark.parametrize("buffering", [{}, {"PYTHONUNBUFFERED": "1"}], ids=["buffered", "unbuffered"])
+def test_a_reader_that_leaves_is_no_error(arguments, buffering):
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "loongjax", *arguments],
+            stdout=write_end,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            env=os.environ | buffering,
+        )
+    finally:
+        os.close(write_end)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_another_broken_pipe_is_an_error_like_any_other(commands):
+    def fail(argv):
+        raise BrokenPipeError
+
+    commands.append(Point("serve", lambda: fail))
+    with pytest.raises(BrokenPipeError):
+        main(["serve"])
+
+
+def test_the_package_is_the_command():
+    done = subprocess.run(
+        [sys.executable, "-m", "loongjax", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout.strip() == loongjax.__version__ == importlib.metadata.version("loongjax")
 
 
 def test_version_is_the_distributions(capsys):

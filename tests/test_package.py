@@ -47,6 +47,14 @@ def test_the_model_that_ships_is_found_from_the_wheel(installed):
     }
 
 
+def test_public_names_load_on_first_use():
+    program = (
+        "import sys, loongjax; print('jax' in sys.modules, *(getattr(loongjax, n).__name__ for n in loongjax.__all__))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["False", "LLM", "SamplingParams", "ServiceLevel"]
+
+
 def test_the_commands_are_those_of_the_project(installed):
     [entry_points] = installed.glob("*.dist-info/entry_points.txt")
     lines = entry_points.read_text().splitlines()
