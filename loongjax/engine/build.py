@@ -16,6 +16,7 @@ from loongjax.engine.core import EngineCore
 from loongjax.engine.cost_model import cost_shape, resolve_cost_model
 from loongjax.engine.parts import EngineParts
 from loongjax.errors import ConfigError
+from loongjax.models.config import ModelConfig
 from loongjax.models.generation import GenerationConfig
 from loongjax.models.shipped import SHIPPED_NAME, resolve_checkpoint
 from loongjax.models.tokenizer import load_tokenizer
@@ -97,7 +98,22 @@ def choose_policy(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimi
     elif config.cost_model is not None:
         logger.warning("the policy %s asks no cost model: %s is not read", config.policy, config.cost_model)
     warn_of_unread_settings(config)
+    if config.policy == "prefill-first":
+        _check_that_it_is_one(shape, spec.config)
     return build_policy(config, shape=shape, max_num_seqs=limits.max_num_seqs, cost_model=cost_model)
+
+
+def _check_that_it_is_one(shape: ClusterShape, model: ModelConfig) -> None:
+    """Raises ConfigError for several instances. The policy would do so, too, but knows no model to say what works."""
+    if shape.num_instances == 1:
+        return
+    num_devices = shape.num_instances * shape.tp
+    tps = [tp for tp in model.possible_tps if tp <= num_devices]
+    rest = "" if len(tps) == 1 else f" (the model can be cut over {', '.join(map(str, tps))} of {num_devices} devices)"
+    raise ConfigError(
+        f"the policy prefill-first runs one instance, got {shape.num_instances} instances of tp={shape.tp}: give "
+        f"--num-instances 1 --tp {tps[-1]}{rest}"
+    )
 
 
 def resolve_max_model_len(config: EngineConfig, shape: ClusterShape, limits: RuntimeLimits) -> int:

@@ -128,6 +128,12 @@ class ModelConfig:
         """The vocabulary, rounded up to a multiple of `tp`."""
         return -(-self.vocab_size // tp) * tp
 
+    @property
+    def possible_tps(self) -> tuple[int, ...]:
+        """Over how many devices the model can be cut, ascending."""
+        common = math.gcd(self.num_q_heads, self.num_kv_heads, self.intermediate_size)
+        return tuple(tp for tp in range(1, common + 1) if common % tp == 0)
+
     def check_tp(self, tp: int) -> None:
         """Raises ConfigError, naming the tps that would work, unless `tp` divides heads, KV heads and ffn."""
         dims = {
@@ -137,8 +143,7 @@ class ModelConfig:
         }
         if tp >= 1 and not any(size % tp for size in dims.values()):
             return
-        common = math.gcd(*dims.values())
-        works = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        works = ", ".join(map(str, self.possible_tps))
         sizes = ", ".join(f"{size} {name}" for name, size in dims.items())
         raise ConfigError(f"tp={tp} does not divide this model ({sizes}); a tp that works: {works}")
 

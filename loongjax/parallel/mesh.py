@@ -40,9 +40,11 @@ class DeviceGrid:
             num_instances = len(devices) // tp
         needed = max(num_instances, 1) * tp
         if needed > len(devices):
+            platform = devices[0].platform if devices else ""
+            remedy = "lower --num-instances or --tp" + (", or raise --num-cpu-devices" if platform == "cpu" else "")
             raise ConfigError(
-                f"{max(num_instances, 1)} instances of tp={tp} need {needed} devices, and {len(devices)} "
-                f"{devices[0].platform if devices else ''} devices are here: lower --num-instances or --tp"
+                f"{max(num_instances, 1)} instances of tp={tp} need {needed} devices, and {len(devices)} {platform} "
+                f"devices are here: {remedy}"
             )
         self.tp = tp
         self.num_instances = num_instances

@@ -15,6 +15,7 @@ from loongjax.errors import ConfigError
 from loongjax.models.config import ModelConfig
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.protocol import RuntimeLimits
+from loongjax.scheduler.baselines.prefill_first import PrefillFirstPolicy
 from loongjax.scheduler.baselines.static import StaticPolicy
 from loongjax.scheduler.build import build_policy
 from loongjax.scheduler.esp.policy import EspPolicy
@@ -116,3 +117,20 @@ def test_the_policy_is_told_and_a_cost_model_is_found_for_it(caplog: pytest.LogC
 def test_a_context_that_the_whole_cluster_cannot_hold_is_left_to_the_step_loop_to_refuse() -> None:
     config = EngineConfig(policy="static", max_model_len=5000)
     assert resolve_max_model_len(config, FOUR, dataclasses.replace(LIMITS, max_model_len=5000)) == 5000
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "advice"),
+    [
+        (2, r"--num-instances 1 --tp 2 \(the model can be cut over 1, 2 of 4 devices\)$"),
+        (4, r"--num-instances 1 --tp 4 \(the model can be cut over 1, 2, 4 of 4 devices\)$"),
+        (1, r"--num-instances 1 --tp 1$"),
+    ],
+)
+def test_one_instance_is_advised_with_a_tp_that_the_model_can_be_cut_over(num_kv_heads: int, advice: str) -> None:
+    spec = dataclasses.replace(SPEC, config=dataclasses.replace(SPEC.config, num_kv_heads=num_kv_heads))
+    config = EngineConfig(policy="prefill-first")
+    with pytest.raises(ConfigError, match=f"got 4 instances of tp=1: give {advice}"):
+        choose_policy(config, FOUR, LIMITS, spec)
+    one = dataclasses.replace(FOUR, num_instances=1)
+    assert isinstance(choose_policy(config, one, LIMITS, spec), PrefillFirstPolicy)

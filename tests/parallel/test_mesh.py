@@ -32,8 +32,14 @@ def test_devices_are_cut_into_as_many_instances_as_they_allow():
 
 @pytest.mark.parametrize(("tp", "num_instances"), [(16, None), (3, 3), (1, 9)])
 def test_too_few_devices_are_refused_with_what_was_found(tp, num_instances):
-    with pytest.raises(ConfigError, match=r"8 cpu devices are here"):
+    remedy = "lower --num-instances or --tp, or raise --num-cpu-devices"
+    with pytest.raises(ConfigError, match=f"8 cpu devices are here: {remedy}"):
         DeviceGrid(jax.devices(), tp=tp, num_instances=num_instances)
+
+
+def test_only_cpu_devices_can_be_made_more():
+    with pytest.raises(ConfigError, match=r"lower --num-instances or --tp$"):
+        DeviceGrid([], tp=1, num_instances=1)
 
 
 @pytest.mark.parametrize("instances", GROUPS)
