@@ -23,7 +23,8 @@ def main(argv: Sequence[str]) -> int:
     """Converts, and says where.
 
     Raises:
-        CheckpointError: the checkpoint cannot be read, or the folder not be written.
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: the folder holds something, or cannot be written to.
     """
     command = tyro.cli(ConvertCommand, prog="loongjax convert", args=argv)
     from loongjax.models.orbax_checkpoint import convert  # here: `--help` needs no JAX

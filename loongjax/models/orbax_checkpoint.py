@@ -6,9 +6,11 @@ Orbax checkpoint of {Hugging Face tensor name: array}, unpadded, in the dtype th
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Generator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +38,38 @@ def convert(checkpoint_dir: Path | str, out_dir: Path | str) -> None:
 
     Raises:
         CheckpointError: the checkpoint cannot be read or does not fit its configuration.
-        ConfigError: `out_dir` holds something.
+        ConfigError: `out_dir` holds something, or cannot be written to.
     """
     source, target = Path(checkpoint_dir), Path(out_dir)
     config = ModelConfig.from_checkpoint(source)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists and is no empty folder; give one that does not exist")
+    with _writing_to(target):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise ConfigError(f"{target} exists and is no empty folder; give one that does not exist")
     if is_converted(source):
         raise CheckpointError(f"{source} is a converted checkpoint already")
     from orbax.checkpoint import v1 as ocp
 
     with open_tensors(source, config) as files:
-        target.mkdir(parents=True, exist_ok=True)
+        with _writing_to(target):
+            target.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=target).close()
         tensors = {name: files[name].map(name) for name in tensor_shapes(config)}
         with _context(max(tensor.nbytes for tensor in tensors.values())):
             ocp.save(str((target / WEIGHTS_FOLDER).absolute()), tensors)
     for path in sorted(source.iterdir()):
         if path.is_file() and path.suffix in _COPIED_SUFFIXES and path.name != INDEX_FILE:
             shutil.copyfile(path, target / path.name)
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Generator[None, None, None]:
+    """Says in words that a folder cannot be written to."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"{folder} cannot be written to ({error.strerror}): give a folder in one that you may write to"
+        ) from error
 
 
 def is_converted(checkpoint_dir: Path) -> bool:

@@ -1,10 +1,12 @@
 """Converted checkpoints give every device the bits that the original gives it."""
 
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import v1 as ocp
 
 from loongjax.errors import CheckpointError, ConfigError
 from loongjax.models.checkpoint import load_weights
@@ -53,6 +55,14 @@ def test_a_folder_that_holds_something_is_not_written_to(original, tmp_path):
     (tmp_path / "keep").touch()
     with pytest.raises(ConfigError, match="no empty folder"):
         convert(original, tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_any_work(original, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(ocp, "save", lambda *_: pytest.fail("the work has begun"))
+    for target in (tmp_path / "file" / "new", Path("/proc/new")):
+        with pytest.raises(ConfigError, match=f"{target} cannot be written to .*: give a folder"):
+            convert(original, target)
 
 
 def test_a_converted_checkpoint_is_not_converted_again(converted, tmp_path):
