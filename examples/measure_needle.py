@@ -13,6 +13,7 @@ import json
 import logging
 import sys
 import time
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,6 +21,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from needle.accuracy import summarize
+from needle.arguments import count, existing_path, path_in_folder, prompt_length
 from needle.prompts import Example, PromptWriter
 
 logger = logging.getLogger("measure_needle")
@@ -49,23 +51,32 @@ def main() -> None:
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base-url", default="http://127.0.0.1:8000")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(6, 14)], help="tokens")
-    parser.add_argument("--num-keys", type=int, default=200, help="at every length, spread over the depths")
-    parser.add_argument("--concurrency", type=int, default=8, help="requests at a time")
+    parser.add_argument("--lengths", type=prompt_length, nargs="+", default=[2**i for i in range(6, 14)], help="tokens")
+    parser.add_argument("--num-keys", type=count, default=200, help="at every length, spread over the depths")
+    parser.add_argument("--concurrency", type=count, default=8, help="requests at a time")
     parser.add_argument("--seed", type=int, default=100)
-    parser.add_argument("--tokenizer", type=Path, default=SHIPPED_TOKENIZER, help="tokenizer.json to count tokens by")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument(
+        "--tokenizer", type=existing_path, default=SHIPPED_TOKENIZER, help="tokenizer.json to count tokens by"
+    )
+    parser.add_argument("--out", type=path_in_folder, help="JSON file for the results")
     return parser.parse_args()
 
 
 def ask(base_url: str, example: Example) -> str:
-    """The greedy completion's text."""
+    """The greedy completion's text. Ends the script where there is none."""
     body = json.dumps({"prompt": example.prompt, "max_tokens": MAX_TOKENS, "temperature": 0}).encode()
-    request = urllib.request.Request(
-        f"{base_url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
-    )
-    with urllib.request.urlopen(request, timeout=600) as response:
-        return json.load(response)["choices"][0]["text"]
+    try:
+        request = urllib.request.Request(
+            f"{base_url}/v1/completions", data=body, headers={"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)["choices"][0]["text"]
+    except urllib.error.HTTPError as error:
+        sys.exit(f"{base_url} answers {error.code}: {error.read().decode(errors='replace')[:500]}")
+    except (OSError, ValueError) as error:
+        sys.exit(
+            f"nobody answers at --base-url {base_url} ({error}): start `loongjax serve` first, or name its address"
+        )
 
 
 if __name__ == "__main__":

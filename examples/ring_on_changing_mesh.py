@@ -62,10 +62,18 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompt-lens", type=int, nargs="+", default=[2000, 1, 300, 1000], help="tokens of each")
+    parser.add_argument("--prompt-lens", type=count, nargs="+", default=[2000, 1, 300, 1000], help="tokens of each")
     parser.add_argument("--sizes", type=int, nargs="+", help="of the meshes; 1 2 3 5 8, as far as devices are here")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="bfloat16 on a GPU, float32 elsewhere")
     return parser.parse_args()
+
+
+def count(text: str) -> int:
+    """An argument that counts something there must be."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def start_jax() -> None:

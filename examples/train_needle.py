@@ -17,6 +17,7 @@ import dataclasses
 import json
 import logging
 import platform
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ import jax.numpy as jnp
 from tokenizers import Tokenizer
 
 from needle.accuracy import Variant, find_right, summarize
+from needle.arguments import count, existing_path, prompt_length
 from needle.model import ModelConfig, Params, cudnn_attention, load_params, plain_attention, save_checkpoint
 from needle.pool import build_pool
 from needle.prompts import PromptWriter
@@ -44,7 +46,10 @@ CONFIG = ModelConfig()
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args = parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        sys.exit(f"--out {args.out} is no folder and cannot be made one ({error.strerror})")
     tokenizer = train_tokenizer(args.seed)
     save_tokenizer(tokenizer, args.out, CONFIG.max_model_len)
     result = {
@@ -69,10 +74,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stages", type=Stage.parse, nargs="+", default=DEFAULT_STAGES, help="LENGTH:STEPS:RATE")
     parser.add_argument("--minutes", type=float, default=120.0, help="stop training after this long, whatever the step")
-    parser.add_argument("--batch-tokens", type=int, default=32768, help="of a step, but at least one row")
-    parser.add_argument("--init", type=Path, help="folder of a checkpoint to start from instead of a sketch")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2**i for i in range(6, 14)], help="to measure")
-    parser.add_argument("--num-keys", type=int, default=200, help="to measure at every length, spread over all depths")
+    parser.add_argument("--batch-tokens", type=count, default=32768, help="of a step, but at least one row")
+    parser.add_argument("--init", type=existing_path, help="folder of a checkpoint to start from instead of a sketch")
+    parser.add_argument(
+        "--lengths", type=prompt_length, nargs="+", default=[2**i for i in range(6, 14)], help="to measure"
+    )
+    parser.add_argument(
+        "--num-keys", type=count, default=200, help="to measure at every length, spread over all depths"
+    )
     return parser.parse_args()
 
 

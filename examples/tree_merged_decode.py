@@ -66,11 +66,19 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--context-len", type=int, default=20_000, help="tokens")
-    parser.add_argument("--rows", type=int, default=2, help="queries that each device sends to all")
+    parser.add_argument("--context-len", type=count, default=20_000, help="tokens")
+    parser.add_argument("--rows", type=count, default=2, help="queries that each device sends to all")
     parser.add_argument("--sizes", type=int, nargs="+", help="of the meshes; 1 2 3 5 8, as far as devices are here")
     parser.add_argument("--dtype", choices=sorted(TOLERANCE), help="bfloat16 on a GPU, float32 elsewhere")
     return parser.parse_args()
+
+
+def count(text: str) -> int:
+    """An argument that counts something there must be."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
 
 
 def start_jax() -> None:

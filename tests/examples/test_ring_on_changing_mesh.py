@@ -48,6 +48,15 @@ def test_the_script_prints_a_row_for_each_size_and_succeeds():
     assert (table[:, 4:] < 1e-4).all()
 
 
+@pytest.mark.parametrize("arguments", [["--prompt-lens", "0", "5"], ["--prompt-lens", "5", "-1"]])
+def test_an_argument_that_cannot_work_is_a_usage_error(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, *arguments])
+    with pytest.raises(SystemExit) as caught:
+        example.main()
+    assert caught.value.code == 2
+    assert f"argument {arguments[0]}: must be at least 1, got" in capsys.readouterr().err
+
+
 def test_all_default_sizes_run_in_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--prompt-lens", "9", "3", "--dtype", "bfloat16"])
     example.main()

@@ -50,6 +50,15 @@ def test_the_script_prints_a_row_for_each_size_and_succeeds():
     assert (table[:, 5:] < 1e-4).all()
 
 
+@pytest.mark.parametrize("name", ["--context-len", "--rows"])
+def test_an_argument_that_cannot_work_is_a_usage_error(monkeypatch, capsys, name):
+    monkeypatch.setattr(sys, "argv", [SCRIPT.name, name, "0"])
+    with pytest.raises(SystemExit) as caught:
+        example.main()
+    assert caught.value.code == 2
+    assert f"argument {name}: must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_all_default_sizes_run_in_bfloat16(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [SCRIPT.name, "--context-len", "50", "--dtype", "bfloat16"])
     example.main()
