@@ -1,16 +1,26 @@
 """The optimizer's step and the schedule of stages."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import train_needle
 from needle.model import ModelConfig, plain_attention
 from needle.rows import ANSWER, PAD, PROSE, Batch
 from needle.training import PROSE_WEIGHT, Trainer, loss
 from train_needle import Stage, schedule
 
 CONFIG = ModelConfig(num_layers=2, hidden_size=32, intermediate_size=16, head_dim=8, vocab_size=32)
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_any_work(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["train_needle.py", "--out", str(tmp_path / "file")])
+    with pytest.raises(SystemExit, match="file is no folder and cannot be made one"):
+        train_needle.main()
 
 
 @pytest.fixture
