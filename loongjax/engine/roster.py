@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from loongjax.core.cluster import InstanceId
@@ -20,28 +20,31 @@ class Roster:
 
     Args:
         kv_cache: says who runs, and where the keys are.
+        live: every live request, by id.
     """
 
-    def __init__(self, kv_cache: KVCache) -> None:
+    def __init__(self, kv_cache: KVCache, live: Mapping[str, LiveRequest]) -> None:
         self._kv_cache = kv_cache
+        self._live = live
         self._residents = Residents.of((), kv_cache.shape.num_instances)
         self._views: dict[str, RunningView] = {}
         """Those in it, by request id."""
-        self._changed: set[LiveRequest] = set()
+        self._changed: set[str] = set()
+        """Request ids, which a client may use again as soon as a request is dead."""
         self._landed: weakref.WeakKeyDictionary[Flight, _Landed] = weakref.WeakKeyDictionary()
 
     def note(self, requests: Iterable[LiveRequest]) -> None:
         """Something about these may have changed, or is about to before the next picture."""
-        self._changed.update(requests)
+        self._changed.update([live.request_id for live in requests])
 
     def residents(self) -> Residents:
         """As they are."""
         if self._changed:
             news: dict[str, RunningView | None] = {}
             left: set[InstanceId] = set()
-            for live in self._changed:
-                request_id, kv = live.request_id, self._kv_cache.local_lens_or_none(live.request_id)
-                now = None if kv is None or live.has_ended else live.running_view(kv)
+            for request_id in self._changed:
+                kv = self._kv_cache.local_lens_or_none(request_id)
+                now = None if kv is None else self._live[request_id].running_view(kv)
                 before = self._views.pop(request_id, None)
                 if now is not None:
                     self._views[request_id] = now

@@ -19,7 +19,7 @@ class EngineState:
         self.live: dict[str, LiveRequest] = {}
         """By request id."""
         self.waiting = WaitingQueue()
-        self.roster = Roster(self.kv_cache)
+        self.roster = Roster(self.kv_cache, self.live)
         """Is told of all that changes of running requests, here or elsewhere."""
         self.flights = Flights()
         self._num_accepted = 0

@@ -57,7 +57,7 @@ class Decoding:
 
     def view(self) -> ClusterView:
         """As if the decode were over."""
-        roster = Roster(self.kv_cache)
+        roster = Roster(self.kv_cache, self.live)
         roster.note(self.live.values())
         return take_snapshot(
             shape=self.shape,

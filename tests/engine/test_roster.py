@@ -21,7 +21,7 @@ class Scene:
     def __init__(self) -> None:
         self.kv_cache = KVCache(SHAPE)
         self.live: dict[str, LiveRequest] = {}
-        self.roster = Roster(self.kv_cache)
+        self.roster = Roster(self.kv_cache, self.live)
         keys = {"a": [TokenInterval(2, 0, 6)], "b": [TokenInterval(0, 0, 3)]}
         keys["c"] = [TokenInterval(0, 0, 4), TokenInterval(2, 4, 5)]
         for order, (name, intervals) in enumerate(keys.items()):
@@ -121,3 +121,18 @@ def test_what_is_foreseen_follows_what_happens_to_others_on_the_same_instances()
     scene.roster.note([scene.live.pop("b")])
     then = scene.roster.foresee(scene.flight).residents
     assert [[request.request_id for request in local.requests] for local in then.local] == [["c"], [], ["c"]]
+
+
+def test_an_id_that_is_used_again_is_that_of_the_request_that_lives() -> None:
+    """The dead one is still in flight, and both have something new."""
+    scene = Scene()
+    scene.roster.residents()
+    dead = scene.live["b"]
+    dead.has_ended = True
+    scene.kv_cache.release("b")
+    scene.kv_cache.keep("b", [TokenInterval(1, 0, 2)])
+    scene.live["b"] = LiveRequest(dead.request, 7, 1.0)
+    for order in ([dead, scene.live["b"]], [scene.live["b"], dead]):
+        scene.roster.note(order)
+        (request,) = scene.roster.residents().local[1].requests
+        assert (request.request_id, request.order) == ("b", 7)

@@ -29,7 +29,7 @@ class Scene:
         self.kv_cache.keep("a", [TokenInterval(2, 0, 6)])
         request = Request(request_id="a", prompt_token_ids=(0,) * 6, sampling=SamplingParams(), max_tokens=10, seed=0)
         self.live = {"a": LiveRequest(request, 0, 0.0)}
-        self.roster = Roster(self.kv_cache)
+        self.roster = Roster(self.kv_cache, self.live)
         self.roster.note(self.live.values())
         self.flights = Flights()
         self.flights.depart(Flight(RecoverIteration(0, Group.of([1])), None, ()), now_s=1.0)
