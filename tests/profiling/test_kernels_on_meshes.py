@@ -38,7 +38,7 @@ def test_the_command_stores_rows_of_two_devices_and_what_they_are_compared_with(
     result = json.loads(out.read_text())
     assert result["hardware"] == "2 x cpu"
     rows = {(row["op"], row["work"], row["variant"]): row for row in result["rows"]}
-    assert len(rows) == 11
+    assert len(rows) == 15
     assert all(work in finished.stdout for _, work, _ in rows)
     assert "share" not in rows["all_reduce", "32 x 4096, 2 devices", "xla"], "what psum is, too"
     exchanged = rows["multi_master", "32 a master, 32 heads, 2 devices", "reference"]

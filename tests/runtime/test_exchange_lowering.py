@@ -129,7 +129,7 @@ def test_a_short_prefill_sums_by_kernels_and_tells_how_they_went(lowering):
 
 
 def test_a_long_prefill_leaves_its_sums_to_xla(lowering):
-    module = lowering.prefill(4160)
+    module = lowering.prefill(16_448)
     assert num_kernels(module) == 1
     assert ("all_reduce" in lowering.collectives(module)) == (lowering.spec.tp > 1)
 
