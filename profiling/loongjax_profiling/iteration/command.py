@@ -46,8 +46,10 @@ class IterationCommand:
     """Divides all lengths; None: 1 on a GPU, 256 elsewhere."""
     rounds: int = 3
     """Repetitions of a prefill, extend or migration that count."""
-    num_steps: int = 16
-    """Steps of a decode that count."""
+    num_steps: int = 8
+    """Steps of a decode that count, each time it is visited."""
+    visits: int = 3
+    """How often a decode is measured, with others in between: a host that is slow for a moment is so in one of them."""
     retry_failed: bool = False
     """Measures points again that failed in an earlier run."""
     max_num_batched_tokens: int | None = None
@@ -79,7 +81,7 @@ class IterationCommand:
             raise ConfigError("--grid names no group of points: `loongjax profile iteration --help` lists them")
         if self.checkpoint is not None and self.random_weights is not None:
             raise ConfigError("a checkpoint and --random-weights are two models: give one of them")
-        for name in ("shrink", "limit_s", "rounds", "num_steps", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("shrink", "limit_s", "rounds", "num_steps", "visits", "max_num_seqs", "max_num_batched_tokens"):
             value = getattr(self, name)
             if value is not None and not value >= 1:
                 raise ConfigError(f"--{name.replace('_', '-')} must be at least 1, got {value}: leave it out")

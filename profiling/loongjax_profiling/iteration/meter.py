@@ -54,7 +54,7 @@ class MeterConfig:
 
     rounds: int = 3
     """Of a prefill, extend or migration, after one that does not count."""
-    num_steps: int = 16
+    num_steps: int = 8
     """Of a decode, after those that do not count."""
     enough_s: float = 3.0
     """Once its rounds have taken so long in all, a case is not repeated again."""
@@ -70,7 +70,7 @@ class Timing:
     """Median over rounds, from submission to the result on the host; of a decode the time between results, one step
     being submitted behind the other."""
     stddev_s: float | None
-    """Over the same rounds; None of one."""
+    """Over the same rounds, or over visits; None of one."""
     num_rounds: int
     keys: tuple[int, ...] = ()
     """Of a decode: on each instance, in the middle step."""
@@ -82,6 +82,16 @@ class Timing:
             stddev_s=statistics.stdev(seconds) if len(seconds) > 1 else None,
             num_rounds=len(seconds),
             keys=keys,
+        )
+
+    @classmethod
+    def of_visits(cls, visits: Sequence[Timing]) -> Timing:
+        """Of a case that was measured several times: the median visit's, and how visits differ."""
+        if len(visits) == 1:
+            return visits[0]
+        return dataclasses.replace(
+            cls.of([visit.seconds for visit in visits], visits[0].keys),
+            num_rounds=sum(visit.num_rounds for visit in visits),
         )
 
 

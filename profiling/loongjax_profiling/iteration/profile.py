@@ -33,7 +33,7 @@ from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.command import IterationCommand
 from loongjax_profiling.iteration.database import Database, Point, Run, System
 from loongjax_profiling.iteration.host_memory import check_host_memory
-from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig
+from loongjax_profiling.iteration.meter import IterationFailedError, Meter, MeterConfig, Timing
 from loongjax_profiling.iteration.pace import CompilePace
 from loongjax_profiling.iteration.waves import compile_cost, programs_of, waves_of
 from loongjax_profiling.provenance import checked_out_commit
@@ -71,9 +71,14 @@ class _Profile:
         self._estimate = RooflineModel(rates=DeviceRates.of_device(self._system.device), model=self._system.model)
         self._agenda = Agenda(command, self._model, num_devices=self._num_devices, platform=self._platform)
         self._pace = CompilePace(num_compile_threads())
-        self._num_measured = 0
+        self._points: dict[Case, Point] = {}
+        """What was measured, failed ones too."""
         self._num_not_reached = 0
-        self.num_failed = 0
+
+    @property
+    def num_failed(self) -> int:
+        """Points."""
+        return sum(point.error is not None for point in self._points.values())
 
     def run(self) -> None:
         started_s = time.monotonic()
@@ -154,13 +159,10 @@ class _Profile:
                 ):
                     needed = dict.fromkeys(itertools.chain.from_iterable(map(needs, wave)))
                     compiled |= self._compile(runtime, [key for key in needed if key not in compiled], deadline_s)
-                    for case in wave:
-                        expected_s = self._expected_s(case) * (1 if case.kind == "decode" else 2)
-                        if time.monotonic() + expected_s > deadline_s or not compiled.issuperset(needs(case)):
-                            self._num_not_reached += 1
-                        else:
-                            self._measure(meter, case, run_id)
-                        bar.update()
+                    ready = [case for case in wave if compiled.issuperset(needs(case))]
+                    self._num_not_reached += len(wave) - len(ready)
+                    bar.update(len(wave) - len(ready))
+                    self._measure_wave(meter, ready, run_id, deadline_s, bar)
             print(f"tp{tp}: over after {time.monotonic() - started_s:.1f} s", flush=True)
         finally:
             runtime.close()
@@ -175,25 +177,36 @@ class _Profile:
         self._pace.note(compile_cost(compiled), time.monotonic() - started_s)
         return compiled
 
-    def _measure(self, meter: Meter, case: Case, run_id: int) -> None:
-        try:
-            point = Point(case=case, timing=meter.measure(case))
-            self._num_measured += 1
-        except IterationFailedError as error:
-            logger.warning("%s failed: %s", case, error)
-            point = Point(case=case, error=str(error)[:1000])
-            self.num_failed += 1
-        self._database.add(run_id, point)
+    def _measure_wave(self, meter: Meter, wave: Sequence[Case], run_id: int, deadline_s: float, bar: tqdm) -> None:
+        """Decodes are visited again after all others: their steps are so short that a bad moment of the host is in all
+        steps of a visit. What is known of a point is stored after each visit.
+        """
+        decodes = [case for case in wave if case.kind == "decode"]
+        timings: dict[Case, list[Timing]] = {case: [] for case in wave}
+        for index, case in enumerate(itertools.chain(wave, *[decodes] * (self._command.visits - 1))):
+            known = self._points.get(case)
+            has_failed = known is not None and known.error is not None
+            if not has_failed and time.monotonic() + self._expected_s(case) <= deadline_s:
+                try:
+                    timings[case].append(meter.measure(case))
+                    point = Point(case=case, timing=Timing.of_visits(timings[case]))
+                except IterationFailedError as error:
+                    logger.warning("%s failed: %s", case, error)
+                    point = Point(case=case, error=str(error)[:1000])
+                self._points[case] = point
+                self._database.add(run_id, point)
+            bar.update(index < len(wave))
+        self._num_not_reached += len(set(wave) - self._points.keys())
 
     def _expected_s(self, case: Case) -> float:
-        """Of one round, by roofline: only to order and to stop in time."""
+        """Of one visit, at the least, by roofline: only to order and to stop in time."""
         match case.kind:
             case "prefill" | "extend":
-                return self._estimate.prefill_s(case.strategy, case.prefill_work.totals).item()
+                return 2 * self._estimate.prefill_s(case.strategy, case.prefill_work.totals).item()
             case "decode":
                 return self._command.num_steps * self._estimate.decode_s(case.strategy, case.decode_totals).item()
             case "migration":
-                return self._estimate.migration_s(case.input_len, case.strategy.tp)
+                return 2 * self._estimate.migration_s(case.input_len, case.strategy.tp)
 
     def _build(self, config: EngineConfig) -> CompilingRuntime:
         if self._platform == "cpu":
@@ -219,7 +232,8 @@ class _Profile:
         )
 
     def _report(self, elapsed_s: float) -> None:
-        print(f"measured {self._num_measured} points in {elapsed_s:.0f} s; {self.num_failed} failed")
+        num_measured = len(self._points) - self.num_failed
+        print(f"measured {num_measured} points in {elapsed_s:.0f} s; {self.num_failed} failed")
         if self._num_not_reached:
             print(f"  {self._num_not_reached} were not reached within --limit-s: run it again to go on")
         for reason, number in self._agenda.left_out.most_common():
