@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from loongjax.config import EngineConfig
+from loongjax.engine.thread_switches import SWITCH_INTERVAL_S
 
 if TYPE_CHECKING:
     from loongjax.engine.core import EngineCore
-
-SWITCH_INTERVAL_S = 0.0005
 
 LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
@@ -32,7 +31,6 @@ class CoreFactory:
         logging.basicConfig(level=self.log_level.upper(), format=LOG_FORMAT)
         logging.getLogger("jax").setLevel(logging.WARNING)  # it tells at INFO which back ends are not there
         logging.getLogger("absl").setLevel(logging.WARNING)  # Orbax tells through it what it does when
-        # Readback lanes turn large results into Python values: they must not hold up the step loop for long at a time.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         # Without this, progress bars make a lock for several processes: a semaphore that is left behind if this process
         # is ended by force.

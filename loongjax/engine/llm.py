@@ -21,6 +21,7 @@ from loongjax.engine.interrupts import deferred_interrupt
 from loongjax.engine.outputs import RequestOutput, SampleCollector
 from loongjax.engine.parts import EngineParts
 from loongjax.engine.prompts import Prompt, as_prompts, one_each
+from loongjax.engine.thread_switches import frequent_thread_switches
 from loongjax.errors import EngineDeadError
 
 _STEP_TIMEOUT_S = 10.0
@@ -115,6 +116,7 @@ class LLM:
         num_left = len(jobs)
         with (
             tqdm(total=len(jobs), disable=not use_tqdm, desc="prompts", unit="prompt") as bar,
+            frequent_thread_switches(),
             deferred_interrupt(self._core.wake) as release_interrupt,
         ):
             try:

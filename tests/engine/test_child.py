@@ -13,6 +13,7 @@ import pytest
 import loongjax.engine.build
 from loongjax.config import EngineConfig
 from loongjax.engine.child import CoreFactory
+from loongjax.engine.thread_switches import SWITCH_INTERVAL_S
 from loongjax.models.orbax_checkpoint import convert
 from tests.checkpoints import make_checkpoint
 
@@ -25,6 +26,7 @@ def test_what_lives_when_the_engine_is_built_is_never_looked_at_by_the_garbage_c
     switch_interval_s = sys.getswitchinterval()
     try:
         assert CoreFactory(EngineConfig())() is built
+        assert sys.getswitchinterval() == pytest.approx(SWITCH_INTERVAL_S)
         assert gc.get_freeze_count() > 10_000
         assert len(gc.get_objects()) < gc.get_freeze_count()
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import sys
 from typing import Any
 
 import jax.numpy as jnp
@@ -67,6 +68,22 @@ def test_more_prompts_than_the_queue_holds_are_fed_as_it_empties() -> None:
     outputs = llm(core).generate([[1, 2]] * 20, GREEDY, use_tqdm=False)
     assert len({output.token_ids for output in outputs}) == 1
     assert_nothing_leaks(core)
+
+
+def test_threads_take_turns_often_while_it_generates_and_as_before_afterwards(monkeypatch) -> None:
+    core = CLUSTER.core()
+    step, intervals_s = core.step, []
+
+    def step_and_look(timeout_s: float | None) -> Any:
+        intervals_s.append(sys.getswitchinterval())
+        return step(timeout_s)
+
+    monkeypatch.setattr(core, "step", step_and_look)
+    before_s = sys.getswitchinterval()
+    llm(core).generate("AB", GREEDY, use_tqdm=False)
+    assert intervals_s
+    assert max(intervals_s) < 0.001 < before_s
+    assert sys.getswitchinterval() == before_s
 
 
 def test_samples_of_a_prompt_differ_and_a_seed_brings_them_back() -> None:

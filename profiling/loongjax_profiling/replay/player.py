@@ -14,6 +14,7 @@ from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats
 from loongjax.engine.core import EngineCore
 from loongjax.engine.interrupts import deferred_interrupt
+from loongjax.engine.thread_switches import frequent_thread_switches
 from loongjax.errors import EngineDeadError, QueueFullError, RequestError
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.replay.traced_runtime import TracedRuntime
@@ -103,7 +104,7 @@ class Player:
         is_interrupted = False
         self._begin_s = self._runtime.now_s()
         end_s = math.inf if limit_s is None else limit_s
-        with deferred_interrupt(self._core.wake) as release_interrupt:
+        with frequent_thread_switches(), deferred_interrupt(self._core.wake) as release_interrupt:
             try:
                 while (unsent or self._progress) and self._elapsed_s() < end_s:
                     while unsent and unsent[0].arrival_s <= self._elapsed_s():

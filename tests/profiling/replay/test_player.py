@@ -2,6 +2,7 @@
 
 import math
 import signal
+import sys
 
 import pytest
 
@@ -9,6 +10,7 @@ from loongjax.config import SchedulingConfig
 from loongjax.core.request import NO_SLO, Request, ServiceLevel
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
+from loongjax.engine.thread_switches import SWITCH_INTERVAL_S
 from loongjax.errors import EngineDeadError
 from loongjax.runtime.simulated import SimulatedRuntime
 from loongjax.scheduler.build import build_policy
@@ -108,6 +110,15 @@ def test_a_request_that_comes_during_a_step_is_sent_when_it_is_due(stage: Stage)
     # The prefill of the first takes a quarter of a second, and the step loop waits for its end.
     playback = stage.player.play(requests_of(arriving((0.0, 1000, 1), (0.1, 10, 1))))
     assert playback.mean_intake_s == pytest.approx(0.0, abs=1e-9)
+
+
+def test_threads_take_turns_as_often_as_in_an_engine_that_serves(stage: Stage):
+    before_s = sys.getswitchinterval()
+    intervals_s = []
+    stage.on_end = lambda: intervals_s.append(sys.getswitchinterval())
+    stage.player.play(requests_of(arriving((0.0, 10, 1))))
+    assert intervals_s == [pytest.approx(SWITCH_INTERVAL_S)]
+    assert sys.getswitchinterval() == before_s
 
 
 def test_nothing_happens_before_the_first_request_is_due(stage: Stage):
