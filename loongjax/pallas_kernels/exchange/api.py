@@ -30,7 +30,7 @@ type Peers = UInt32[Array, "*mesh 3"] | None
 MAX_SENT_BYTES = 4 * 1024 * 1024
 """Of what one rank sends to all others together, partial outputs counted in float32. Our kernels send everything to
 everybody at once, which takes the least time for small messages; XLA's ring sends less of large ones. On two H200s ours
-take half of XLA's time up to 2 MiB, 72 % at 4 and 87 % at 8; the more ranks there are, the sooner the ring wins.
+take about half of XLA's time up to 2 MiB, 72 % at 4 and 87 % at 8; the more ranks there are, the sooner the ring wins.
 """
 
 REDUCED_DTYPES = ("bfloat16", "float16", "float32")
