@@ -88,8 +88,9 @@ class DecodeIteration:
     group: Group
     sub_batches: tuple[DecodeSubBatch, ...]
     continues: bool
-    """Whether the previous iteration of this group had the same sub-batches in the same order, one token earlier,
-    and nothing else happened to its instances' part of these requests since: what the devices hold is then right."""
+    """Whether the previous iteration of this group had these requests, each with its master and in this order, one
+    token earlier, and nothing else happened to its instances' part of them since: what the devices hold of them is then
+    right. Others that it had have left."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -64,6 +64,19 @@ class Decode:
     def request_ids(self) -> tuple[str, ...]:
         return tuple(request_id for batch in self.sub_batches for request_id in batch.request_ids)
 
+    def goes_on_from(self, before: Decode) -> bool:
+        """Whether it is that decode again, or what is left of it when some of its requests have left: in the same
+        group, each of the others with its master and in its order."""
+        if self == before:
+            return True
+        batches = {batch.master: iter(batch.request_ids) for batch in before.sub_batches}
+        # Looking for a request in an iterator takes what comes before it out, so only the same order finds all.
+        return self.group == before.group and all(
+            request_id in batches.get(batch.master, ())
+            for batch in self.sub_batches
+            for request_id in batch.request_ids
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Chunk:

@@ -73,25 +73,35 @@ class Advice:
         self._follow(self._policy)
         return self._ask(self._policy, view)
 
-    def repeats(self, flight: Flight, decode: Decode) -> bool:
-        """Whether the same decode and nothing else would follow this flight of it; if so, it is as good as decided.
+    def goes_on_with(self, flight: Flight) -> Decode | None:
+        """The decode in flight again, or what is left of it, if that and nothing else would follow: then it is as good
+        as decided.
 
         Where something else would, that is remembered; where nobody is left, nobody is asked.
         """
         view = self._snapshot(as_if_over=flight)
         if not (len(view.residents) or view.waiting):
-            return False
+            return None
         iteration_id = flight.iteration.iteration_id
         known = self._rehearsals.get(iteration_id)
         if known is not None and known.is_about(view):
-            return False
+            return None
         rehearsing = self._policy.copy()
         plans = self._ask(rehearsing, view)
-        if plans == (decode,):
+        if len(plans) == 1 and self._can_be_behind(flight, plans[0]):
             self._follow(rehearsing)
-            return True
+            return cast(Decode, plans[0])
         self._rehearsals[iteration_id] = _Rehearsal(view, rehearsing, plans)
-        return False
+        return None
+
+    def _can_be_behind(self, flight: Flight, plan: Plan) -> bool:
+        """Whether it goes on with the decode in flight, and needs no pages of those who end by that."""
+        if not isinstance(plan, Decode) or plan.group != flight.group or not self._state.flights.continues(plan):
+            return False
+        kv_cache = self._state.kv_cache
+        return plan == flight.plan or all(
+            kv_cache.can_append(batch.request_ids, batch.master) for batch in plan.sub_batches
+        )
 
     def would_repeat(self, flight: Flight, decode: Decode, num_steps: int) -> bool:
         """Whether the same decode and nothing else would follow so many steps of it, the one in flight included."""

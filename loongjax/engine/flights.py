@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loongjax.core.cluster import Group, InstanceId
-from loongjax.core.iteration import RecoverIteration
+from loongjax.core.iteration import DecodeIteration, RecoverIteration
 from loongjax.core.plan import Decode
 from loongjax.engine.binding import Flight
 from loongjax.engine.live_request import LiveRequest
@@ -14,8 +14,8 @@ from loongjax.engine.live_request import LiveRequest
 class Flights:
     """Iterations that were submitted and have not completed: at most two on an instance, and then of one group.
 
-    Where there are two, the second is the decode that the first is, one token later, or recovers from a failure before
-    both.
+    Where there are two, the second is the decode that the first is, one token later and perhaps without some of its
+    requests, or recovers from a failure before both.
     """
 
     def __init__(self) -> None:
@@ -33,6 +33,9 @@ class Flights:
     def depart(self, flight: Flight, now_s: float) -> None:
         """Notes a submission."""
         flight.submitted_s = flight.started_s = now_s
+        if isinstance(flight.iteration, DecodeIteration):
+            goes_on = flight.iteration.continues
+            flight.num_begun = self._latest[flight.group.instances[0]].num_begun if goes_on else len(flight.requests)
         self._flights[flight.iteration.iteration_id] = flight
         for instance in flight.group.instances:
             self._latest[instance] = flight
@@ -72,14 +75,18 @@ class Flights:
         return [flight for flight in self._flights.values() if now_s - flight.submitted_s > timeout_s]
 
     def continues(self, plan: Decode) -> bool:
-        """Whether the last iteration of every instance of the group was this decode, one token earlier.
+        """Whether the last iteration of every instance of the group was this decode, one token earlier, with those who
+        have left since. If they are more than half of those with whom it began, it begins again: their rows are
+        computed for nothing.
 
         Stricter than `DecodeIteration.continues` has to be, so that a runtime may reuse memory between iterations.
         """
         latest = self._latest.get(plan.group.instances[0])
         return (
             latest is not None
-            and latest.plan == plan
+            and isinstance(latest.plan, Decode)
+            and plan.goes_on_from(latest.plan)
+            and 2 * len(plan.request_ids) >= latest.num_begun
             and all(self._latest.get(instance) is latest for instance in plan.group.instances)
         )
 

@@ -1,10 +1,10 @@
 """When the policy is asked, and what becomes of its answers.
 
 Running ahead: while a decode is in flight, the policy is also asked what it would do once that is over. If the answer
-is the same decode again and nothing else, its next iteration is submitted behind it at once, before any token was read;
-the devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration. Any other
-answer is kept, and followed when the decode is over if all has come as foreseen, so that no instance stands still while
-the policy thinks.
+is the same decode again, or what is left of it when some have ended, and nothing else, its next iteration is submitted
+behind it at once, before any token was read; the devices hold the input tokens. A request that turns out to have ended
+ignores its token of that iteration. Any other answer is kept, and followed when the decode is over if all has come as
+foreseen, so that no instance stands still while the policy thinks.
 
 Jumps, in simulations, are the same question for many steps: see `loongjax.engine.jumps`.
 """
@@ -84,11 +84,10 @@ class Planning:
         """Submits a decode's next iteration behind it, if that is what the policy would decide once it is over."""
         if not isinstance(flight.plan, Decode) or flight.is_void:
             return False
-        if any(live.has_ended for live in flight.requests):
+        decode = self._advice.goes_on_with(flight)
+        if decode is None:
             return False
-        if not self._advice.repeats(flight, flight.plan):
-            return False
-        self._departure.carry_out(flight.plan)
+        self._departure.carry_out(decode)
         return True
 
     def _jump(self, jumps: Jumps) -> bool:

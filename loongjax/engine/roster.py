@@ -64,6 +64,8 @@ class Roster:
             news: dict[str, RunningView | None] = {}
             ended: list[RunningView] = []
             for live in flight.requests:
+                if live.has_ended:
+                    continue
                 view = self._views[live.request_id]
                 if live.num_tokens_left > 0:
                     news[live.request_id] = live.running_view(view.kv, num_landed=1)

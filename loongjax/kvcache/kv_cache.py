@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -121,11 +121,11 @@ class KVCache:
         request.grow_to(intervals[-1].end if intervals else 0)
         return tuple(kept)
 
-    def can_append(self, request_id: str, instance: InstanceId) -> bool:
-        """Whether the instance has a slot for the request's next token."""
-        local = self._requests[request_id].find(instance)
-        has_room = local is not None and local.num_tokens % self._page_size != 0
-        return has_room or self._pools[instance].num_free > 0
+    def can_append(self, request_ids: Iterable[str], instance: InstanceId) -> bool:
+        """Whether the instance has slots for the next tokens of these requests, one each."""
+        local = [self._requests[request_id].find(instance) for request_id in request_ids]
+        num_pages = sum([each is None or each.num_tokens % self._page_size == 0 for each in local])
+        return num_pages <= self._pools[instance].num_free
 
     def append(self, request_id: str, instance: InstanceId) -> int:
         """Gives the request's next token a slot on this instance, and returns the slot.

@@ -33,6 +33,7 @@ from loongjax.core.iteration import (
     RecoverIteration,
     SampledToken,
 )
+from loongjax.core.request import Request
 from loongjax.parallel.mesh import DeviceGrid, ReplicatedState
 from loongjax.runtime.buckets import Buckets
 from loongjax.runtime.compilation import compile_calls, was_tried
@@ -41,6 +42,7 @@ from loongjax.runtime.group_sampler import GroupSampler
 from loongjax.runtime.kv_pool import DeviceKVPool
 from loongjax.runtime.model_spec import ModelSpec
 from loongjax.runtime.packing import (
+    DecodeRows,
     empty_decode,
     empty_prefill,
     pack_decode,
@@ -76,8 +78,7 @@ Readback = Callable[[], tuple[SampledToken, ...]]
 class _DecodeCache:
     """What the devices hold of one group's decode."""
 
-    rows: list[list[SamplerInput]]
-    """By rank."""
+    rows: DecodeRows
     state: DecodeState
     token_ids: jax.Array
     """int32 [n, B]: the next step's input."""
@@ -242,7 +243,7 @@ class LocalRuntime:
             rows = [[_sampler_input(iteration.inputs[i]) for i in indices] for indices in packed.sampled]
             sampler = self._sampler(group, rows, num_rows)
             sampled = sampler.sample(logits, self._put(group, packed.positions))
-            tokens, statuses = PendingTokens(rows, sampled), sampled.exchange_status
+            tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -263,8 +264,7 @@ class LocalRuntime:
     def _decode(self, iteration: DecodeIteration) -> Readback:
         group = iteration.group
         cache = self._decode_cache(iteration)
-        num_rows = cache.token_ids.shape[1]
-        slots = self._put(group, pack_decode_slots(iteration, num_rows))
+        slots = self._put(group, pack_decode_slots(iteration, cache.rows))
         pool, state, logits = decode_step(
             self._spec,
             self._weights.view(group),
@@ -278,7 +278,8 @@ class LocalRuntime:
         sampled = cache.sampler.sample(logits, state.positions)
         cache.state, cache.token_ids = state, sampled.token_ids
         cache.num_steps -= 1
-        tokens, check_exchanges = PendingTokens(cache.rows, sampled), self._exchange.watch(sampled.exchange_status)
+        tokens = PendingTokens(cache.rows.by_rank, sampled)
+        check_exchanges = self._exchange.watch(sampled.exchange_status)
 
         def readback() -> tuple[SampledToken, ...]:
             check_exchanges()
@@ -288,24 +289,34 @@ class LocalRuntime:
 
     def _decode_cache(self, iteration: DecodeIteration) -> _DecodeCache:
         group = iteration.group
-        cache = self._decodes.get(group)
-        if iteration.continues and cache is not None and cache.num_steps > 0:
-            return cache
-        packed = pack_decode(iteration, self._buckets, self._shape.page_size)
-        state = self._put(group, packed.state)
-        if iteration.continues:
-            # Only the tables are full: the newest tokens and the sampler's counts are the devices' own.
-            assert cache is not None, "a decode continues what the devices do not hold"
-            cache.state, cache.num_steps = state, packed.num_steps
-            return cache
-        rows: list[list[SamplerInput]] = [[] for _ in range(group.dop)]
+        if not iteration.continues:
+            return self._begin_decode(iteration)
+        cache = self._decodes[group]
+        rows = cache.rows.left_in(iteration)
+        if rows is not cache.rows or not cache.num_steps:
+            # Somebody has left, or the tables are full. The newest tokens and the sampler's counts are the devices'.
+            packed = pack_decode(iteration, rows, self._buckets, self._shape.page_size)
+            cache.rows, cache.state, cache.num_steps = rows, self._put(group, packed.state), packed.num_steps
+        return cache
+
+    def _begin_decode(self, iteration: DecodeIteration) -> _DecodeCache:
+        group = iteration.group
+        self._forget_decodes(group)  # first: what is put on the devices now may lie where the last one's was
+        rows = DecodeRows.of(iteration, self._buckets)
+        packed = pack_decode(iteration, rows, self._buckets, self._shape.page_size)
+        inputs: list[list[SamplerInput]] = [[] for _ in range(group.dop)]
         for batch in iteration.sub_batches:
             rank = group.rank_of(batch.master)
-            rows[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
-        sampler = self._sampler(group, rows, packed.token_ids.shape[1])
-        self._forget_decodes(group)
-        self._decodes[group] = _DecodeCache(rows, state, self._put(group, packed.token_ids), sampler, packed.num_steps)
-        return self._decodes[group]
+            inputs[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
+        cache = _DecodeCache(
+            rows=rows,
+            state=self._put(group, packed.state),
+            token_ids=self._put(group, packed.token_ids),
+            sampler=self._sampler(group, inputs, rows.num_rows),
+            num_steps=packed.num_steps,
+        )
+        self._decodes[group] = cache
+        return cache
 
     def _extend(self, iteration: ExtendIteration) -> Readback:
         group = iteration.group
@@ -326,7 +337,7 @@ class LocalRuntime:
             inputs = [iteration.inputs[row] for row in packed.sampled]
             rows = [[SamplerInput(item.request, item.output_token_ids) for item in inputs]]
             sampled = self._sampler(group, rows, num_rows).sample(logits, self._put(group, packed.positions))
-            tokens, statuses = PendingTokens(rows, sampled), sampled.exchange_status
+            tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -444,6 +455,10 @@ def _one_thread_each(name: str, num_lanes: int) -> list[concurrent.futures.Threa
 def _sampler_input(item: PrefillInput) -> SamplerInput:
     """A prefill's request, with what it had generated before it was preempted."""
     return SamplerInput(item.request, item.token_ids[len(item.request.prompt_token_ids) :].tolist())
+
+
+def _by_row(rows: Sequence[Sequence[SamplerInput]]) -> list[dict[int, Request]]:
+    return [dict(enumerate([item.request for item in inputs])) for inputs in rows]
 
 
 def _let_go_of_arrays(error: BaseException | None) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 
 from loongjax.core.iteration import DecodeIteration, ExtendIteration, PrefillIteration
+from loongjax.core.request import Request
 from loongjax.parallel.striped import PADDING_ROW, local_length, stripe
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.programs import DecodeState, ExtendBatch, PrefillBatch
@@ -100,11 +101,47 @@ def pack_prompt_targets(iteration: PrefillIteration, packed: PackedPrefill) -> n
     return stripe(targets, n, fill=-1)
 
 
-def pack_decode_slots(iteration: DecodeIteration, num_rows: int) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class DecodeRows:
+    """Whose the rows of a decode are. Those of requests that leave are padding from then on."""
+
+    num_rows: int
+    """B, of each rank."""
+    by_rank: tuple[dict[int, Request], ...]
+    """Each request by its row, in the iteration's order."""
+
+    @classmethod
+    def of(cls, iteration: DecodeIteration, buckets: Buckets) -> DecodeRows:
+        """Those of a decode that begins."""
+        by_rank: list[dict[int, Request]] = [{} for _ in range(iteration.group.dop)]
+        for batch in iteration.sub_batches:
+            requests = [item.request for item in batch.inputs]
+            by_rank[iteration.group.rank_of(batch.master)] = dict(enumerate(requests))
+        return cls(fit(max(map(len, by_rank)), buckets.num_rows), tuple(by_rank))
+
+    def left_in(self, iteration: DecodeIteration) -> DecodeRows:
+        """Those of a later iteration that goes on from theirs: themselves, if nobody has left."""
+        left = [item.request.request_id for batch in iteration.sub_batches for item in batch.inputs]
+        if len(left) == sum(map(len, self.by_rank)):
+            return self
+        names = set(left)
+        return DecodeRows(
+            self.num_rows,
+            tuple(
+                [
+                    {row: request for row, request in requests.items() if request.request_id in names}
+                    for requests in self.by_rank
+                ]
+            ),
+        )
+
+
+def pack_decode_slots(iteration: DecodeIteration, rows: DecodeRows) -> np.ndarray:
     """int32 [n, B]: where each master keeps its rows' new keys; -1 for padding."""
-    slots = np.full((iteration.group.dop, num_rows), -1, np.int32)
+    slots = np.full((iteration.group.dop, rows.num_rows), -1, np.int32)
     for batch in iteration.sub_batches:
-        slots[iteration.group.rank_of(batch.master), : len(batch.inputs)] = [item.slot for item in batch.inputs]
+        rank = iteration.group.rank_of(batch.master)
+        slots[rank, list(rows.by_rank[rank])] = [item.slot for item in batch.inputs]
     return slots
 
 
@@ -120,10 +157,9 @@ class PackedDecode:
     """Steps, this one included, until a row may outgrow its part of the page table."""
 
 
-def pack_decode(iteration: DecodeIteration, buckets: Buckets, page_size: int) -> PackedDecode:
+def pack_decode(iteration: DecodeIteration, rows: DecodeRows, buckets: Buckets, page_size: int) -> PackedDecode:
     """Lays the page tables out with room to grow behind every row that gets new keys."""
-    n = iteration.group.dop
-    num_rows = fit(max(len(batch.inputs) for batch in iteration.sub_batches), buckets.num_rows)
+    n, num_rows = iteration.group.dop, rows.num_rows
     token_ids = np.zeros((n, num_rows), np.int32)
     positions = np.zeros((n, num_rows), np.int32)
     kv_lens = np.zeros((n, n * num_rows), np.int32)
@@ -131,7 +167,7 @@ def pack_decode(iteration: DecodeIteration, buckets: Buckets, page_size: int) ->
     growing: list[list[int]] = [[] for _ in range(n)]
     for batch in iteration.sub_batches:
         master_rank = iteration.group.rank_of(batch.master)
-        for b, item in enumerate(batch.inputs):
+        for b, item in zip(rows.by_rank[master_rank], batch.inputs, strict=True):
             row = master_rank * num_rows + b
             token_ids[master_rank, b] = _last_token(item.output_token_ids, item.request.prompt_token_ids)
             positions[master_rank, b] = item.position

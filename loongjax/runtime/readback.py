@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ from loongjax.core.prompt_logprobs import PromptLogprobs
 from loongjax.core.request import Request
 from loongjax.parallel.striped import unstripe
 from loongjax.runtime.packing import PackedPrefill
-from loongjax.runtime.sampling import LogprobArrays, SamplerInput
+from loongjax.runtime.sampling import LogprobArrays
 from loongjax.runtime.sampling.sample import SampleResult
 
 
@@ -20,14 +20,14 @@ class PendingTokens:
     """Sampled tokens on their way to the host.
 
     Args:
-        rows: by rank, the requests of its rows.
+        requests: by rank, those that get one, by their rows.
         result: arrays [n, B, ...]; log-probabilities are read only if a request asks for them.
     """
 
-    def __init__(self, rows: Sequence[Sequence[SamplerInput]], result: SampleResult) -> None:
-        self._rows = rows
+    def __init__(self, requests: Sequence[Mapping[int, Request]], result: SampleResult) -> None:
+        self._rows = [(rank, row, request) for rank, by_row in enumerate(requests) for row, request in by_row.items()]
         self._token_ids = result.token_ids
-        wants_logprobs = any(item.request.sampling.logprobs is not None for rank in rows for item in rank)
+        wants_logprobs = any(request.sampling.logprobs is not None for _, _, request in self._rows)
         self._logprobs = result.logprobs if wants_logprobs else None
         for array in jax.tree.leaves((self._token_ids, self._logprobs)):
             array.copy_to_host_async()
@@ -36,16 +36,11 @@ class PendingTokens:
         """Waits for the devices."""
         token_ids, logprobs = jax.tree.map(np.asarray, (self._token_ids, self._logprobs))
         tokens = []
-        for rank, row, request in self._requests():
+        for rank, row, request in self._rows:
             token_id, num_top = int(token_ids[rank, row]), request.sampling.logprobs
             scored = None if num_top is None else logprobs.at((rank, row), token_id, num_top)
             tokens.append(SampledToken(request.request_id, token_id, scored))
         return tuple(tokens)
-
-    def _requests(self) -> Iterator[tuple[int, int, Request]]:
-        for rank, rows in enumerate(self._rows):
-            for row, item in enumerate(rows):
-                yield rank, row, item.request
 
 
 class PendingPromptLogprobs:

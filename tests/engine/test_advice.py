@@ -85,15 +85,15 @@ def test_what_follows_a_decode_is_decided_while_it_runs() -> None:
 def test_what_follows_the_last_token_of_somebody_is_decided_before_it_is_there() -> None:
     events: list[str] = []
     core = CLUSTER.core(TellingRuntime(CLUSTER, events), TellingPolicy(CLUSTER.policy(), events))
-    requests = [CLUSTER.request("short", 8, max_tokens=6), CLUSTER.request("long", 20, max_tokens=20)]
+    requests = [CLUSTER.request(name, 4, max_tokens) for name, max_tokens in (("a", 6), ("b", 6), ("long", 20))]
     journal = Journal()
-    for request in requests:
-        core.add(request)
-    while "short/0" not in journal.last or journal.last["short/0"].finish_reason is None:
+    core.add(*requests)
+    while "a/0" not in journal.last:
         events.clear()
         journal.write(core.step(1.0))
-    # Its last token, and at once the other one's next decode, and the one behind that, of which the policy is asked.
-    assert journal.last["short/0"].finish_reason is FinishReason.LENGTH
+    # The last token of most, and at once the other one's next decode, which begins again, and the one behind that, of
+    # which the policy is asked.
+    assert journal.last["a/0"].finish_reason is journal.last["b/0"].finish_reason is FinishReason.LENGTH
     assert events == ["over", "decode", "asked", "decode"]
     run(core, journal)
     for request in requests:

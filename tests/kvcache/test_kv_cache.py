@@ -95,9 +95,9 @@ def test_an_append_without_a_page_changes_nothing():
     cache = make_cache(num_pages=1)
     cache.keep("a", [TokenInterval(0, 0, 4)])
     cache.keep("b", [TokenInterval(1, 0, 3)])
-    assert not cache.can_append("a", 0)
-    assert not cache.can_append("a", 1)
-    assert cache.can_append("b", 1)
+    assert not cache.can_append(["a"], 0)
+    assert not cache.can_append(["a"], 1)
+    assert cache.can_append(["b"], 1)
     for instance in (0, 1):
         with pytest.raises(OutOfPagesError):
             cache.append("a", instance)

@@ -82,7 +82,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             held = self.model[request_id]
             num_local = len(held.get(instance, []))
             fits = num_local % self.shape.page_size != 0 or self.free(instance) > 0
-            assert self.cache.can_append(request_id, instance) == fits
+            assert self.cache.can_append([request_id], instance) == fits
             if not fits:
                 with pytest.raises(OutOfPagesError):
                     self.cache.append(request_id, instance)

@@ -62,7 +62,7 @@ class Driver:
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[str, Sequence[TokenLogprobs]] = {}
         self._ids = itertools.count()
-        self._last_decode: tuple[Group, tuple, dict[str, int]] | None = None
+        self._last_decode: tuple[Group, dict[int, list[str]], dict[str, int]] | None = None
 
     def add(self, name: str, prompt: Sequence[int], sampling: SamplingParams = GREEDY, *, seed: int = 0) -> None:
         self.requests[name] = Request(
@@ -91,15 +91,13 @@ class Driver:
         group = Group.of(instances)
         for _ in range(steps):
             lengths = {name: len(self.tokens[name]) for names in sub_batches.values() for name in names}
-            shape = (group, tuple((master, tuple(names)) for master, names in sub_batches.items()))
-            expected = {name: length - 1 for name, length in lengths.items()}
-            continues = self._last_decode is not None and self._last_decode == (*shape, expected)
+            continues = self._last_decode is not None and self._goes_on(group, sub_batches, lengths, *self._last_decode)
             batches = tuple(
                 DecodeSubBatch(master, tuple(self._decode_input(name, master, continues) for name in names))
                 for master, names in sub_batches.items()
             )
             self.run(DecodeIteration(next(self._ids), group, batches, continues))
-            self._last_decode = (*shape, lengths)
+            self._last_decode = group, {master: list(names) for master, names in sub_batches.items()}, lengths
 
     def extend(self, instance: int, chunks: Mapping[str, int]) -> Completion:
         """chunks: by request, how many of its tokens without keys are computed; -1: all of them."""
@@ -125,9 +123,9 @@ class Driver:
         self._last_decode = None
 
     def finish(self, *names: str) -> None:
+        """They leave; what decodes with them goes on."""
         for name in names:
             self.kv.release(name)
-        self._last_decode = None
         self.kv.check_integrity()
 
     def run(self, iteration: Iteration) -> Completion:
@@ -150,6 +148,22 @@ class Driver:
         assert completion.iteration_id == iteration_id
         self.kv.check_integrity()
         return completion
+
+    def _goes_on(
+        self,
+        group: Group,
+        sub_batches: Mapping[int, Sequence[str]],
+        lengths: Mapping[str, int],
+        last_group: Group,
+        last_batches: Mapping[int, Sequence[str]],
+        last_lengths: Mapping[str, int],
+    ) -> bool:
+        """Whether it is the last decode a token later, without those who have left."""
+        return group == last_group and all(
+            list(names) == [name for name in last_batches.get(master, ()) if name in names]
+            and all(lengths[name] == last_lengths[name] + 1 for name in names)
+            for master, names in sub_batches.items()
+        )
 
     def _decode_input(self, name: str, master: int, continues: bool) -> DecodeInput:
         request = self.requests[name]

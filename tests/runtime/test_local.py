@@ -134,6 +134,61 @@ def test_a_page_table_that_outgrows_its_room_is_laid_out_anew(driver, golden):
     golden.check(driver, "r", 2)
 
 
+PENALISED = SamplingParams(temperature=0.0, frequency_penalty=0.5, presence_penalty=0.3, logprobs=2, max_tokens=30)
+
+
+@pytest.mark.parametrize(
+    ("instances", "batches"),
+    [
+        ((4,), {4: ["r0", "r1", "r2", "r3"]}),
+        ((0, 1, 3), {0: ["r2", "r0"], 3: ["r1", "r3"]}),
+        ((0, 1), {0: ["r1"], 1: ["r0", "r2", "r3"]}),
+    ],
+)
+def test_those_who_are_left_go_on_with_what_the_devices_hold(driver, golden, instances, batches):
+    """One after the other leaves. Their rows have no keys any more, and their pages go to others."""
+    names = {"r0": 0, "r1": 1, "r2": 2, "r3": 0}
+    for name, i in names.items():
+        driver.add(name, golden.prompt(i))
+    driver.prefill(instances, {name: [(instances[j % len(instances)], 0, -1)] for j, name in enumerate(names)})
+    driver.decode(instances, batches, steps=2)
+    held = driver.runtime._decodes[Group(instances)]
+    for leaves in ("r0", "r3", "r1"):
+        driver.finish(leaves)
+        batches = {master: [name for name in batch if name != leaves] for master, batch in batches.items()}
+        batches = {master: batch for master, batch in batches.items() if batch}
+        driver.decode(instances, batches, steps=3)
+        assert driver.runtime._decodes[Group(instances)] is held, "nothing was begun again"
+        num_keys = sum(driver.kv.num_tokens(name) for batch in batches.values() for name in batch)
+        assert np.asarray(held.state.kv_lens).sum() == num_keys
+    held.num_steps = 0
+    driver.decode(instances, batches, steps=3)
+    for name, i in names.items():
+        golden.check(driver, name, i)
+
+
+def test_those_who_are_left_keep_their_penalties_and_log_probabilities(driver, golden):
+    def decoded(leaves: bool) -> Driver:
+        each = Driver(driver.runtime)
+        for i in range(3):
+            each.add(f"r{i}", golden.prompt(i), PENALISED)
+        each.prefill((5,), {f"r{i}": [(5, 0, -1)] for i in range(3)})
+        each.decode((5,), {5: ["r0", "r1", "r2"]}, steps=4)
+        if leaves:
+            each.finish("r1")
+        each.decode((5,), {5: ["r0", "r2"] if leaves else ["r0", "r1", "r2"]}, steps=6)
+        for name in ("r0", "r2"):
+            each.kv.release(name)
+        return each
+
+    alone, beside = decoded(leaves=True), decoded(leaves=False)
+    for name in ("r0", "r2"):
+        assert alone.tokens[name] == beside.tokens[name]
+        for one, other in zip(alone.logprobs[name], beside.logprobs[name], strict=True):
+            assert one.logprob == pytest.approx(other.logprob, abs=LOGPROB_TOLERANCE)
+            assert [token for token, _ in one.top] == [token for token, _ in other.top]
+
+
 def test_steady_steps_reuse_what_the_devices_hold(driver, golden):
     driver.add("r", golden.prompt(2))
     driver.prefill((4,), {"r": [(4, 0, -1)]})

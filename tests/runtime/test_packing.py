@@ -19,6 +19,7 @@ from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.runtime.buckets import Buckets, fit, powers, token_sizes
 from loongjax.runtime.packing import (
+    DecodeRows,
     empty_decode,
     empty_prefill,
     pack_decode,
@@ -223,9 +224,11 @@ TWO_MASTERS = decode_iteration(
     ],
 )
 
+ROWS = DecodeRows.of(TWO_MASTERS, BUCKETS)
+
 
 def test_a_decodes_tables_list_every_masters_rows_on_every_instance():
-    packed = pack_decode(TWO_MASTERS, BUCKETS, 4)
+    packed = pack_decode(TWO_MASTERS, ROWS, BUCKETS, 4)
     state = packed.state
     assert packed.token_ids.tolist() == [[7, 6, 0, 0], [0] * 4, [3, 0, 0, 0]]
     assert state.positions.tolist() == [[2, 10, 0, 0], [0] * 4, [1, 0, 0, 0]]
@@ -247,7 +250,7 @@ def test_a_decodes_tables_list_every_masters_rows_on_every_instance():
 
 
 def test_growing_rows_have_room_behind_them():
-    packed = pack_decode(TWO_MASTERS, BUCKETS, 4)
+    packed = pack_decode(TWO_MASTERS, ROWS, BUCKETS, 4)
     entries = BUCKETS.num_table_entries
     room = {row: packed.state.page_starts[0, row] for row in (0, 1)}
     slack = packed.num_steps // 4
@@ -257,11 +260,11 @@ def test_growing_rows_have_room_behind_them():
 
 
 def test_slots_go_to_their_masters_row_and_padding_is_negative():
-    assert pack_decode_slots(TWO_MASTERS, 4).tolist() == [[2, 17, -1, -1], [-1] * 4, [30, -1, -1, -1]]
+    assert pack_decode_slots(TWO_MASTERS, ROWS).tolist() == [[2, 17, -1, -1], [-1] * 4, [30, -1, -1, -1]]
 
 
 def test_an_empty_decode_has_the_shapes_of_a_real_one():
-    real = pack_decode(TWO_MASTERS, BUCKETS, 4).state
+    real = pack_decode(TWO_MASTERS, ROWS, BUCKETS, 4).state
     empty = empty_decode(3, real.positions.shape[1], BUCKETS)
     assert [(leaf.shape, leaf.dtype) for leaf in empty] == [(leaf.shape, leaf.dtype) for leaf in real]
 
