@@ -308,10 +308,11 @@ class LocalRuntime:
         for batch in iteration.sub_batches:
             rank = group.rank_of(batch.master)
             inputs[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
+        state, token_ids = self._put(group, (packed.state, packed.token_ids))
         cache = _DecodeCache(
             rows=rows,
-            state=self._put(group, packed.state),
-            token_ids=self._put(group, packed.token_ids),
+            state=state,
+            token_ids=token_ids,
             sampler=self._sampler(group, inputs, rows.num_rows),
             num_steps=packed.num_steps,
         )
