@@ -11,7 +11,7 @@ from jaxtyping import Int
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.queue import order_of
-from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.request_view import RunningView, tokens_of
 
 
 class LocalRequests:
@@ -53,15 +53,8 @@ class LocalRequests:
 
     @functools.cached_property
     def columns(self) -> Int[np.ndarray, "3 newest"]:
-        """Of the `newest` the tokens with keys, the most tokens ever, and `num_keyed_output_tokens`."""
-        return np.array(
-            (
-                [request.num_tokens for request in self.newest],
-                [request.max_total_tokens for request in self.newest],
-                [request.num_keyed_output_tokens for request in self.newest],
-            ),
-            np.int64,
-        )
+        """Of the `newest` the tokens with keys, the most tokens ever, and the generated tokens with keys."""
+        return np.array(tokens_of(self.newest), np.int64)
 
 
 class Residents:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.request_view import RunningView, outputs_of, tokens_of
 from loongjax.scheduler.residents import LocalRequests, Residents
 from tests.scheduler.views import running
 
@@ -48,8 +48,8 @@ def test_the_longest_output_is_the_same_at_rest_in_flight_and_before_the_prompt_
     partly = running("a", 0, (1, 2), num_uncomputed_tokens=4)._replace(max_total_tokens=16)
     resting = running("a", 0, (1, 8), num_output_tokens=3)._replace(max_total_tokens=16)
     flying = running("a", 0, (1, 9), num_output_tokens=3, is_in_flight=True)._replace(max_total_tokens=16)
-    assert [view.max_output_tokens for view in (partly, resting, flying)] == [10, 10, 10]
-    assert [view.num_keyed_output_tokens for view in (resting, flying)] == [2, 3]
+    assert outputs_of((partly, resting, flying)) == ([0, 3, 3], [10, 10, 10])
+    assert tokens_of((resting, flying)) == ([8, 9], [16, 16], [2, 3])
 
 
 def test_what_has_not_changed_is_shared() -> None:

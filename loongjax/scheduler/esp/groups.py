@@ -8,7 +8,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
 from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, have_paces, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.request_view import RunningView, outputs_of
 
 MAX_REMEMBERED = 1 << 12
 """Groups that are remembered; then all are forgotten."""
@@ -70,10 +70,7 @@ class GroupFacts:
     @functools.cached_property
     def _expected_left(self) -> list[float]:
         """Tokens that each is still expected to generate, at least 0."""
-        requests = self.requests
-        generated = [request.num_output_tokens for request in requests]
-        limits = [request.max_output_tokens for request in requests]
-        return [max(num_tokens, 0.0) for num_tokens in self._lengths.expected_left(generated, limits)]
+        return [max(num_tokens, 0.0) for num_tokens in self._lengths.expected_left(*outputs_of(self.requests))]
 
     @property
     def num_steps_left(self) -> float:

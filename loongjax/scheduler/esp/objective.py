@@ -29,7 +29,7 @@ from jaxtyping import Float
 
 from loongjax.costmodel.work import larger
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.request_view import RunningView, WaitingView, outputs_of
 from loongjax.scheduler.waiting import ARRIVAL_S, NUM_TOKENS, PRIORITY, TTFT_S, Waiting
 
 TOKEN_S = 0.05
@@ -144,9 +144,7 @@ def have_paces(requests: Sequence[RunningView]) -> bool:
 
 def _reciprocals(requests: Sequence[RunningView], lengths: OutputLengths) -> list[float]:
     """E[1 / output length] of each."""
-    generated = [request.num_output_tokens for request in requests]
-    limits = [request.max_output_tokens for request in requests]
-    return lengths.expected_reciprocals(generated, limits)
+    return lengths.expected_reciprocals(*outputs_of(requests))
 
 
 def _urgencies(

@@ -17,7 +17,7 @@ from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.request_view import RunningView, outputs_of
 
 
 class CostModelRules:
@@ -100,9 +100,7 @@ class CostModelRules:
 
     def _steps_left(self, requests: Sequence[RunningView]) -> float:
         """Steps until half of the requests' expected tokens are generated, at least one: the mean over requests."""
-        generated = [request.num_output_tokens for request in requests]
-        limits = [request.max_output_tokens for request in requests]
-        return max(1.0, float(np.mean(self._lengths.expected_left(generated, limits))))
+        return max(1.0, float(np.mean(self._lengths.expected_left(*outputs_of(requests)))))
 
     def _tell(
         self,
