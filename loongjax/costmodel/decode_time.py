@@ -47,7 +47,7 @@ class DecodeTime:
 
     @staticmethod
     def features(
-        totals: DecodeTotals[np.ndarray], padded_rows: np.ndarray, sp: int, compute_bound_rows: float = 0.0
+        totals: DecodeTotals[np.ndarray], padded_rows: np.ndarray, sp: int, compute_bound_rows: float
     ) -> np.ndarray:
         """What the coefficients multiply, float64 [..., 6]: the constant, padded rows, those beyond
         `compute_bound_rows`, keys, exchanged rows and extra masters.

@@ -41,6 +41,9 @@ def test_kinds_are_corrected_apart():
     corrector.observe("prefill", ONE, predicted_s=1.0, actual_s=1.5)
     assert corrector.factor("prefill", ONE) > 1.0
     assert corrector.factor("decode", ONE) == corrector.factor("decode", TWO) == 1.0
+    corrector.observe("decode", TWO, predicted_s=1.0, actual_s=1.2)
+    # The sum over the weight 0.1 and the prior's 1.
+    assert corrector.factor("decode", ONE) == pytest.approx(1.2 ** (0.1 / 1.1))
 
 
 def test_strategies_learn_from_each_other_as_far_as_they_know_little_of_themselves():
@@ -67,6 +70,26 @@ def test_an_untried_strategy_converges_to_the_common_bias_as_strategies_are_trie
             corrector.observe("prefill", Strategy(sp), predicted_s=1.0, actual_s=1.6)
     expected = 1.6 ** (num_tried / (num_tried + prior))
     assert corrector.factor("prefill", Strategy(8)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_what_an_observation_may_move_counts_from_what_was_expected_by_own_and_others():
+    corrector = Corrector(CorrectorConfig(weight=0.5, max_surprise=2.0, max_factor=16.0, prior=1.0))
+    # In logarithms to base 2: 2 counts as 1, half of which is kept.
+    corrector.observe("decode", ONE, predicted_s=3.0, actual_s=12.0)
+    # 0.5 / (0.5 + 1) = 1 / 3 is expected, so 3 counts as 4 / 3, half of which is kept.
+    corrector.observe("decode", TWO, predicted_s=3.0, actual_s=24.0)
+    # 2 / 3 + 0.5 / 3 = 5 / 6 is expected, so -4 counts as -1 / 6, and (2 / 3 - 1 / 6) / 2 = 1 / 4 is kept.
+    corrector.observe("decode", TWO, predicted_s=16.0, actual_s=1.0)
+    assert corrector.factor("decode", ONE) == pytest.approx(2.0 ** (1 / 2 + 1 / 2 * (1 / 4) / (3 / 4 + 1)))
+    assert corrector.factor("decode", TWO) == pytest.approx(2.0 ** (1 / 4 + 1 / 4 * (1 / 2) / (1 / 2 + 1)))
+    assert corrector.factor("decode", FOUR) == pytest.approx(2.0 ** ((1 / 2 + 1 / 4) / (1 / 2 + 3 / 4 + 1)))
+
+
+def test_unless_said_otherwise_one_strategy_that_was_long_observed_is_believed_by_half():
+    corrector = Corrector()
+    for _ in range(300):
+        corrector.observe("decode", ONE, predicted_s=1.0, actual_s=1.6)
+    assert corrector.factor("decode", TWO) == pytest.approx(1.6**0.5)
 
 
 @settings(max_examples=30, deadline=None)
@@ -135,10 +158,18 @@ def test_factors_stay_within_their_bounds(weight, observations):
             assert 0.25 * (1 - 1e-12) <= corrector.factor("decode", strategy) <= 4.0 * (1 + 1e-12)
 
 
+@pytest.mark.parametrize(("actual_s", "factor"), [(8.0, 2.0), (0.125, 0.5)])
+def test_a_single_observation_that_counts_for_everything_moves_a_factor_to_its_bound(actual_s, factor):
+    corrector = Corrector(CorrectorConfig(weight=1.0, max_surprise=100.0, max_factor=2.0))
+    corrector.observe("decode", ONE, predicted_s=1.0, actual_s=actual_s)
+    assert corrector.factor("decode", ONE) == pytest.approx(factor)
+
+
 def test_a_corrector_goes_on_from_what_another_has_learned():
     first = Corrector(CorrectorConfig(weight=0.5))
     first.observe("decode", ONE, predicted_s=1.0, actual_s=1.4)
     second = first.copy()
+    assert second.factor("decode", TWO) == pytest.approx(1.4 ** (0.5 / 1.5))
     before = first.predicted_over_actual()
     second.observe("decode", ONE, predicted_s=1.0, actual_s=1.5)
     assert first.predicted_over_actual() == before != second.predicted_over_actual()

@@ -92,7 +92,7 @@ def test_the_refined_form_is_never_below_its_floor():
     assert REFINED.seconds(PrefillWork(new_lens=(10,)).totals).item() == 0.01
 
 
-@pytest.mark.parametrize(("num_tokens", "padded"), [(1, 64), (128, 64), (129, 256), (2048, 1024), (2050, 1025)])
+@pytest.mark.parametrize(("num_tokens", "padded"), [(1, 64), (128, 64), (129, 256), (2048, 1024), (2049, 1025)])
 def test_a_rank_is_padded_to_the_smallest_bucket_that_holds_it_and_not_beyond_the_largest(num_tokens, padded):
     totals = PrefillTotals.of_sums(num_tokens, 0)
     seconds = dataclasses.replace(REFINED, floor_s=0.0).seconds(totals).item()
@@ -152,6 +152,25 @@ def test_features_times_coefficients_are_the_seconds():
     np.testing.assert_allclose(linear, KINKED.seconds(steps))
 
 
+@pytest.mark.parametrize(("sp", "exchanges"), [(1, 0.0), (4, 1.0)])
+def test_what_the_coefficients_of_a_decode_step_multiply_by_hand(sp: int, exchanges: float):
+    """Few and many rows of 3 masters, by little and much of keys; computing takes over at 10 rows."""
+    rows, keys = np.array([[3.0], [12.0]]), np.array([100.0, 900.0])
+    totals = DecodeTotals(num_rows=rows, num_masters=np.array(3.0), busiest_rows=rows, busiest_keys=keys)
+    features = DecodeTime.features(totals, np.array([[4.0], [16.0]]), sp, 10.0)
+    few = [[1.0, 4.0, 0.0, num_keys, 3.0 * exchanges, 2.0 * exchanges] for num_keys in (100.0, 900.0)]
+    many = [[1.0, 16.0, 6.0, num_keys, 12.0 * exchanges, 2.0 * exchanges] for num_keys in (100.0, 900.0)]
+    assert features.tolist() == [few, many]
+
+
+def test_what_the_coefficients_of_a_prefill_multiply_by_hand():
+    """Of a prompt and of two, by two sizes that they are padded to."""
+    totals = PrefillTotals.of_sums(np.array([[30], [70]]), np.array([[900], [2500]]))
+    papers, refined = PaperPrefillTime.features(totals), RefinedPrefillTime.features(totals, np.array([64.0, 128.0]))
+    assert papers.tolist() == [[[1.0, 30.0, 900.0]], [[1.0, 70.0, 2500.0]]]
+    assert refined.tolist() == [[[1.0, padded, squared] for padded in (64.0, 128.0)] for squared in (900.0, 2500.0)]
+
+
 def test_a_migration_takes_its_latency_and_each_devices_heads_over_the_bandwidth():
     model = ModelShape(
         hidden_size=4096,
@@ -203,15 +222,9 @@ def test_a_coefficient_that_is_no_time_is_refused(bad):
 @pytest.mark.parametrize("buckets", [(0, 4), (4, 4), (8, 4)])
 def test_buckets_out_of_order_are_refused(buckets):
     with pytest.raises(ConfigError, match="row_buckets"):
-        DecodeTime(
-            constant_s=0.0,
-            per_padded_row_s=0.0,
-            per_key_s=0.0,
-            per_exchanged_row_s=0.0,
-            per_extra_master_s=0.0,
-            sp=1,
-            row_buckets=buckets,
-        )
+        dataclasses.replace(DECODE, row_buckets=buckets)
+    with pytest.raises(ConfigError, match="token_buckets"):
+        dataclasses.replace(REFINED, token_buckets=buckets)
 
 
 @given(num_tokens=lengths, num_rows=st.integers(1, 40))

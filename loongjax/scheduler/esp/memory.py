@@ -49,7 +49,6 @@ class MemoryAdmission:
         lengths: OutputLengths,
         admission: Admission,
     ) -> None:
-        self._view = view
         self._residents = view.residents
         self._window = candidates
         self._page_size = view.shape.page_size

@@ -167,8 +167,8 @@ def _urgency_of_wish(request: RunningView, now_s: float, reciprocal: float, step
     tpot_s = request.slo.tpot_s
     assert tpot_s is not None
     if request.first_token_s is None:
-        return 1.0
-    left_s = max(0.0, 1.0 / reciprocal - request.num_output_tokens) * min(step_s, tpot_s)
+        return TOKEN_S / tpot_s
+    left_s = (1.0 / reciprocal - request.num_output_tokens) * min(step_s, tpot_s)
     used = (now_s - request.first_token_s + left_s) * reciprocal / tpot_s
     return TOKEN_S / tpot_s * (_pressure(used) if used < 1.0 else 1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -89,6 +90,39 @@ def test_a_request_that_keeps_no_keys_takes_no_memory() -> None:
 def test_where_memory_is_short_a_request_counts_with_all_its_tokens_but_the_last() -> None:
     view = cluster(1, num_pages=22, waits=[waiting("w", 1, 80, max_total_tokens=90)])
     assert worst_case(view).most == [80 + 9]
+
+
+def test_a_request_is_let_in_that_fills_memory_to_the_last_slot() -> None:
+    """80 + 8 of 88 slots."""
+    for max_total_tokens, does_fit in ((89, True), (90, False)):
+        view = cluster(1, num_pages=22, waits=[waiting("w", 0, 80, max_total_tokens=max_total_tokens)])
+        assert worst_case(view).fits([0]) == does_fit
+
+
+def test_what_is_free_is_beside_the_peak_of_those_that_run_or_their_most_where_memory_is_ample() -> None:
+    """The peak is when the second ends: 8 + 2 and 20 + 2. The most are their 19 and 23 tokens and the rest of a page;
+    with the 94 of w that is 144, or 36 pages."""
+    runs = [
+        running("a", 0, (0, 8), num_output_tokens=1, max_new_tokens=10),
+        running("b", 1, (0, 20), num_output_tokens=1, max_new_tokens=2),
+    ]
+    waits = [waiting("w", 2, 80, max_total_tokens=90)]
+    for num_pages, taken in ((35, 10 + 22), (36, 19 + 4 + 23 + 4)):
+        view = cluster(1, num_pages=num_pages, runs=runs, waits=waits)
+        assert worst_case(view).num_free == 4 * num_pages - taken
+
+
+def test_outputs_are_taken_to_become_as_long_as_nine_of_ten_with_what_is_there_of_them_already() -> None:
+    """12 tokens: of a 5 have keys and 6 are to get them, the last one none; so it is with w, whose 5 were preempted."""
+    preempted = dataclasses.replace(waiting("w", 1, 80), num_output_tokens=5)
+    view = cluster(1, num_pages=24, runs=[running("a", 0, (0, 8), num_output_tokens=6)], waits=[preempted])
+    lengths = OutputLengths()
+    for _ in range(20):
+        lengths.add(12)
+    candidates = Window(Sizes(view.waiting, view.shape, math.inf), 0.0, is_patient=True)
+    memory = MemoryAdmission(view, candidates, lengths, "quantile")
+    assert memory.most == [80 + 6]
+    assert memory.num_free == 4 * 24 - (8 + 6)
 
 
 SIZES = st.lists(st.tuples(st.integers(1, 20), st.integers(1, 20)), max_size=4)

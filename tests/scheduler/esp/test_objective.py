@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from loongjax.core.request import ServiceLevel
@@ -10,6 +12,7 @@ from loongjax.scheduler.esp.objective import (
     TOKEN_S,
     PrefillWeights,
     decode_weights,
+    have_paces,
     prefill_weight,
     step_weights,
 )
@@ -79,14 +82,18 @@ def test_a_long_output_is_cheap_to_pause_from_its_first_token_on() -> None:
     assert decode_weight(short, 3.0, lengths) == pytest.approx(1 / 2)
 
 
-@pytest.mark.parametrize(("priority", "factor"), [(0, 1.0), (1, 0.5), (3, 0.125), (-2, 4.0), (10**6, 2.0**-32)])
+@pytest.mark.parametrize(
+    ("priority", "factor"), [(0, 1.0), (1, 0.5), (3, 0.125), (-2, 4.0), (10**6, 2.0**-32), (-(10**6), 2.0**32)]
+)
 def test_each_step_of_priority_halves_or_doubles(priority: int, factor: float) -> None:
     assert prefill_weight(waiting("w", 0, 50, priority=priority)) == pytest.approx(factor / 50)
     request = running("r", 0, (0, 50), num_output_tokens=8, priority=priority)
     assert decode_weight(request, 0.0) == pytest.approx(factor / 16)
 
 
-@pytest.mark.parametrize(("waited_s", "pressure"), [(0.0, 1.0), (5.0, 2.0), (7.5, 4.0), (9.9, MAX_PRESSURE)])
+@pytest.mark.parametrize(
+    ("waited_s", "pressure"), [(-5.0, 1.0), (0.0, 1.0), (5.0, 2.0), (7.5, 4.0), (9.9, MAX_PRESSURE)]
+)
 @pytest.mark.parametrize("num_tokens", [5, 50, 50_000])
 def test_whoever_wishes_for_a_time_is_measured_by_that_time(num_tokens: int, waited_s: float, pressure: float) -> None:
     """And presses the more the nearer it is."""
@@ -100,8 +107,17 @@ def test_a_deadline_that_is_missed_presses_no_more(num_tokens: int, weight: floa
     assert PrefillWeights(Waiting([request])).at(110.0) == pytest.approx(weight)
 
 
+def test_a_wish_for_the_first_token_is_over_once_that_has_come() -> None:
+    """It was preempted since."""
+    request = waiting("w", 0, 50, arrival_s=100.0, slo=ServiceLevel(ttft_s=10.0))
+    preempted = dataclasses.replace(request, num_output_tokens=3)
+    assert prefill_weight(preempted) == pytest.approx(1 / 50)
+    assert PrefillWeights(Waiting([preempted])).at(109.0) == pytest.approx(1 / 50)
+
+
 @pytest.mark.parametrize(
-    ("elapsed_s", "pressure"), [(0.0, 1 / (1 - 8 / 32)), (8.0, 2.0), (16.0, 4.0), (23.9, 16.0), (24.0, 1.0)]
+    ("elapsed_s", "pressure"),
+    [(-20.0, 1.0), (0.0, 1 / (1 - 8 / 32)), (8.0, 2.0), (16.0, 4.0), (23.9, 16.0), (24.0, 1.0)],
 )
 def test_a_pace_presses_the_more_the_less_time_is_left_beside_what_the_output_needs(
     elapsed_s: float, pressure: float
@@ -110,6 +126,40 @@ def test_a_pace_presses_the_more_the_less_time_is_left_beside_what_the_output_ne
     request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
     (weight,) = decode_weights([request], 100.0 + elapsed_s, OutputLengths(), step_s=1.0)
     assert weight == pytest.approx(pressure * TOKEN_S / 2.0 / 16)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "pressure"), [(0.0, 8 / 7), (1.0, 80 / 38), (1.5, 80 / 22), (2.0, 80 / 6), (100.0, 80 / 6)]
+)
+def test_a_pace_presses_by_what_the_rest_of_the_output_needs_but_no_more_than_it_allows(
+    step_s: float, pressure: float
+) -> None:
+    """8 tokens of 40 came in 10 s of the 80 that all may take; the other 32 need a step each, of 2 s at most."""
+    request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
+    (weight,) = decode_weights([request], 110.0, lengths_of(40), step_s)
+    assert weight == pytest.approx(pressure * TOKEN_S / 2.0 / 40)
+
+
+def test_unless_more_is_said_the_rest_of_an_output_needs_no_time() -> None:
+    """8 tokens of 40, which may take 80 s, in 20 s."""
+    request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
+    (weight,) = decode_weights([request], 120.0, lengths_of(40))
+    assert weight == pytest.approx(TOKEN_S / (2.0 * 40) / (1 - 20 / 80))
+    (weight,) = step_weights([request], 120.0, lengths_of(40))
+    assert weight == pytest.approx(TOKEN_S / (2.0 * 40) / (1 - 20 / 80) * 32)
+
+
+def test_a_pace_does_not_press_before_the_first_token() -> None:
+    request = running("r", 0, (0, 50), slo=ServiceLevel(tpot_s=0.2))
+    (weight,) = decode_weights([request], 1e6, lengths_of(40))
+    assert weight == pytest.approx(TOKEN_S / 0.2 / 40)
+
+
+def test_whether_the_time_matters_depends_on_whether_anybody_wishes_for_a_pace() -> None:
+    plain, urgent = running("a", 0, (0, 50)), running("b", 1, (0, 50), priority=1)
+    wishing = running("c", 2, (0, 50), slo=ServiceLevel(tpot_s=1.0))
+    for requests, expected in (([], False), ([plain, urgent], False), ([plain, wishing], True), ([wishing], True)):
+        assert have_paces(requests) == expected
 
 
 def test_requests_weigh_what_each_weighs_alone() -> None:

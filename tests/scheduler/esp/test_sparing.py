@@ -30,6 +30,7 @@ from loongjax.scheduler.esp.window import Window
 from loongjax.scheduler.validate import check_plan
 from loongjax.scheduler.view import ClusterView, FlightView
 from loongjax.scheduler.waiting import Waiting
+from tests.scheduler.esp.explained import check_terms
 from tests.scheduler.esp.hand_model import HandModel, only, policy_of
 from tests.scheduler.views import cluster, running, waiting
 
@@ -167,14 +168,24 @@ def test_who_was_overtaken_enough_is_not_held_back_for_others_to_come() -> None:
 
 
 def test_the_only_instance_of_a_cluster_is_never_left_idle() -> None:
+    decisions: list[Decision] = []
     view = cluster(1, num_pages=2000, waits=[LONG], now_s=100.0)
-    assert groups(who_saw_short_ones(), view) == [Group.of([0])]
+    assert groups(who_saw_short_ones(decisions), view) == [Group.of([0])]
+    assert "spare" not in {decision.step for decision in decisions}
 
 
 class Scene:
-    """A choice of the first waiting request of a view, after a prompt of ten tokens a second: lambda is 1 / 10."""
+    """A choice of the first waiting requests of a view, after a prompt of ten tokens a second: lambda is 1 / 10."""
 
-    def __init__(self, view: ClusterView, instances: list[int], sites: list[Site], *, num_arrivals: int = 101) -> None:
+    def __init__(
+        self,
+        view: ClusterView,
+        instances: list[int],
+        sites: list[Site],
+        *,
+        num_arrivals: int = 101,
+        num_chosen: int = 1,
+    ) -> None:
         shorts = [waiting(f"short{second}", second, 10, arrival_s=float(second)) for second in range(num_arrivals)]
         self.draft, self.times = Draft(view, 0), Times(HandModel(), 1)
         self.window = Window(Sizes(view.waiting, view.shape, math.inf), view.now_s, is_patient=True)
@@ -184,12 +195,13 @@ class Scene:
         self.sparing = Sparing(
             self.draft,
             self.outlook,
-            Choice([0], instances, sites),
+            Choice(list(range(num_chosen)), instances, sites),
             self.window,
             self.times,
             newcomers=self.newcomers,
             explain=self.decisions.append,
         )
+        self.splitter = Splitter(self.draft, self.window, self.times, SplitMemory())
 
 
 def test_neither_instances_of_paused_decodes_are_left_idle_nor_any_for_nobody() -> None:
@@ -207,11 +219,87 @@ def test_an_instance_is_taken_until_what_starts_first_on_it_has_ended() -> None:
     view = dataclasses.replace(while_another_prefills(), waiting=Waiting([LONG, behind]))
     scene = Scene(view, [0], [])
     scene.outlook.until_free_s = [1.0, 5.0]
-    splitter = Splitter(scene.draft, scene.window, scene.times, SplitMemory())
-    assert scene.sparing.decide([OrderedBatch([0], [0], 1, 3.0, 7.0)], [0], splitter) is None
+    assert scene.sparing.decide([OrderedBatch([0], [0], 1, 3.0, 7.0)], [0], scene.splitter) is None
     decision = only(scene.decisions, "spare")
     assert decision.gain == pytest.approx(0.1 * (1.0 + 3.0 - 0.05) ** 2 / 2)
     assert decision.cost == pytest.approx((1 / 4000 + 1 / 2000) * 5.0)
+
+
+def two_prefills(priority: int) -> tuple[Scene, list[OrderedBatch]]:
+    """On four instances the long one takes 20 s and the short one 5 s, each on two; on three 20 s and 10 s. Per unit of
+    2^-priority they weigh 2 / 4000 and 1 / 1000, and who waits behind them 1 / 2000."""
+    waits = [
+        waiting("long", 999, 4000, arrival_s=100.0, priority=priority - 1),
+        waiting("short", 1000, 1000, arrival_s=100.0, priority=priority),
+        waiting("behind", 1001, 2000, arrival_s=100.0, priority=priority),
+    ]
+    instances = [2, 0, 3, 1]
+    scene = Scene(cluster(4, num_pages=2000, waits=waits, now_s=100.0), instances, [], num_chosen=2)
+    assert scene.splitter.split([0, 1], instances) == [([0], [2, 0]), ([1], [3, 1])]
+    return scene, [OrderedBatch([0], [2, 0], 1, 20.0, 20.0), OrderedBatch([1], [3, 1], 1, 5.0, 5.0)]
+
+
+def test_who_waits_behind_several_prefills_does_so_until_the_first_of_them_ends() -> None:
+    """Newcomers as long, from when the last instance of its group is idle, in 1 s."""
+    scene, batches = two_prefills(-7)
+    scene.outlook.until_free_s = [2.0, 0.25, 0.0, 1.0]
+    fewer = scene.sparing.decide(batches, [2, 0, 3, 1], scene.splitter)
+    assert fewer is not None
+    assert [(batch.places, batch.group) for batch in fewer] == [([0], [2, 3]), ([1], [1])]
+    decision = only(scene.decisions, "spare")
+    assert decision.instances == (0,)
+    assert decision.gain == pytest.approx(0.1 * (1.0 + 5.0 - 0.075) ** 2 / 2)
+    assert decision.cost == pytest.approx(2**7 * ((10.0 - 5.0) / 1000 + (10.0 - 5.0) / 2000))
+
+
+def test_that_an_instance_less_costs_too_much_may_show_without_those_who_wait_behind() -> None:
+    """Then what they cost on three instances is left out."""
+    scene, batches = two_prefills(-12)
+    assert scene.sparing.decide(batches, [2, 0, 3, 1], scene.splitter) == batches
+    decision = only(scene.decisions, "spare")
+    assert decision.cost == pytest.approx(2**12 * ((10.0 - 5.0) / 1000 - 5.0 / 2000))
+    assert dict(decision.terms)["taken_spared_s"] == 0.0
+
+
+def test_where_newcomers_lose_nothing_no_plans_are_compared() -> None:
+    """They would start in 0.05 s, and take 0.075 s longer on an instance of their own."""
+    scene = Scene(cluster(4, num_pages=2000, waits=[LONG], now_s=100.0), [0, 1, 2, 3], [])
+    batches = [OrderedBatch([0], [0, 1, 2, 3], 1, 0.05, 10.0)]
+    assert scene.sparing.decide(batches, [0, 1, 2, 3], scene.splitter) == batches
+    assert scene.decisions == []
+
+
+def test_who_needs_all_instances_to_be_computed_at_once_gets_them() -> None:
+    decisions: list[Decision] = []
+    view = cluster(4, num_pages=2000, waits=[LONG], max_num_batched_tokens=1000, now_s=100.0)
+    assert groups(who_saw_short_ones(decisions), view) == [Group.of([0, 1, 2, 3])]
+    assert "spare" not in {decision.step for decision in decisions}
+
+
+def test_what_is_quicker_on_fewer_instances_costs_nothing_but_gains_no_more() -> None:
+    """The batch takes 20 s, more than the 13.3 s of three instances."""
+    scene = Scene(cluster(4, num_pages=2000, waits=[LONG], now_s=100.0), [0, 1, 2, 3], [])
+    assert scene.splitter.split([0], [0, 1, 2, 3]) == [([0], [0, 1, 2, 3])]
+    fewer = scene.sparing.decide([OrderedBatch([0], [0, 1, 2, 3], 1, 20.0, 20.0)], [0, 1, 2, 3], scene.splitter)
+    assert fewer is not None
+    assert [batch.group for batch in fewer] == [[1, 2, 3]]
+    decision = only(scene.decisions, "spare")
+    assert (decision.gain, decision.cost) == (pytest.approx(0.1 * (20.0 - 0.075) ** 2 / 2), 0.0)
+
+
+@pytest.mark.parametrize("seconds", [10.0, 40 / 3])
+def test_an_instance_without_room_is_left_idle_for_nobody(seconds: float) -> None:
+    """Newcomers would have to wait until the prefill on the other three ends."""
+    view = cluster(4, num_pages=2000, waits=[LONG], taken={2: 2000}, now_s=100.0)
+    scene = Scene(view, [0, 1, 2, 3], [])
+    assert scene.splitter.split([0], [0, 1, 2, 3]) == [([0], [0, 1, 2, 3])]
+    batches = [OrderedBatch([0], [0, 1, 2, 3], 1, seconds, seconds)]
+    assert scene.sparing.decide(batches, [0, 1, 2, 3], scene.splitter) == batches
+    decision = only(scene.decisions, "spare")
+    check_terms(decision)
+    assert not decision.is_taken
+    assert decision.instances == (2,)
+    assert decision.gain == pytest.approx(0.1 / 2 * ((seconds - 0.075) ** 2 - (40 / 3 - 0.075) ** 2))
 
 
 def test_the_instance_with_least_room_is_left_idle() -> None:
