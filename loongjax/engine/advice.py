@@ -38,8 +38,8 @@ class Advice:
     """Asks a policy.
 
     What it remembers of an answer that nobody follows would be wrong, so a copy is asked about the future, and takes
-    the policy's place if its answer is followed. That is when the same decode goes on, or when the future has come as
-    foreseen: then what is to be done was decided while the devices were busy, and nobody waits for it.
+    the policy's place if its answer is followed. That is when what is left of a decode goes on, or when the future has
+    come as foreseen: then what is to be done was decided while the devices were busy, and nobody waits for it.
     """
 
     def __init__(self, policy: Policy, runtime: Runtime, state: EngineState, *, checks: bool) -> None:
