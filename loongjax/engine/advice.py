@@ -38,8 +38,8 @@ class Advice:
     """Asks a policy.
 
     What it remembers of an answer that nobody follows would be wrong, so a copy is asked about the future, and takes
-    the policy's place if its answer is followed. That is when the same decode goes on, or when the future has come as
-    foreseen: then what is to be done was decided while the devices were busy, and nobody waits for it.
+    the policy's place if its answer is followed. That is when what is left of a decode goes on, or when the future has
+    come as foreseen: then what is to be done was decided while the devices were busy, and nobody waits for it.
     """
 
     def __init__(self, policy: Policy, runtime: Runtime, state: EngineState, *, checks: bool) -> None:
@@ -84,15 +84,14 @@ class Advice:
             return None
         iteration_id = flight.iteration.iteration_id
         known = self._rehearsals.get(iteration_id)
-        if known is not None and known.is_about(view):
+        if known is None or not known.is_about(view):
+            rehearsing = self._policy.copy()
+            known = self._rehearsals[iteration_id] = _Rehearsal(view, rehearsing, self._ask(rehearsing, view))
+        # Pages that it waited for may be free by now, though all will come as foreseen: who would end has been aborted.
+        if len(known.plans) != 1 or not self._can_be_behind(flight, known.plans[0]):
             return None
-        rehearsing = self._policy.copy()
-        plans = self._ask(rehearsing, view)
-        if len(plans) == 1 and self._can_be_behind(flight, plans[0]):
-            self._follow(rehearsing)
-            return cast(Decode, plans[0])
-        self._rehearsals[iteration_id] = _Rehearsal(view, rehearsing, plans)
-        return None
+        self._follow(known.policy)
+        return cast(Decode, known.plans[0])
 
     def _can_be_behind(self, flight: Flight, plan: Plan) -> bool:
         """Whether it goes on with the decode in flight, and needs no pages of those who end by that."""

@@ -12,7 +12,9 @@ from loongjax.runtime.sampling.sample import SampleResult
 
 
 class GroupSampler:
-    """Samples for the same sub-batches step after step, and reads nothing back. Used under the group's mesh.
+    """Samples for the same rows step after step, and reads nothing back. Used under the group's mesh.
+
+    Requests may leave: what their rows get is nobody's.
 
     Args:
         sub_batches: the requests of each rank, in rank order.

@@ -117,6 +117,22 @@ def test_pages_of_those_who_are_about_to_end_are_not_counted_on_before_they_are_
     assert runtime.now_s() == 1.0 + 9.0
 
 
+def test_pages_of_one_who_was_about_to_end_are_counted_on_once_an_abort_frees_them() -> None:
+    cluster = dataclasses.replace(CLUSTER, num_pages=8, max_model_len=32)
+    runtime = cluster.runtime()
+    core, journal = cluster.core(runtime), Journal()
+    core.add(cluster.request("short", 12, 5), long := cluster.request("long", 12, 10))
+    while len(journal.tokens.get("short/0", ())) < 4:
+        journal.write(core.step(1.0))
+    assert len(decodes(runtime)) == 4, "nothing is behind the last token: the other one needs a page"
+    core.abort("short/0")
+    journal.write(core.step(0.0))
+    assert [members(iteration) for iteration in decodes(runtime)[4:]] == [["long"]]
+    run(core, journal)
+    journal.check(long)
+    assert_nothing_leaks(core)
+
+
 @pytest.mark.parametrize("run_ahead", [False, True])
 def test_a_steps_result_for_those_who_have_left_is_nobodys(run_ahead: bool) -> None:
     cluster = dataclasses.replace(CLUSTER, run_ahead=run_ahead)

@@ -86,7 +86,7 @@ def build_rows(
 ) -> tuple[SamplerVariant, SamplerRows]:
     """The variant and the rows of a batch, as numpy arrays.
 
-    They stay right from step to step while the sub-batches do: what changes with the position is masked by it.
+    They stay right from step to step while nobody joins: what changes with the position is masked by it.
 
     Args:
         sub_batches: the requests of each "sp" rank, in rank order; empty for ranks that are no masters.
