@@ -120,7 +120,7 @@ class DecodeRows:
         return cls(fit(max(map(len, by_rank)), buckets.num_rows), tuple(by_rank))
 
     def left_in(self, iteration: DecodeIteration) -> DecodeRows:
-        """Those of a later iteration that goes on from theirs: themselves, if nobody has left."""
+        """Those of a later iteration that goes on from theirs, and so has nobody else: themselves, if nobody left."""
         left = [item.request.request_id for batch in iteration.sub_batches for item in batch.inputs]
         if len(left) == sum(map(len, self.by_rank)):
             return self

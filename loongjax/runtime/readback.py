@@ -25,9 +25,11 @@ class PendingTokens:
     """
 
     def __init__(self, requests: Sequence[Mapping[int, Request]], result: SampleResult) -> None:
-        self._rows = [(rank, row, request) for rank, by_row in enumerate(requests) for row, request in by_row.items()]
+        self._requests = requests
         self._token_ids = result.token_ids
-        wants_logprobs = any(request.sampling.logprobs is not None for _, _, request in self._rows)
+        wants_logprobs = any(
+            request.sampling.logprobs is not None for by_row in requests for request in by_row.values()
+        )
         self._logprobs = result.logprobs if wants_logprobs else None
         for array in jax.tree.leaves((self._token_ids, self._logprobs)):
             array.copy_to_host_async()
@@ -36,10 +38,11 @@ class PendingTokens:
         """Waits for the devices."""
         token_ids, logprobs = jax.tree.map(np.asarray, (self._token_ids, self._logprobs))
         tokens = []
-        for rank, row, request in self._rows:
-            token_id, num_top = int(token_ids[rank, row]), request.sampling.logprobs
-            scored = None if num_top is None else logprobs.at((rank, row), token_id, num_top)
-            tokens.append(SampledToken(request.request_id, token_id, scored))
+        for rank, by_row in enumerate(self._requests):
+            for row, request in by_row.items():
+                token_id, num_top = int(token_ids[rank, row]), request.sampling.logprobs
+                scored = None if num_top is None else logprobs.at((rank, row), token_id, num_top)
+                tokens.append(SampledToken(request.request_id, token_id, scored))
         return tuple(tokens)
 
 
