@@ -121,10 +121,9 @@ class DecodeRows:
 
     def left_in(self, iteration: DecodeIteration) -> DecodeRows:
         """Those of a later iteration that goes on from theirs, and so has nobody else: themselves, if nobody left."""
-        left = [item.request.request_id for batch in iteration.sub_batches for item in batch.inputs]
-        if len(left) == sum(map(len, self.by_rank)):
+        if sum(len(batch.inputs) for batch in iteration.sub_batches) == sum(map(len, self.by_rank)):
             return self
-        names = set(left)
+        names = {item.request.request_id for batch in iteration.sub_batches for item in batch.inputs}
         return DecodeRows(
             self.num_rows,
             tuple(
