@@ -5,6 +5,9 @@
 Eight instances of an H200's speed serve an 8B. So many requests live at any time that about 256 run and 1,000 wait:
 whoever ends is followed by another. The engine runs ahead, as a real one does, so that most questions are rehearsals
 beside a running step. `benchmarks.decide` has the kinds of clusters one by one, and says what is measured.
+
+Questions are asked when the virtual clock says so, in real time: in between the thread sleeps, as a step loop waits for
+completions, and who is late does not wait. `--pause-s` sleeps for as long before each question instead.
 """
 
 from __future__ import annotations
@@ -52,7 +55,8 @@ STEP_S = 1.0
 class Log:
     """What is known of the questions that were timed."""
 
-    pause_s: float
+    pause_s: float | None
+    """Before each question; None: until the time of the question has come."""
     is_on: bool = False
     cpu_ms: list[float] = dataclasses.field(default_factory=list)
     wall_ms: list[float] = dataclasses.field(default_factory=list)
@@ -60,13 +64,16 @@ class Log:
     num_running: list[int] = dataclasses.field(default_factory=list)
     num_waiting: list[int] = dataclasses.field(default_factory=list)
     num_prefilled: list[int] = dataclasses.field(default_factory=list)
+    waited_ms: list[float] = dataclasses.field(default_factory=list)
+    _ahead_s: float | None = None
+    """How far the virtual clock is before the real one; None: nothing was asked yet."""
 
     def ask(self, policy: Policy, view: ClusterView) -> tuple[Plan, ...]:
         """Its answer, timed behind a pause."""
         if not self.is_on:
             return policy.plan(view)
         gc.freeze()
-        time.sleep(self.pause_s)
+        self._wait(view.now_s)
         begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
         plans = policy.plan(view)
         cpu_s, wall_s = time.thread_time() - begin_cpu_s, time.perf_counter() - begin_s
@@ -78,6 +85,16 @@ class Log:
         self.num_waiting.append(len(view.waiting))
         self.num_prefilled.append(sum(len(plan.requests) for plan in plans if isinstance(plan, Prefill)))
         return plans
+
+    def _wait(self, question_s: float) -> None:
+        """Before a question of that time on the virtual clock."""
+        pause_s = self.pause_s
+        if pause_s is None:
+            ahead_s = question_s - time.perf_counter()
+            pause_s = 0.0 if self._ahead_s is None else max(0.0, ahead_s - self._ahead_s)
+            self._ahead_s = ahead_s - pause_s
+        self.waited_ms.append(1e3 * pause_s)
+        time.sleep(pause_s)
 
 
 class TimedPolicy(Policy):
@@ -142,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=4000, help="questions, at least")
     parser.add_argument("--ended-before", type=int, default=400, help="requests, before any question is timed")
     add_arguments(parser)
+    parser.set_defaults(pause_s=None)
     arguments = parser.parse_args(argv)
     log = Log(arguments.pause_s)
     serve(log, arguments.samples, arguments.ended_before, arguments.seed)
@@ -152,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         "num_questions": len(log.cpu_ms),
         "mean_running": round(float(np.mean(log.num_running)), 1),
         "mean_waiting": round(float(np.mean(log.num_waiting)), 1),
+        "mean_wait_ms": round(float(np.mean(log.waited_ms)), 3),
         "share_with_prefills": round(float(np.mean(np.array(log.num_prefilled) > 0)), 3),
         **percentiles("", log.wall_ms),
         **percentiles("cpu_", log.cpu_ms),
