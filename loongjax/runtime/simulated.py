@@ -43,8 +43,8 @@ class HostTimes:
     intake_s: float = 0.0
     """From a request's arrival until the step loop has it: it takes requests between two steps."""
     turnaround_s: float = 0.0
-    """From there, or from a result, to the submission of what follows from it. A decode that goes on is submitted
-    ahead, and does not wait for that."""
+    """From there, or from a result, to the submission of what follows from it. A decode that goes on is taken to be
+    submitted ahead, as it is unless it needs pages of those who leave it, and does not wait for that."""
     decode_begin_s: float = 0.0
     """How much longer the first step of a decode takes than those that go on with it."""
     telling_s: float = 0.0
