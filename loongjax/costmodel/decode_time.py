@@ -19,8 +19,6 @@ class DecodeTime:
     reading them, reading the keys of the fullest instance, exchanging every row of the group between its instances, and
     a message for each master beyond the first. One instance alone exchanges nothing, and the last two are 0.
 
-    A decode that some have left keeps the padding with which it began, and takes a little longer than this says.
-
     The matrices take the longer of reading W and computing c x rows, which is W + c max(0, rows - W / c): hence a term
     that starts at `compute_bound_rows`.
     """

@@ -43,8 +43,6 @@ class Flight:
     """On the engine's clock, in seconds."""
     started_s: float = 0.0
     """When it was submitted, or when the iteration before it on the same group ended if that came later."""
-    num_begun: int = 0
-    """Of a decode: requests that it had when it began, of which some may have left since."""
     _view: FlightView | None = None
 
     @property

@@ -85,7 +85,7 @@ class EngineCore:
         if jump:
             assert isinstance(runtime, JumpingRuntime), "only a simulation jumps"
             jumps = Jumps(runtime)
-        self._state = EngineState(runtime.shape)
+        self._state = EngineState(runtime.shape, runtime.limits)
         self._counters = Counters(kv_bytes_per_token=kv_bytes_per_token)
         self._watch = Watch(self._state.flights, iteration_timeout_s)
         self._outcomes = Outcomes(self._state, runtime.now_s)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
-from loongjax.core.iteration import DecodeIteration, RecoverIteration
+from loongjax.core.iteration import RecoverIteration
 from loongjax.core.plan import Decode
 from loongjax.engine.binding import Flight
 from loongjax.engine.live_request import LiveRequest
+from loongjax.runtime.buckets import fit
 
 
 class Flights:
@@ -18,7 +19,9 @@ class Flights:
     requests, or recovers from a failure before both.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, row_buckets: Sequence[int]) -> None:
+        """`row_buckets`: sizes, ascending, that the sub-batches of decodes are padded to."""
+        self._row_buckets = row_buckets
         self._flights: dict[int, Flight] = {}
         """By iteration id, in order of submission."""
         self._latest: dict[InstanceId, Flight] = {}
@@ -33,9 +36,6 @@ class Flights:
     def depart(self, flight: Flight, now_s: float) -> None:
         """Notes a submission."""
         flight.submitted_s = flight.started_s = now_s
-        if isinstance(flight.iteration, DecodeIteration):
-            goes_on = flight.iteration.continues
-            flight.num_begun = self._latest[flight.group.instances[0]].num_begun if goes_on else len(flight.requests)
         self._flights[flight.iteration.iteration_id] = flight
         for instance in flight.group.instances:
             self._latest[instance] = flight
@@ -76,8 +76,7 @@ class Flights:
 
     def continues(self, plan: Decode) -> bool:
         """Whether the last iteration of every instance of the group was this decode, one token earlier, with those who
-        have left since. If they are more than half of those with whom it began, it begins again: their rows are
-        computed for nothing.
+        have left since. It begins again where fewer rows of padding do for those who are left.
 
         Stricter than `DecodeIteration.continues` has to be, so that a runtime may reuse memory between iterations.
         """
@@ -86,9 +85,12 @@ class Flights:
             latest is not None
             and isinstance(latest.plan, Decode)
             and plan.goes_on_from(latest.plan)
-            and 2 * len(plan.request_ids) >= latest.num_begun
+            and self._padded_rows(plan) == self._padded_rows(latest.plan)
             and all(self._latest.get(instance) is latest for instance in plan.group.instances)
         )
+
+    def _padded_rows(self, decode: Decode) -> int:
+        return fit(max([len(batch.request_ids) for batch in decode.sub_batches]), self._row_buckets)
 
     def void(self, group: Group) -> None:
         """The keys on these instances are lost: what is in flight there counts no longer.

@@ -9,19 +9,22 @@ from loongjax.engine.live_request import LiveRequest
 from loongjax.engine.roster import Roster
 from loongjax.engine.waiting_queue import WaitingQueue
 from loongjax.kvcache.kv_cache import KVCache
+from loongjax.runtime.buckets import Buckets
+from loongjax.runtime.protocol import RuntimeLimits
 
 
 class EngineState:
     """Every live request is either in the waiting queue or in the KV cache; its moves between them are made here."""
 
-    def __init__(self, shape: ClusterShape) -> None:
+    def __init__(self, shape: ClusterShape, limits: RuntimeLimits) -> None:
+        """Of a cluster on which nothing runs yet, and of its runtime's limits."""
         self.kv_cache = KVCache(shape)
         self.live: dict[str, LiveRequest] = {}
         """By request id."""
         self.waiting = WaitingQueue()
         self.roster = Roster(self.kv_cache, self.live)
         """Is told of all that changes of running requests, here or elsewhere."""
-        self.flights = Flights()
+        self.flights = Flights(Buckets.of(shape, limits).num_rows)
         self._num_accepted = 0
 
     @property

@@ -29,7 +29,7 @@ class Decoding:
         self.shape = ClusterShape(num_instances=3, num_pages=num_pages, page_size=4)
         self.kv_cache = KVCache(self.shape)
         self.live: dict[str, LiveRequest] = {}
-        self.flights = Flights()
+        self.flights = Flights(row_buckets=(8,))
         kept = {
             "a": (TokenInterval(1, 0, 12), TokenInterval(0, 12, 19)),
             "b": (TokenInterval(1, 0, 5),),

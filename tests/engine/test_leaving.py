@@ -84,10 +84,11 @@ def test_an_abort_leaves_the_others_going_on() -> None:
     assert_nothing_leaks(core)
 
 
-def test_a_decode_begins_again_when_more_than_half_have_left() -> None:
+def test_a_decode_begins_again_where_fewer_rows_of_padding_do() -> None:
+    """Up to eight requests of one instance are padded to 1, 4 or 8 rows."""
     runtime = CLUSTER.runtime()
-    serve(runtime, *(CLUSTER.request(f"r{i}", 4, max_tokens) for i, max_tokens in enumerate((5, 8, 11, 14, 14))))
-    assert begins(runtime) == [["r0", "r1", "r2", "r3", "r4"], ["r3", "r4"]]
+    serve(runtime, *(CLUSTER.request(f"r{i}", 4, max_tokens) for i, max_tokens in enumerate((5, 8, 11, 14, 17, 20))))
+    assert begins(runtime) == [["r0", "r1", "r2", "r3", "r4", "r5"], ["r2", "r3", "r4", "r5"], ["r5"]]
 
 
 def test_one_who_joins_makes_it_begin_again() -> None:
@@ -104,32 +105,38 @@ def test_one_who_joins_makes_it_begin_again() -> None:
     assert_nothing_leaks(core)
 
 
+THREE_WHO_FILL_TWELVE_PAGES = (("short", 12, 5), ("long", 12, 10), ("other", 12, 10))
+"""Names, prompt tokens and output tokens."""
+
+
 def test_pages_of_those_who_are_about_to_end_are_not_counted_on_before_they_are_free() -> None:
-    """Each holds four of eight pages when the first gets its last token, and the second needs a fifth behind that."""
-    cluster = dataclasses.replace(CLUSTER, num_pages=8, max_model_len=32)
+    """Each holds four of twelve pages when the first gets its last token, and the others need a fifth behind that."""
+    cluster = dataclasses.replace(CLUSTER, num_pages=12, max_model_len=32)
     runtime = cluster.runtime()
-    serve(runtime, cluster.request("short", 12, 5), cluster.request("long", 12, 10), cluster=cluster)
+    serve(runtime, *(cluster.request(*request) for request in THREE_WHO_FILL_TWELVE_PAGES), cluster=cluster)
     at_end = [len(members(iteration)) for iteration in decodes(runtime)]
-    assert at_end == [2] * 4 + [1] * 5
+    assert at_end == [3] * 4 + [2] * 5
     assert sum(isinstance(iteration, PrefillIteration) for iteration in runtime.submitted) == 1, "nobody starts again"
     # The step behind the last token waited until that was there, and went on from what the devices hold all the same.
-    assert begins(runtime) == [["short", "long"]]
+    assert begins(runtime) == [["short", "long", "other"]]
     assert runtime.now_s() == 1.0 + 9.0
 
 
 def test_pages_of_one_who_was_about_to_end_are_counted_on_once_an_abort_frees_them() -> None:
-    cluster = dataclasses.replace(CLUSTER, num_pages=8, max_model_len=32)
+    cluster = dataclasses.replace(CLUSTER, num_pages=12, max_model_len=32)
     runtime = cluster.runtime()
     core, journal = cluster.core(runtime), Journal()
-    core.add(cluster.request("short", 12, 5), long := cluster.request("long", 12, 10))
+    short, *others = [cluster.request(*request) for request in THREE_WHO_FILL_TWELVE_PAGES]
+    core.add(short, *others)
     while len(journal.tokens.get("short/0", ())) < 4:
         journal.write(core.step(1.0))
-    assert len(decodes(runtime)) == 4, "nothing is behind the last token: the other one needs a page"
+    assert len(decodes(runtime)) == 4, "nothing is behind the last token: the others need a page each"
     core.abort("short/0")
     journal.write(core.step(0.0))
-    assert [members(iteration) for iteration in decodes(runtime)[4:]] == [["long"]]
+    assert [members(iteration) for iteration in decodes(runtime)[4:]] == [["long", "other"]]
     run(core, journal)
-    journal.check(long)
+    for request in others:
+        journal.check(request)
     assert_nothing_leaks(core)
 
 

@@ -31,7 +31,7 @@ class Scene:
         self.live = {"a": LiveRequest(request, 0, 0.0)}
         self.roster = Roster(self.kv_cache, self.live)
         self.roster.note(self.live.values())
-        self.flights = Flights()
+        self.flights = Flights(row_buckets=(8,))
         self.flights.depart(Flight(RecoverIteration(0, Group.of([1])), None, ()), now_s=1.0)
 
     def picture(self, now_s: float) -> ClusterView:
