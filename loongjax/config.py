@@ -110,7 +110,7 @@ class EngineConfig(SchedulingConfig):
     """How GPUs exchange the small messages of a step; auto: through each other's memory where they can; xla: by XLA's
     collectives."""
     run_ahead: bool = True
-    """Submit a decode's next step before the tokens of the last one are read."""
+    """Submit what follows a decode step or a prefill before the tokens of that are read."""
     warm_up: bool | None = None
     """Compile everything the scheduler may use before the engine is ready; None: on GPU only."""
     iteration_timeout_s: float = 600.0

@@ -62,7 +62,7 @@ class DecodeInput:
 
     request: Request
     output_token_ids: tuple[int, ...]
-    """Every token generated so far, the input token last; empty if the iteration continues, since the devices hold what
+    """Every token generated so far that the host knows; empty if the iteration continues, since the devices hold what
     they need of them."""
     position: int
     """Of the input token, from 0: the number of tokens whose keys were written before this step."""
@@ -70,6 +70,10 @@ class DecodeInput:
     """Where the master writes the input token's keys."""
     tables: tuple[InstanceTable, ...]
     """Every instance that holds keys, this step's included; the master's last token is the one at `slot`."""
+    is_awaited: bool = False
+    """Whether the input token is what the iteration right before samples, a prefill on the same group: the devices hold
+    it, and the host does not know it yet. Otherwise it is the last of the output, or of the prompt if there is none.
+    Never so where the iteration continues."""
 
 
 @dataclasses.dataclass(frozen=True)

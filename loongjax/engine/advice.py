@@ -1,4 +1,4 @@
-"""What the policy says: of the cluster as it is, and of the cluster as it will be once a decode is over."""
+"""What the policy says: of the cluster as it is, and of the cluster as it will be once an iteration is over."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from loongjax.core.plan import Decode, Plan
+from loongjax.core.plan import Decode, Plan, Prefill
 from loongjax.costmodel.corrector import Kind
 from loongjax.costmodel.work import Strategy
 from loongjax.engine.binding import Flight
 from loongjax.engine.jumps import foresee
 from loongjax.engine.snapshot import take_snapshot
 from loongjax.engine.state import EngineState
+from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import Runtime
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import ExplainedPolicy, Policy, PredictingPolicy
@@ -38,8 +39,9 @@ class Advice:
     """Asks a policy.
 
     What it remembers of an answer that nobody follows would be wrong, so a copy is asked about the future, and takes
-    the policy's place if its answer is followed. That is when what is left of a decode goes on, or when the future has
-    come as foreseen: then what is to be done was decided while the devices were busy, and nobody waits for it.
+    the policy's place if its answer is followed. That is when it can be carried out behind what is in flight, or when
+    the future has come as foreseen: then what is to be done was decided while the devices were busy, and nobody waits
+    for it.
     """
 
     def __init__(self, policy: Policy, runtime: Runtime, state: EngineState, *, checks: bool) -> None:
@@ -73,11 +75,11 @@ class Advice:
         self._follow(self._policy)
         return self._ask(self._policy, view)
 
-    def goes_on_with(self, flight: Flight) -> Decode | None:
-        """The decode in flight again, or what is left of it, if that and nothing else would follow: then it is as good
-        as decided.
+    def follows(self, flight: Flight) -> Decode | Prefill | None:
+        """What is to be submitted behind a prefill or decode in flight: what would follow it, if that is one thing and
+        needs nothing that the host will know only then.
 
-        Where something else would, that is remembered; where nobody is left, nobody is asked.
+        Where something else would follow, that is remembered; where nobody is left, nobody is asked.
         """
         view = self._snapshot(as_if_over=flight)
         if not (len(view.residents) or view.waiting):
@@ -91,16 +93,24 @@ class Advice:
         if len(known.plans) != 1 or not self._can_be_behind(flight, known.plans[0]):
             return None
         self._follow(known.policy)
-        return cast(Decode, known.plans[0])
+        return cast(Decode | Prefill, known.plans[0])
 
     def _can_be_behind(self, flight: Flight, plan: Plan) -> bool:
-        """Whether it goes on with the decode in flight, and needs no pages of those who end by that."""
-        if not isinstance(plan, Decode) or plan.group != flight.group or not self._state.flights.continues(plan):
-            return False
+        """Whether it keeps the order of `Flights`, needs no pages of those who end by the flight, and of those who get
+        a token by it nothing but that token, which the devices have.
+        """
         kv_cache = self._state.kv_cache
-        return plan == flight.plan or all(
-            kv_cache.can_append(batch.request_ids, batch.master) for batch in plan.sub_batches
-        )
+        match flight.plan, plan:
+            case Decode(), Decode() if self._state.flights.continues(plan):
+                return plan == flight.plan or _has_slots(plan, kv_cache)
+            case Prefill(), Decode() if plan.group == flight.group:
+                # Penalties count the token on the host.
+                have_penalties = any(live.request.sampling.has_penalties for live in flight.requests)
+                return not have_penalties and _has_slots(plan, kv_cache)
+            case Decode(), Prefill() if plan.group == flight.group:
+                return kv_cache.can_keep(*[request.kept for request in plan.requests])
+            case _:
+                return False
 
     def would_repeat(self, flight: Flight, decode: Decode, num_steps: int) -> bool:
         """Whether the same decode and nothing else would follow so many steps of it, the one in flight included."""
@@ -135,3 +145,7 @@ class Advice:
         if self._checks:
             check_plan(view, plans)
         return plans
+
+
+def _has_slots(decode: Decode, kv_cache: KVCache) -> bool:
+    return all(kv_cache.can_append(batch.request_ids, batch.master) for batch in decode.sub_batches)

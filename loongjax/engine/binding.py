@@ -142,6 +142,7 @@ def _bind_decode(
                     position,
                     slot,
                     kv_cache.tables(request_id),
+                    is_awaited=not continues and live[request_id].num_in_flight > 0,
                 )
             )
         sub_batches.append(DecodeSubBatch(sub_batch.master, tuple(inputs)))

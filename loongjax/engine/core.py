@@ -65,7 +65,7 @@ class EngineCore:
             info: what front ends are told of the model.
             max_queue_len: requests that may wait.
             kv_bytes_per_token: keys and values of one token in all layers, for the statistics.
-            run_ahead: submit a decode's next iteration before the tokens of the last one are read.
+            run_ahead: submit an iteration behind another before the tokens of that one are read (`engine/planning.py`).
             jump: let decodes stand for many steps while nobody could interfere, instead of running ahead. Only for a
                 `JumpingRuntime`: a simulation.
             iteration_timeout_s: how long an iteration may be in flight before `check_health` complains, in seconds.

@@ -126,7 +126,7 @@ class LiveRequest:
 
         Args:
             kv: where its keys are, as `KVCache.local_lens` gives it.
-            num_landed: decode steps with it in flight that count as if they were over.
+            num_landed: iterations with it in flight that count as if they had given it a token.
         """
         view = self._running_view
         is_in_flight = self.num_in_flight > num_landed

@@ -1,17 +1,24 @@
 """When the policy is asked, and what becomes of its answers.
 
-Running ahead: while a decode is in flight, the policy is also asked what it would do once that is over. If the answer
-is the same decode again, or what is left of it when some have ended, and nothing else, its next iteration is submitted
-behind it at once, before any token was read; the devices hold the input tokens. A request that turns out to have ended
-ignores its token of that iteration. Any other answer is kept, and followed when the decode is over if all has come as
-foreseen, so that no instance stands still while the policy thinks.
+Running ahead: while a decode or a prefill is in flight, the policy is also asked what it would do once that is over. If
+the answer is one of these and nothing else, it is submitted behind it at once, before any token was read, so that the
+devices pass from one to the other without a pause:
+
+    behind a decode   the same again, or what is left of it when some have ended
+    behind a decode   a prefill on its group
+    behind a prefill  a decode on its group, that of those who were prefilled included
+
+The devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration, and
+whoever comes meanwhile waits for one iteration more. Behind a prefill no other is submitted: it may take seconds, and
+those who come meanwhile belong into the next batch. Any other answer is kept, and followed when the iteration is over
+if all has come as foreseen, so that no instance stands still while the policy thinks.
 
 Jumps, in simulations, are the same question for many steps: see `loongjax.engine.jumps`.
 """
 
 from __future__ import annotations
 
-from loongjax.core.plan import Decode
+from loongjax.core.plan import Decode, Prefill
 from loongjax.engine.advice import Advice
 from loongjax.engine.binding import Flight
 from loongjax.engine.departure import Departure
@@ -36,7 +43,7 @@ class Planning:
         run_ahead: bool,
         jumps: Jumps | None,
     ) -> None:
-        """`run_ahead`: whether decodes are submitted behind themselves; `jumps`: instead of that, in a simulation."""
+        """`run_ahead`: whether iterations are submitted behind others; `jumps`: instead of that, in a simulation."""
         self._state = state
         self._advice = advice
         self._outcomes = outcomes
@@ -45,7 +52,7 @@ class Planning:
         self._run_ahead = run_ahead and jumps is None
         self._jumps = jumps
         self._unlike: set[int] = set()
-        """Iterations that something else would have followed when the policy was asked last."""
+        """Iterations behind which nothing could be submitted when the policy was asked last."""
 
     def plan(self) -> bool:
         """Asks the policy, and does what it says.
@@ -73,21 +80,22 @@ class Planning:
         return is_any_over
 
     def _run_ahead_of(self, flights: list[Flight]) -> None:
-        """Continues what goes on as it is; asks last about what did not, for what is submitted meanwhile changes the
-        answer."""
+        """Submits what follows each of these; asks last about those that nothing could follow, for what is submitted
+        meanwhile changes the answer. What follows a prefill is asked once: it may be in flight for long."""
         unlike, self._unlike = self._unlike, set()
         for flight in sorted(flights, key=lambda flight: flight.iteration.iteration_id in unlike):
-            if not self._continue(flight):
+            is_asked = isinstance(flight.plan, Prefill) and flight.iteration.iteration_id in unlike
+            if is_asked or not self._submit_behind(flight):
                 self._unlike.add(flight.iteration.iteration_id)
 
-    def _continue(self, flight: Flight) -> bool:
-        """Submits a decode's next iteration behind it, if that is what the policy would decide once it is over."""
-        if not isinstance(flight.plan, Decode) or flight.is_void:
+    def _submit_behind(self, flight: Flight) -> bool:
+        """Submits what the policy would decide once the flight is over, if it can be behind it."""
+        if not isinstance(flight.plan, Decode | Prefill) or flight.is_void:
             return False
-        decode = self._advice.goes_on_with(flight)
-        if decode is None:
+        plan = self._advice.follows(flight)
+        if plan is None:
             return False
-        self._departure.carry_out(decode)
+        self._departure.carry_out(plan)
         return True
 
     def _jump(self, jumps: Jumps) -> bool:

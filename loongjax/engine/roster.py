@@ -56,7 +56,7 @@ class Roster:
         return self._residents
 
     def foresee(self, flight: Flight) -> Foreseen:
-        """How it will be when a decode in flight is over, if that ends none but those that get their last token."""
+        """How it will be when a prefill or decode in flight is over, if it ends only who gets the last token by it."""
         residents, instances = self.residents(), flight.group.instances
         before = [residents.local[instance] for instance in instances]
         landed = self._landed.get(flight)
@@ -75,11 +75,15 @@ class Roster:
             after = residents.after(news, instances)
             landed = _Landed(before, [after.local[instance] for instance in instances], ended)
             self._landed[flight] = landed
-        return Foreseen(residents.with_local(landed.after), landed.ended)
+        keyless = None
+        if residents.keyless:
+            names = {view.request_id for view in landed.ended}
+            keyless = tuple([view for view in residents.keyless if view.request_id not in names])
+        return Foreseen(residents.with_local(landed.after, keyless), landed.ended)
 
 
 class Foreseen(NamedTuple):
-    """The running requests once a decode is over."""
+    """The running requests once an iteration is over."""
 
     residents: Residents
     ended: Sequence[RunningView]

@@ -32,7 +32,12 @@ def take_snapshot(
     Pages and tokens need no other foresight: they are accounted for when an iteration is submitted.
     """
     aloft = [flight for flight in flights if flight is not as_if_over]
-    busy = {instance: isinstance(flight.plan, Prefill) for flight in aloft for instance in flight.group.instances}
+    busy: dict[InstanceId, bool] = {}
+    """Busy instances; whether with a prefill, or with something before or behind one."""
+    for flight in aloft:
+        is_prefilling = isinstance(flight.plan, Prefill)
+        for instance in flight.group.instances:
+            busy[instance] = is_prefilling or busy.get(instance, False)
     foreseen = Foreseen(roster.residents(), ()) if as_if_over is None else roster.foresee(as_if_over)
     num_free_pages = kv_cache.all_free_pages()
     for request in foreseen.ended:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -87,8 +88,11 @@ class KVCache:
             num_tokens[interval.instance] = num_tokens.get(interval.instance, 0) + interval.num_tokens
         return {instance: self.shape.num_pages_for(count) for instance, count in num_tokens.items()}
 
-    def can_keep(self, intervals: Sequence[TokenInterval]) -> bool:
-        needed = self.num_pages_needed(intervals)
+    def can_keep(self, *requests: Sequence[TokenInterval]) -> bool:
+        """Whether there are pages for all of these, each the tokens of a request."""
+        needed: collections.Counter[InstanceId] = collections.Counter()
+        for intervals in requests:
+            needed.update(self.num_pages_needed(intervals))
         return all(self._pools[instance].num_free >= num_pages for instance, num_pages in needed.items())
 
     def keep(self, request_id: str, intervals: Sequence[TokenInterval]) -> tuple[KeptTokens, ...]:

@@ -50,12 +50,14 @@ from loongjax.runtime.packing import (
     pack_extend,
     pack_prefill,
     pack_prompt_targets,
+    pack_sources,
 )
 from loongjax.runtime.program_calls import ProgramCalls, ProgramKey
 from loongjax.runtime.programs import (
     BY_RANK,
     MIGRATION_BUCKET,
     DecodeState,
+    await_step,
     decode_step,
     extend_step,
     head_step,
@@ -87,6 +89,16 @@ class _DecodeCache:
     """Steps that the page tables still have room for."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _FirstTokens:
+    """What a group's last prefill has sampled."""
+
+    places: dict[str, int]
+    """By request id: rank * R + row."""
+    token_ids: jax.Array
+    """int32 [n, R]"""
+
+
 class LocalRuntime:
     """Implements `loongjax.runtime.protocol.Runtime` on a grid of local devices."""
 
@@ -111,6 +123,8 @@ class LocalRuntime:
         self._limits = limits
         self._buckets = buckets
         self._decodes: dict[Group, _DecodeCache] = {}
+        self._first_tokens: dict[Group, _FirstTokens] = {}
+        """Until a decode of the group begins, which may await them."""
         self._broken: set[InstanceId] = set()
         """Instances on which a dispatch has failed: until they recover nothing more is tried there."""
         self._recompiles = RecompileCounter()
@@ -186,6 +200,7 @@ class LocalRuntime:
             lane.shutdown(wait=waits, cancel_futures=not waits)
         self._recompiles.close()
         self._decodes.clear()
+        self._first_tokens.clear()
 
     def _dispatch_lane(self, group: Group) -> concurrent.futures.Executor:
         """A group's lane is that of its first instance."""
@@ -244,6 +259,12 @@ class LocalRuntime:
             sampler = self._sampler(group, rows, num_rows)
             sampled = sampler.sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
+            places = {
+                item.request.request_id: rank * num_rows + row
+                for rank, inputs in enumerate(rows)
+                for row, item in enumerate(inputs)
+            }
+            self._first_tokens[group] = _FirstTokens(places, sampled.token_ids)
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -308,7 +329,12 @@ class LocalRuntime:
         for batch in iteration.sub_batches:
             rank = group.rank_of(batch.master)
             inputs[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
-        state, token_ids = self._put(group, (packed.state, packed.token_ids))
+        first_tokens = self._first_tokens.pop(group, None)
+        sources = pack_sources(iteration, rows, {} if first_tokens is None else first_tokens.places)
+        state, token_ids, sources = self._put(group, (packed.state, packed.token_ids, sources))
+        if sources is not None:
+            assert first_tokens is not None, iteration
+            token_ids = await_step(token_ids, sources, first_tokens.token_ids)
         cache = _DecodeCache(
             rows=rows,
             state=state,

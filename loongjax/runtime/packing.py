@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -133,6 +134,18 @@ class DecodeRows:
                 ]
             ),
         )
+
+
+def pack_sources(iteration: DecodeIteration, rows: DecodeRows, places: Mapping[str, int]) -> np.ndarray | None:
+    """int32 [n, B]: where the tokens are that a decode awaits, as `places` says by request id; -1 elsewhere. None if it
+    awaits none."""
+    sources = np.full((iteration.group.dop, rows.num_rows), -1, np.int32)
+    for batch in iteration.sub_batches:
+        rank = iteration.group.rank_of(batch.master)
+        for row, item in zip(rows.by_rank[rank], batch.inputs, strict=True):
+            if item.is_awaited:
+                sources[rank, row] = places[item.request.request_id]
+    return sources if sources.max() >= 0 else None
 
 
 def pack_decode_slots(iteration: DecodeIteration, rows: DecodeRows) -> np.ndarray:

@@ -23,6 +23,7 @@ from loongjax.runtime.programs import (
     BY_RANK,
     LOGITS_SPEC,
     MIGRATION_BUCKET,
+    await_step,
     decode_step,
     extend_step,
     head_step,
@@ -57,12 +58,12 @@ class Call:
 class ProgramKey:
     """A program of greedy requests, on the group of the first `dop` instances."""
 
-    name: Literal["prefill", "head", "sample", "decode", "extend", "migrate"]
+    name: Literal["prefill", "head", "sample", "decode", "await", "extend", "migrate"]
     dop: int
     size: int = 0
-    """Bucket: tokens on a rank of a prefill or extend, rows on a rank of head, sample and decode; 0 of a migration."""
+    """Bucket: tokens on a rank of a prefill or extend, rows on a rank of others; 0 of a migration."""
     num_requests: int = 0
-    """Bucket of an extend's requests; 0 of others."""
+    """Bucket of an extend's requests, or of the rows on a rank of which an await takes tokens; 0 of others."""
 
 
 class ProgramCalls:
@@ -97,6 +98,7 @@ class ProgramCalls:
             if rows <= sample_capacity(group.dop, self._buckets):
                 yield self._head(group, rows)
             yield self._decode(group, rows)
+            yield from self._awaits(group, rows)
             for tier in TIERS:
                 yield from self._samples(group, rows, tier)
             yield from self._counts(group, rows)
@@ -118,6 +120,8 @@ class ProgramCalls:
                 return call
             case "decode":
                 return self._decode(group, key.size)
+            case "await":
+                return self._await(group, key.size, key.num_requests)
             case "extend":
                 return self._extend(group, key.size, key.num_requests)
             case "migrate":
@@ -175,6 +179,16 @@ class ProgramCalls:
         peers = self._exchange.peers(group)
         weights = self._weights.view(group)
         return Call(group, decode_step, (self._spec, weights, _POOL, state, token_ids, slots, peers))
+
+    def _awaits(self, group: Group, num_rows: int) -> Iterator[Call]:
+        for num_sampled in self._buckets.num_rows:
+            if num_sampled <= sample_capacity(group.dop, self._buckets):
+                yield self._await(group, num_rows, num_sampled)
+
+    def _await(self, group: Group, num_rows: int, num_sampled: int) -> Call:
+        rows = np.zeros((group.dop, num_rows), np.int32)
+        sampled = np.zeros((group.dop, num_sampled), np.int32)
+        return Call(group, await_step, self._put(group, (rows, np.full_like(rows, -1), sampled)))
 
     def _extends(self, group: Group, max_extend_tokens: int) -> Iterator[Call]:
         """What follows an extend is what follows a prefill."""

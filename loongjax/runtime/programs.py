@@ -231,6 +231,25 @@ def decode_step(
     )(weights, kv_pool, state, token_ids, slots, peers)
 
 
+@jax.jit
+def await_step(
+    token_ids: Int32[Array, "n B"], sources: Int32[Array, "n B"], sampled: Int32[Array, "n R"]
+) -> Int32[Array, "n B"]:
+    """A decode's input tokens where the prefill right before it samples some of them, for any rank.
+
+    Args:
+        token_ids: those that the host knows.
+        sources: for all others, rank * R + row of the prefill's; -1 for those that the host knows.
+        sampled: the prefill's.
+    """
+
+    def body(token_ids: jax.Array, sources: jax.Array, sampled: jax.Array) -> jax.Array:
+        everybodys = jax.lax.all_gather(sampled[0], SP_AXIS, tiled=True)
+        return jnp.where(sources >= 0, everybodys[jnp.maximum(sources, 0)], token_ids)
+
+    return jax.shard_map(body, in_specs=BY_RANK, out_specs=BY_RANK, check_vma=False)(token_ids, sources, sampled)
+
+
 @functools.partial(jax.jit, static_argnames="spec", donate_argnames="kv_pool")
 def extend_step(
     spec: ModelSpec, weights: Weights, kv_pool: KVPoolView, batch: ExtendBatch, peers: Peers = None

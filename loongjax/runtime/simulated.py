@@ -44,9 +44,11 @@ class HostTimes:
     """From a request's arrival until the step loop has it: it takes requests between two steps."""
     turnaround_s: float = 0.0
     """From there, or from a result, to the submission of what follows from it. A decode that goes on is taken to be
-    submitted ahead, as it is unless it needs pages of those who leave it, and does not wait for that."""
+    submitted ahead, as it is unless it needs pages of those who leave it, and does not wait for that. Whatever else is
+    submitted ahead is so by the engine, if that runs ahead."""
     decode_begin_s: float = 0.0
-    """How much longer the first step of a decode takes than those that go on with it."""
+    """How much longer the first step of a decode takes than those that go on with it: the host makes it ready, while
+    the devices wait unless something is in flight before it."""
     telling_s: float = 0.0
     """From a result until clients have its tokens: the step loop submits what follows first."""
 
@@ -167,11 +169,13 @@ class SimulatedRuntime:
         instances = iteration.group.instances
         is_decode = isinstance(iteration, DecodeIteration)
         turnaround_s = 0.0 if is_decode and iteration.continues else self._host.turnaround_s
-        begin_s = max([self._clock_s + turnaround_s, *[self._busy_until_s[instance] for instance in instances]])
+        submitted_s = self._clock_s + turnaround_s
+        begin_s = max([submitted_s, *[self._busy_until_s[instance] for instance in instances]])
         work = work_of(iteration)
-        end_s = begin_s + self._duration_s(iteration, work)
+        ready_s = begin_s
         if is_decode and not iteration.continues:
-            end_s += self._host.decode_begin_s
+            ready_s = max(begin_s, submitted_s + self._host.decode_begin_s)
+        end_s = ready_s + self._duration_s(iteration, work)
         run = _Run(iteration, work, self._clock_s, begin_s, np.asarray([end_s]), tokens=_tokens(iteration))
         self._runs[iteration.iteration_id] = run
         self._schedule(run)

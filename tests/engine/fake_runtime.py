@@ -114,6 +114,10 @@ class FakeRuntime:
         """Failed iterations that the engine has been told of."""
         self._decodes: dict[Group, tuple[DecodeIteration, dict[str, tuple[int, ...]]]] = {}
         """The last decode of each group, and each request's tokens after it, the sampled one included."""
+        self._last: dict[InstanceId, Iteration] = {}
+        """The last iteration of each instance."""
+        self._prefilled: dict[int, dict[str, tuple[int, ...]]] = {}
+        """By prefill, each request's tokens after it, the sampled one included."""
         self._results: list[_Result] = []
         self._condition = threading.Condition()
         self._is_woken = False
@@ -168,7 +172,9 @@ class FakeRuntime:
                 self._failures[instance] = iteration.iteration_id
             self._decodes.pop(iteration.group, None)
             return Completion(iteration.iteration_id, error="injected failure")
-        return Completion(iteration.iteration_id, self._execute(iteration), elapsed_s)
+        tokens = self._execute(iteration)
+        self._last.update(dict.fromkeys(instances, iteration))
+        return Completion(iteration.iteration_id, tokens, elapsed_s)
 
     def completions(self, timeout_s: float | None) -> list[Completion]:
         with self._condition:
@@ -194,7 +200,12 @@ class FakeRuntime:
                 assert len(iteration.inputs) <= self._limits.max_num_seqs
                 num_tokens = sum(len(item.token_ids) for item in iteration.inputs)
                 assert num_tokens <= self._limits.max_num_batched_tokens * iteration.group.dop
-                return tuple(self._prefill(item, iteration.group) for item in iteration.inputs)
+                sampled = tuple(self._prefill(item, iteration.group) for item in iteration.inputs)
+                self._prefilled[iteration.iteration_id] = {
+                    item.request.request_id: (*item.token_ids.tolist(), token.token_id)
+                    for item, token in zip(iteration.inputs, sampled, strict=True)
+                }
+                return sampled
             case DecodeIteration():
                 return self._decode(iteration)
             case ExtendIteration():
@@ -250,6 +261,9 @@ class FakeRuntime:
                 if iteration.continues:
                     assert item.output_token_ids == (), "the devices hold these"
                     tokens = on_device[request.request_id]
+                if item.is_awaited:
+                    assert not iteration.continues
+                    tokens = self._awaited(iteration, item)
                 assert item.position == len(tokens) - 1
                 self._write(sub_batch.master, item.slot, request.request_id, item.position)
                 self._check_tables(item, iteration.group, sub_batch.master)
@@ -260,6 +274,15 @@ class FakeRuntime:
             del self._decodes[group]
         self._decodes[iteration.group] = iteration, after
         return tuple(results)
+
+    def _awaited(self, iteration: DecodeIteration, item: DecodeInput) -> tuple[int, ...]:
+        """The tokens of a request whose last one only the devices have."""
+        (before,) = {id(last): last for last in map(self._last.get, iteration.group.instances)}.values()
+        assert isinstance(before, PrefillIteration)
+        assert before.group == iteration.group
+        tokens = self._prefilled[before.iteration_id][item.request.request_id]
+        assert tokens[:-1] == (*item.request.prompt_token_ids, *item.output_token_ids)
+        return tokens
 
     def _extend(self, iteration: ExtendIteration) -> tuple[SampledToken, ...]:
         assert len({item.request.request_id for item in iteration.inputs}) == len(iteration.inputs)

@@ -61,11 +61,15 @@ class TellingRuntime(FakeRuntime):
 CLUSTER = Cluster(num_instances=1, num_pages=64, max_model_len=64)
 
 
+TWO_INSTANCES = Cluster(num_instances=2, num_pages=64, max_model_len=64)
+"""A prompt of 32 tokens takes both, so that it cannot be submitted behind a decode on one."""
+
+
 def test_what_follows_a_decode_is_decided_while_it_runs() -> None:
     """A prompt comes while a decode and its successor are in flight: it starts as soon as they are over."""
     events: list[str] = []
-    core = CLUSTER.core(TellingRuntime(CLUSTER, events), TellingPolicy(CLUSTER.policy(), events))
-    requests = [CLUSTER.request(name, 8, max_tokens=40) for name in ("first", "second")]
+    core = TWO_INSTANCES.core(TellingRuntime(TWO_INSTANCES, events), TellingPolicy(TWO_INSTANCES.policy(), events))
+    requests = [TWO_INSTANCES.request(name, length, max_tokens=30) for name, length in (("first", 8), ("second", 32))]
     journal = Journal()
     core.add(requests[0])
     while events.count("decode") < 4:
@@ -104,8 +108,8 @@ def test_what_follows_the_last_token_of_somebody_is_decided_before_it_is_there()
 @pytest.mark.parametrize("leaves", ["first/0", "second/0"])
 def test_an_answer_is_not_followed_where_somebody_has_left_meanwhile(leaves: str) -> None:
     events: list[str] = []
-    core = CLUSTER.core(TellingRuntime(CLUSTER, events), TellingPolicy(CLUSTER.policy(), events))
-    requests = [CLUSTER.request(name, 8, max_tokens=40) for name in ("first", "second")]
+    core = TWO_INSTANCES.core(TellingRuntime(TWO_INSTANCES, events), TellingPolicy(TWO_INSTANCES.policy(), events))
+    requests = [TWO_INSTANCES.request(name, length, max_tokens=30) for name, length in (("first", 8), ("second", 32))]
     journal = Journal()
     core.add(requests[0])
     while events.count("decode") < 4:

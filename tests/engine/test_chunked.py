@@ -186,8 +186,8 @@ def test_a_suspect_whose_prompt_cannot_be_cut_is_prefilled() -> None:
     request = CLUSTER.request("a", 20, 4, prompt_logprobs=0)
     core.add(request)
     run(core).check(request)
-    kinds = [type(iteration) for iteration in runtime.submitted[:3]]
-    assert kinds == [PrefillIteration, RecoverIteration, PrefillIteration]
+    kinds = [type(iteration) for iteration in runtime.submitted[:4]]
+    assert kinds == [PrefillIteration, DecodeIteration, RecoverIteration, PrefillIteration]
 
 
 def test_steps_run_ahead_again_once_the_prompt_is_computed() -> None:

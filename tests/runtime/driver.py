@@ -1,4 +1,5 @@
-"""Runs scripted iterations on a runtime, one at a time, with the accounting that the engine would do."""
+"""Runs scripted iterations on a runtime, with the accounting that the engine would do: one at a time, or one behind the
+other where the test says that the first does not land yet."""
 
 from __future__ import annotations
 
@@ -62,6 +63,9 @@ class Driver:
         self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.prompt_logprobs: dict[str, Sequence[TokenLogprobs]] = {}
         self._ids = itertools.count()
+        self._in_flight: list[Iteration] = []
+        self._completions: dict[int, Completion] = {}
+        """Of iterations that the test has not landed yet."""
         self._last_decode: tuple[Group, dict[int, list[str]], dict[str, int]] | None = None
 
     def add(self, name: str, prompt: Sequence[int], sampling: SamplingParams = GREEDY, *, seed: int = 0) -> None:
@@ -76,7 +80,9 @@ class Driver:
         self.tokens[name] = []
         self.logprobs[name] = []
 
-    def prefill(self, instances: Sequence[int], kept: Mapping[str, Sequence[tuple[int, int, int]]]) -> None:
+    def prefill(
+        self, instances: Sequence[int], kept: Mapping[str, Sequence[tuple[int, int, int]]], *, lands: bool = True
+    ) -> None:
         """kept: by request, (instance, begin, end) in token order; an end of -1 is the number of tokens."""
         inputs = []
         for name, intervals in kept.items():
@@ -85,9 +91,18 @@ class Driver:
             placed = tuple(TokenInterval(i, begin, len(token_ids) if end < 0 else end) for i, begin, end in intervals)
             wants = request.sampling.prompt_logprobs is not None and name not in self.prompt_logprobs
             inputs.append(PrefillInput(request, token_ids, self.kv.keep(name, placed), wants))
-        self.run(PrefillIteration(next(self._ids), Group.of(instances), tuple(inputs)))
+        self.submit(PrefillIteration(next(self._ids), Group.of(instances), tuple(inputs)))
+        if lands:
+            self.land()
 
-    def decode(self, instances: Sequence[int], sub_batches: Mapping[int, Sequence[str]], *, steps: int = 1) -> None:
+    def decode(
+        self,
+        instances: Sequence[int],
+        sub_batches: Mapping[int, Sequence[str]],
+        *,
+        steps: int = 1,
+        lands: bool = True,
+    ) -> None:
         group = Group.of(instances)
         for _ in range(steps):
             lengths = {name: len(self.tokens[name]) for names in sub_batches.values() for name in names}
@@ -96,7 +111,9 @@ class Driver:
                 DecodeSubBatch(master, tuple(self._decode_input(name, master, continues) for name in names))
                 for master, names in sub_batches.items()
             )
-            self.run(DecodeIteration(next(self._ids), group, batches, continues))
+            self.submit(DecodeIteration(next(self._ids), group, batches, continues))
+            if lands:
+                self.land()
             self._last_decode = group, {master: list(names) for master, names in sub_batches.items()}, lengths
 
     def extend(self, instance: int, chunks: Mapping[str, int]) -> Completion:
@@ -129,9 +146,18 @@ class Driver:
         self.kv.check_integrity()
 
     def run(self, iteration: Iteration) -> Completion:
+        self.submit(iteration)
+        return self.land()
+
+    def submit(self, iteration: Iteration) -> None:
         if not isinstance(iteration, DecodeIteration):
             self._last_decode = None
+        self._in_flight.append(iteration)
         self.runtime.submit(iteration)
+
+    def land(self) -> Completion:
+        """Takes in the first of what is in flight."""
+        iteration = self._in_flight.pop(0)
         completion = self.wait_for(iteration.iteration_id)
         assert completion.error is None, completion.error
         for token in completion.tokens:
@@ -144,10 +170,11 @@ class Driver:
         return completion
 
     def wait_for(self, iteration_id: int) -> Completion:
-        (completion,) = self.runtime.completions(None)
-        assert completion.iteration_id == iteration_id
+        while iteration_id not in self._completions:
+            for completion in self.runtime.completions(None):
+                self._completions[completion.iteration_id] = completion
         self.kv.check_integrity()
-        return completion
+        return self._completions.pop(iteration_id)
 
     def _goes_on(
         self,
@@ -168,9 +195,13 @@ class Driver:
     def _decode_input(self, name: str, master: int, continues: bool) -> DecodeInput:
         request = self.requests[name]
         output = tuple(self.tokens[name])
-        position = len(request.prompt_token_ids) + len(output) - 1
+        is_awaited = any(
+            isinstance(before, PrefillIteration) and request in [item.request for item in before.inputs]
+            for before in self._in_flight
+        )
+        position = len(request.prompt_token_ids) + len(output) - 1 + is_awaited
         slot = self.kv.append(name, master)
-        return DecodeInput(request, () if continues else output, position, slot, self.kv.tables(name))
+        return DecodeInput(request, () if continues else output, position, slot, self.kv.tables(name), is_awaited)
 
 
 def poison_pool(runtime: LocalRuntime) -> None:

@@ -134,6 +134,58 @@ def test_a_page_table_that_outgrows_its_room_is_laid_out_anew(driver, golden):
     golden.check(driver, "r", 2)
 
 
+@pytest.mark.parametrize(
+    ("instances", "batches"),
+    [
+        ((4,), {4: ["r0", "r1", "r2", "r3"]}),
+        ((4,), {4: ["r3", "old", "r1"]}),
+        ((0, 1, 3), {0: ["r2", "r0", "old"], 3: ["r1"]}),
+        ((0, 1), {1: ["r2", "r3", "old", "r0"]}),
+    ],
+)
+def test_a_decode_awaits_the_tokens_of_the_prefill_before_it(driver, golden, instances, batches):
+    """Behind each other on the devices: a decode, a prefill of others, and a decode of all or some of them, each master
+    of whichever the prefill sampled wherever.
+    """
+    driver.add("old", golden.prompt(1))
+    driver.prefill(instances, {"old": [(instances[0], 0, -1)]})
+    driver.decode(instances, {instances[-1]: ["old"]}, steps=2)
+    driver.decode(instances, {instances[-1]: ["old"]}, lands=False)
+    names = {"r0": 0, "r1": 1, "r2": 2, "r3": 0}
+    for name, i in names.items():
+        driver.add(name, golden.prompt(i))
+    kept = {name: [(instances[j % len(instances)], 0, -1)] for j, name in enumerate(names)}
+    driver.prefill(instances, kept, lands=False)
+    driver.land()
+    driver.decode(instances, batches, lands=False)
+    driver.land()
+    driver.land()
+    driver.decode(instances, batches, steps=8)
+    for name, i in {**names, "old": 1}.items():
+        golden.check(driver, name, i)
+
+
+def test_samples_that_a_decode_awaits_are_those_of_a_decode_that_does_not(driver, golden):
+    def decoded(*, lands: bool) -> Driver:
+        each = Driver(driver.runtime)
+        sampling = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, min_tokens=4, max_tokens=30)
+        for i in range(3):
+            each.add(f"r{i}", golden.prompt(i), sampling, seed=i)
+        each.prefill((2, 5), {f"r{i}": [(5, 0, -1)] for i in range(3)}, lands=lands)
+        each.decode((2, 5), {2: ["r1"], 5: ["r0", "r2"]}, lands=lands)
+        for _ in range(0 if lands else 2):
+            each.land()
+        each.decode((2, 5), {2: ["r1"], 5: ["r0", "r2"]}, steps=4)
+        for i in range(3):
+            each.kv.release(f"r{i}")
+        return each
+
+    awaited, known = decoded(lands=False), decoded(lands=True)
+    assert awaited.tokens == known.tokens
+    assert all(len(tokens) == 6 for tokens in known.tokens.values())
+    assert awaited.logprobs == known.logprobs
+
+
 PENALISED = SamplingParams(temperature=0.0, frequency_penalty=0.5, presence_penalty=0.3, logprobs=2, max_tokens=30)
 
 

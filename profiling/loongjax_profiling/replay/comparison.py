@@ -157,7 +157,9 @@ def compare_iterations(
                 measured_s=float(measured_s.mean()),
                 predicted_s=None if predicted_s is None else float(predicted_s.mean()),
                 absolute_error=(
-                    None if predicted_s is None else float(np.abs(predicted_s - measured_s).sum() / measured_s.sum())
+                    float(np.abs(predicted_s - measured_s).sum() / measured_s.sum())
+                    if predicted_s is not None and measured_s.any()
+                    else None
                 ),
                 turnaround_s=float(np.mean(turnarounds_s)) if turnarounds_s else None,
             )
@@ -180,7 +182,9 @@ def summarize_spans(spans: Sequence[Span]) -> tuple[SimulatedIterations, ...]:
 def _kind(iteration: TracedIteration) -> str:
     if iteration.kind != "decode":
         return iteration.kind
-    return "decode, continued" if iteration.continues else "decode, begun"
+    if iteration.continues:
+        return "decode, continued"
+    return "decode, begun behind" if iteration.is_behind else "decode, begun"
 
 
 def _grouped[Item](

@@ -20,8 +20,8 @@ def measure_host_times(
 
     Args:
         playback: some requests, played.
-        iterations: those that it took and that succeeded. The turnaround is that of all that did not go on with a
-            decode, which are submitted ahead.
+        iterations: those that it took and that succeeded. What is submitted behind others has no turnaround, and a
+            decode that begins so is made ready meanwhile.
         cost_model: says what they take without a host.
         tp: devices of an instance.
     """
@@ -29,7 +29,7 @@ def measure_host_times(
     begins_s = []
     for each in iterations:
         predicted_s = each.predicted_s(cost_model, tp)
-        if each.kind == "decode" and not each.continues and predicted_s is not None:
+        if each.kind == "decode" and not (each.continues or each.is_behind) and predicted_s is not None:
             begins_s.append(each.elapsed_s - predicted_s)
     return HostTimes(
         intake_s=playback.mean_intake_s,

@@ -92,6 +92,9 @@ def _programs(dop: int, buckets: Buckets, max_extend_tokens: int | None) -> Iter
             yield ProgramKey("head", dop, num_rows)
         yield ProgramKey("sample", dop, num_rows)
         yield ProgramKey("decode", dop, num_rows)
+        for num_sampled in buckets.num_rows:
+            if num_sampled <= sample_capacity(dop, buckets):
+                yield ProgramKey("await", dop, num_rows, num_sampled)
     if dop == 2:
         yield ProgramKey("migrate", dop)
     if dop == 1 and max_extend_tokens is not None:
@@ -123,7 +126,9 @@ class _Scenes:
         for num_rows in self.buckets.num_rows:
             num_requests = min(num_rows * dop, self.max_num_seqs)
             if fit(-(-num_requests // dop), self.buckets.num_rows) == num_rows:
-                yield _prefill(group, num_requests, 1)
+                for num_decoded in self.buckets.num_rows:
+                    yield _prefill(group, num_requests, 1)
+                    yield _decode(group, num_decoded, is_awaited=True)
             for continues in (False, True):
                 yield _decode(group, num_rows, continues=continues)
         if dop == 2:
@@ -141,10 +146,10 @@ def _prefill(group: Group, num_requests: int, num_tokens: int) -> PrefillIterati
     return PrefillIteration(0, group, (item,) * num_requests)
 
 
-def _decode(group: Group, num_requests: int, *, continues: bool) -> DecodeIteration:
+def _decode(group: Group, num_requests: int, *, continues: bool = False, is_awaited: bool = False) -> DecodeIteration:
     master = group.instances[0]
     table = InstanceTable(master, np.zeros(1, np.int32), 1 + continues)
-    item = DecodeInput(REQUEST, (), int(continues), 0, (table,))
+    item = DecodeInput(REQUEST, (), int(continues), 0, (table,), is_awaited)
     return DecodeIteration(0, group, (DecodeSubBatch(master, (item,) * num_requests),), continues)
 
 

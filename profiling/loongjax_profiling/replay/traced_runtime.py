@@ -35,6 +35,11 @@ class TracedIteration:
     error: str | None
 
     @property
+    def is_behind(self) -> bool:
+        """Whether something before it was still in flight on its instances when it was submitted."""
+        return self.begin_s > self.submitted_s
+
+    @property
     def elapsed_s(self) -> float:
         """What the iteration itself took."""
         return self.end_s - self.begin_s

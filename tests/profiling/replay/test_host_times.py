@@ -44,6 +44,7 @@ def test_a_decodes_begin_is_what_first_steps_take_beyond_the_prediction():
         traced_decode(0.013, continues=False),
         traced_decode(0.015, continues=False),
         traced_decode(0.5, continues=True),
+        dataclasses.replace(traced_decode(0.6, continues=False), submitted_s=0.9),
         traced_prefill(100, 5.0),
         traced_recovery(1.0),
     ]
@@ -70,14 +71,24 @@ def one_instance(host: HostTimes, **options: bool) -> SimulatedSystem:
     return dataclasses.replace(alone, host=host, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"step_by_step": True}, {"run_ahead": True}])
-def test_a_lone_request_waits_for_the_host_where_a_real_one_would(options: dict[str, bool]):
+@pytest.mark.parametrize("options", [{}, {"step_by_step": True}])
+def test_a_lone_request_waits_for_the_host_where_nothing_is_submitted_ahead(options: dict[str, bool]):
     (record,) = simulate(one_instance(HOST, **options), arriving((1.0, 100, 5)))
     assert record.issue_s == 1.0
     # Arrival, intake, turnaround, prefill, and until the client is told.
     assert record.first_token_s == pytest.approx(1.0 + 0.002 + 0.003 + 0.1 + 0.001)
     # The first step begins a turnaround after the prefill and takes longer; the other three follow at once.
     assert record.complete_s == pytest.approx(1.105 + 0.003 + 0.02 + 4 * 0.01 + 0.001)
+
+
+@pytest.mark.parametrize(("prompt_len", "left_s"), [(100, 0.0), (20, 0.0), (15, 0.005)])
+def test_the_host_makes_a_decode_ready_while_the_prefill_before_it_runs(prompt_len: int, left_s: float):
+    """Both are submitted together, a turnaround after the step loop has the request. Of the decode's beginning only
+    what the prefill does not cover is waited for."""
+    (record,) = simulate(one_instance(HOST, run_ahead=True), arriving((1.0, prompt_len, 5)))
+    first_s = 1.0 + 0.002 + 0.003 + 1e-3 * prompt_len
+    assert record.first_token_s == pytest.approx(first_s + 0.001)
+    assert record.complete_s == pytest.approx(first_s + left_s + 4 * 0.01 + 0.001)
 
 
 @pytest.mark.parametrize("options", [{}, {"step_by_step": True}, {"run_ahead": True}])

@@ -1,9 +1,17 @@
 """What is built before the clock of a replay starts, against what the rehearsal then runs."""
 
+import itertools
+
 import pytest
 
 from loongjax.core.cluster import ClusterShape
-from loongjax.core.iteration import DecodeIteration, ExtendIteration, MigrateIteration, PrefillIteration
+from loongjax.core.iteration import (
+    DecodeIteration,
+    ExtendIteration,
+    Iteration,
+    MigrateIteration,
+    PrefillIteration,
+)
 from loongjax.parallel.striped import local_length
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.program_calls import ProgramKey
@@ -34,6 +42,15 @@ def program_of(iteration, buckets: Buckets) -> ProgramKey:
     raise AssertionError(iteration)
 
 
+def await_of(before: Iteration, decode: DecodeIteration, buckets: Buckets) -> ProgramKey:
+    """The one that takes a decode's input tokens from those which the prefill before it samples."""
+    assert isinstance(before, PrefillIteration)
+    assert before.group == decode.group
+    [batch] = decode.sub_batches
+    sizes = len(batch.inputs), local_length(len(before.inputs), before.group.dop)
+    return ProgramKey("await", decode.group.dop, *[fit(size, buckets.num_rows) for size in sizes])
+
+
 @pytest.mark.parametrize("max_extend_tokens", [None, 100, 512])
 def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tokens, capsys):
     runtime = ScriptedRuntime(shape=SHAPE, limits=LIMITS)
@@ -43,7 +60,11 @@ def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tok
     assert capsys.readouterr().out.startswith(told)
     assert len(set(compiled)) == len(compiled)
     buckets = Buckets.of(runtime.shape, runtime.limits)
-    run = {program_of(iteration, buckets) for iteration in runtime.submitted}
+    run = {program_of(iteration, buckets) for iteration in runtime.submitted} | {
+        await_of(before, iteration, buckets)
+        for before, iteration in itertools.pairwise(runtime.submitted)
+        if isinstance(iteration, DecodeIteration) and iteration.sub_batches[0].inputs[0].is_awaited
+    }
     assert {key for key in compiled if key.name not in ("head", "sample")} == run
 
 
