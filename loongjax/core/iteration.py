@@ -71,9 +71,9 @@ class DecodeInput:
     tables: tuple[InstanceTable, ...]
     """Every instance that holds keys, this step's included; the master's last token is the one at `slot`."""
     is_awaited: bool = False
-    """Whether the input token is what the iteration right before samples, a prefill on the same group: the devices hold
-    it, and the host does not know it yet. Otherwise it is the last of the output, or of the prompt if there is none.
-    Never so where the iteration continues."""
+    """Whether the input token is what the iteration right before samples, on the same group: the devices hold it, and
+    the host does not know it yet. Otherwise it is the last of the output, or of the prompt if there is none. A decode
+    that continues awaits none."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +103,7 @@ class ExtendInput:
 
     request: Request
     token_ids: np.ndarray
-    """int32 [T]: the chunk."""
+    """int32 [T]: the chunk; 0 for a token that is awaited."""
     position: int
     """Of the chunk's first token, from 0: the number of tokens whose keys were written before."""
     slots: np.ndarray
@@ -111,9 +111,11 @@ class ExtendInput:
     table: InstanceTable
     """All the request's pages, the chunk's included."""
     output_token_ids: tuple[int, ...]
-    """Every token generated so far."""
+    """Every token generated so far that the host knows."""
     is_sampled: bool
     """Whether the chunk ends with the request's last token, so that the next one is sampled."""
+    is_awaited: bool = False
+    """Whether the chunk's last token is: see `DecodeInput.is_awaited`."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from loongjax.core.plan import Decode, Plan, Prefill
+from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill
 from loongjax.costmodel.corrector import Kind
 from loongjax.costmodel.work import Strategy
 from loongjax.engine.binding import Flight
@@ -75,9 +75,9 @@ class Advice:
         self._follow(self._policy)
         return self._ask(self._policy, view)
 
-    def follows(self, flight: Flight) -> Decode | Prefill | None:
-        """What is to be submitted behind a prefill or decode in flight: what would follow it, if that is one thing and
-        needs nothing that the host will know only then.
+    def follows(self, flight: Flight) -> Decode | Prefill | Extend | None:
+        """What is to be submitted behind a flight: what would follow it, if that is one thing on its group, and needs
+        nothing that the host will know only then.
 
         Where something else would follow, that is remembered; where nobody is left, nobody is asked.
         """
@@ -93,21 +93,26 @@ class Advice:
         if len(known.plans) != 1 or not self._can_be_behind(flight, known.plans[0]):
             return None
         self._follow(known.policy)
-        return cast(Decode | Prefill, known.plans[0])
+        return cast(Decode | Prefill | Extend, known.plans[0])
 
     def _can_be_behind(self, flight: Flight, plan: Plan) -> bool:
         """Whether it keeps the order of `Flights`, needs no pages of those who end by the flight, and of those who get
         a token by it nothing but that token, which the devices have.
         """
+        if isinstance(plan, Preempt | Migrate) or plan.group != flight.group:
+            return False
         kv_cache = self._state.kv_cache
         match flight.plan, plan:
-            case Decode(), Decode() if self._state.flights.continues(plan):
-                return plan == flight.plan or _has_slots(plan, kv_cache)
-            case Prefill(), Decode() if plan.group == flight.group:
-                # Penalties count the token on the host.
-                have_penalties = any(live.request.sampling.has_penalties for live in flight.requests)
-                return not have_penalties and _has_slots(plan, kv_cache)
-            case Decode(), Prefill() if plan.group == flight.group:
+            case Decode(), Decode():
+                goes_on = self._state.flights.continues(plan)
+                return goes_on and (plan == flight.plan or _has_slots(plan, kv_cache))
+            case Prefill() | Extend(), Decode():
+                return not _have_penalties(flight) and _has_slots(plan, kv_cache)
+            case Decode() | Extend(), Extend():
+                (instance,) = plan.group.instances
+                num_tokens = {chunk.request_id: chunk.num_tokens for chunk in plan.chunks}
+                return not _have_penalties(flight) and kv_cache.can_extend(num_tokens, instance)
+            case Decode(), Prefill():
                 return kv_cache.can_keep(*[request.kept for request in plan.requests])
             case _:
                 return False
@@ -145,6 +150,11 @@ class Advice:
         if self._checks:
             check_plan(view, plans)
         return plans
+
+
+def _have_penalties(flight: Flight) -> bool:
+    """Whether somebody's token by it has to be counted, which the host does."""
+    return any(live.request.sampling.has_penalties for live in flight.requests)
 
 
 def _has_slots(decode: Decode, kv_cache: KVCache) -> bool:

@@ -54,6 +54,12 @@ class Flight:
         """What it has to do, in the cost model's terms."""
         return work_of(self.iteration)
 
+    def gives_token_to(self, live: LiveRequest) -> bool:
+        """Whether one of its requests gets a token by it, if it asks for any."""
+        if not isinstance(self.iteration, ExtendIteration):
+            return True
+        return any(item.request is live.request and item.is_sampled for item in self.iteration.inputs)
+
     def works(self, num_steps: int) -> list[DecodeWork]:
         """What a decode of several steps has to do in the one that it is in, and in those after it."""
         assert isinstance(self.iteration, DecodeIteration), self.iteration
@@ -142,7 +148,7 @@ def _bind_decode(
                     position,
                     slot,
                     kv_cache.tables(request_id),
-                    is_awaited=not continues and live[request_id].num_in_flight > 0,
+                    is_awaited=not continues and position == live[request_id].num_tokens,
                 )
             )
         sub_batches.append(DecodeSubBatch(sub_batch.master, tuple(inputs)))
@@ -160,9 +166,18 @@ def _bind_extend(
         slots = kv_cache.extend(live.request_id, instance, chunk.num_tokens)
         (table,) = kv_cache.tables(live.request_id)
         end = position + chunk.num_tokens
-        token_ids = live.tokens_between(position, end)
-        is_sampled = end == live.num_tokens
+        token_ids = np.zeros(chunk.num_tokens, np.int32)
+        token_ids[: live.num_tokens - position] = live.tokens_between(position, end)
         inputs.append(
-            ExtendInput(live.request, token_ids, position, slots, table, tuple(live.output_token_ids), is_sampled)
+            ExtendInput(
+                live.request,
+                token_ids,
+                position,
+                slots,
+                table,
+                tuple(live.output_token_ids),
+                is_sampled=end >= live.num_tokens,
+                is_awaited=end > live.num_tokens,
+            )
         )
     return ExtendIteration(iteration_id, plan.group, tuple(inputs))

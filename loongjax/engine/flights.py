@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.iteration import RecoverIteration
-from loongjax.core.plan import Decode, Prefill
+from loongjax.core.plan import Decode, Extend, Prefill
 from loongjax.engine.binding import Flight
 from loongjax.engine.live_request import LiveRequest
 from loongjax.runtime.buckets import fit
@@ -16,7 +16,8 @@ class Flights:
     """Iterations that were submitted and have not completed: at most two on an instance, and then of one group.
 
     Where there are two, the second is the decode that the first is, one token later and perhaps without some of its
-    requests; or one is a prefill and the other a decode; or the second recovers from a failure before both.
+    requests; or one is a prefill and the other a decode; or one is an extend and the other another one or a decode; or
+    the second recovers from a failure before both.
     """
 
     def __init__(self, row_buckets: Sequence[int]) -> None:
@@ -122,4 +123,11 @@ class Flights:
                 assert first.is_void if is_recovery else kinds in _ONE_BEHIND_THE_OTHER, flights
 
 
-_ONE_BEHIND_THE_OTHER = {(Decode, Decode), (Decode, Prefill), (Prefill, Decode)}
+_ONE_BEHIND_THE_OTHER = {
+    (Decode, Decode),
+    (Decode, Prefill),
+    (Prefill, Decode),
+    (Decode, Extend),
+    (Extend, Extend),
+    (Extend, Decode),
+}

@@ -121,17 +121,20 @@ class LiveRequest:
             slo=self.request.slo,
         )
 
-    def running_view(self, kv: tuple[tuple[InstanceId, int], ...], num_landed: int = 0) -> RunningView:
+    def running_view(
+        self, kv: tuple[tuple[InstanceId, int], ...], num_landed: int = 0, num_given: int = 0
+    ) -> RunningView:
         """Made anew only if something changed, for a policy sees every running request whenever it is asked.
 
         Args:
             kv: where its keys are, as `KVCache.local_lens` gives it.
-            num_landed: iterations with it in flight that count as if they had given it a token.
+            num_landed: iterations with it in flight that count as if they were over.
+            num_given: tokens that these give it.
         """
         view = self._running_view
         is_in_flight = self.num_in_flight > num_landed
-        num_output_tokens = len(self.output_token_ids) + num_landed
-        is_suspect = self.num_failures > 0 and not num_landed
+        num_output_tokens = len(self.output_token_ids) + num_given
+        is_suspect = self.num_failures > 0 and not num_given
         if (
             view is None
             or view.kv is not kv

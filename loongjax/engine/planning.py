@@ -1,12 +1,12 @@
 """When the policy is asked, and what becomes of its answers.
 
-Running ahead: while a decode or a prefill is in flight, the policy is also asked what it would do once that is over. If
-the answer is one of these and nothing else, it is submitted behind it at once, before any token was read, so that the
-devices pass from one to the other without a pause:
+Running ahead: while an iteration is in flight, the policy is also asked what it would do once that is over. If the
+answer is one of these on its group and nothing else, it is submitted behind it at once, before any token was read, so
+that the devices pass from one to the other without a pause:
 
-    behind a decode   the same again, or what is left of it when some have ended
-    behind a decode   a prefill on its group
-    behind a prefill  a decode on its group, that of those who were prefilled included
+    behind a decode    the same again, or what is left of it when some have ended; a prefill; an extend
+    behind a prefill   a decode, that of those who were prefilled included
+    behind an extend   an extend; a decode
 
 The devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration, and
 whoever comes meanwhile waits for one iteration more. Behind a prefill no other is submitted: it may take seconds, and
@@ -18,7 +18,7 @@ Jumps, in simulations, are the same question for many steps: see `loongjax.engin
 
 from __future__ import annotations
 
-from loongjax.core.plan import Decode, Prefill
+from loongjax.core.plan import Decode, Extend, Prefill
 from loongjax.engine.advice import Advice
 from loongjax.engine.binding import Flight
 from loongjax.engine.departure import Departure
@@ -90,7 +90,7 @@ class Planning:
 
     def _submit_behind(self, flight: Flight) -> bool:
         """Submits what the policy would decide once the flight is over, if it can be behind it."""
-        if not isinstance(flight.plan, Decode | Prefill) or flight.is_void:
+        if not isinstance(flight.plan, Decode | Prefill | Extend) or flight.is_void:
             return False
         plan = self._advice.follows(flight)
         if plan is None:

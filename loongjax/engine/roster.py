@@ -56,7 +56,7 @@ class Roster:
         return self._residents
 
     def foresee(self, flight: Flight) -> Foreseen:
-        """How it will be when a prefill or decode in flight is over, if it ends only who gets the last token by it."""
+        """How it will be when a flight is over, if it ends only those who get their last token by it."""
         residents, instances = self.residents(), flight.group.instances
         before = [residents.local[instance] for instance in instances]
         landed = self._landed.get(flight)
@@ -67,8 +67,9 @@ class Roster:
                 if live.has_ended:
                     continue
                 view = self._views[live.request_id]
-                if live.num_tokens_left > 0:
-                    news[live.request_id] = live.running_view(view.kv, num_landed=1)
+                gets_token = flight.gives_token_to(live)
+                if live.num_tokens_left > 0 or not gets_token:
+                    news[live.request_id] = live.running_view(view.kv, num_landed=1, num_given=int(gets_token))
                 else:
                     news[live.request_id] = None
                     ended.append(view)

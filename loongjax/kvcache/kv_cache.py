@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -164,6 +164,14 @@ class KVCache:
         position = request.num_tokens
         local.add_interval(position, position + num_tokens)
         request.grow_to(position + num_tokens)
+
+    def can_extend(self, num_tokens: Mapping[str, int], instance: InstanceId) -> bool:
+        """Whether the instance, the only one that holds any of these requests, has slots for so many more tokens."""
+        num_pages = 0
+        for request_id, num_new in num_tokens.items():
+            num_held = self._requests[request_id].num_tokens if request_id in self._requests else 0
+            num_pages += self.shape.num_pages_for(num_held + num_new) - self.shape.num_pages_for(num_held)
+        return num_pages <= self._pools[instance].num_free
 
     def extend(self, request_id: str, instance: InstanceId, num_tokens: int) -> np.ndarray:
         """Gives the request's next tokens slots on the only instance that may hold any of it.

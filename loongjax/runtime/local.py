@@ -15,7 +15,7 @@ import logging
 import queue
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, assert_never
 
 import jax
@@ -45,12 +45,12 @@ from loongjax.runtime.packing import (
     DecodeRows,
     empty_decode,
     empty_prefill,
+    pack_awaited,
     pack_decode,
     pack_decode_slots,
     pack_extend,
     pack_prefill,
     pack_prompt_targets,
-    pack_sources,
 )
 from loongjax.runtime.program_calls import ProgramCalls, ProgramKey
 from loongjax.runtime.programs import (
@@ -90,13 +90,23 @@ class _DecodeCache:
 
 
 @dataclasses.dataclass(frozen=True)
-class _FirstTokens:
-    """What a group's last prefill has sampled."""
+class _Sampled:
+    """What a group's last iteration has sampled."""
 
-    places: dict[str, int]
-    """By request id: rank * R + row."""
+    requests: Sequence[Mapping[int, Request]]
+    """By rank, each by its row."""
     token_ids: jax.Array
     """int32 [n, R]"""
+
+    @property
+    def places(self) -> dict[str, int]:
+        """By request id: rank * R + row."""
+        num_rows = self.token_ids.shape[1]
+        return {
+            request.request_id: rank * num_rows + row
+            for rank, by_row in enumerate(self.requests)
+            for row, request in by_row.items()
+        }
 
 
 class LocalRuntime:
@@ -123,8 +133,8 @@ class LocalRuntime:
         self._limits = limits
         self._buckets = buckets
         self._decodes: dict[Group, _DecodeCache] = {}
-        self._first_tokens: dict[Group, _FirstTokens] = {}
-        """Until a decode of the group begins, which may await them."""
+        self._sampled: dict[Group, _Sampled] = {}
+        """What the next iteration may await."""
         self._broken: set[InstanceId] = set()
         """Instances on which a dispatch has failed: until they recover nothing more is tried there."""
         self._recompiles = RecompileCounter()
@@ -200,7 +210,7 @@ class LocalRuntime:
             lane.shutdown(wait=waits, cancel_futures=not waits)
         self._recompiles.close()
         self._decodes.clear()
-        self._first_tokens.clear()
+        self._sampled.clear()
 
     def _dispatch_lane(self, group: Group) -> concurrent.futures.Executor:
         """A group's lane is that of its first instance."""
@@ -259,12 +269,7 @@ class LocalRuntime:
             sampler = self._sampler(group, rows, num_rows)
             sampled = sampler.sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
-            places = {
-                item.request.request_id: rank * num_rows + row
-                for rank, inputs in enumerate(rows)
-                for row, item in enumerate(inputs)
-            }
-            self._first_tokens[group] = _FirstTokens(places, sampled.token_ids)
+            self._sampled[group] = _Sampled(_by_row(rows), sampled.token_ids)
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -299,6 +304,7 @@ class LocalRuntime:
         sampled = cache.sampler.sample(logits, state.positions)
         cache.state, cache.token_ids = state, sampled.token_ids
         cache.num_steps -= 1
+        self._sampled[group] = _Sampled(cache.rows.by_rank, sampled.token_ids)
         tokens = PendingTokens(cache.rows.by_rank, sampled)
         check_exchanges = self._exchange.watch(sampled.exchange_status)
 
@@ -329,12 +335,10 @@ class LocalRuntime:
         for batch in iteration.sub_batches:
             rank = group.rank_of(batch.master)
             inputs[rank] = [SamplerInput(item.request, item.output_token_ids) for item in batch.inputs]
-        first_tokens = self._first_tokens.pop(group, None)
-        sources = pack_sources(iteration, rows, {} if first_tokens is None else first_tokens.places)
-        state, token_ids, sources = self._put(group, (packed.state, packed.token_ids, sources))
-        if sources is not None:
-            assert first_tokens is not None, iteration
-            token_ids = await_step(token_ids, sources, first_tokens.token_ids)
+        state, token_ids = self._put(group, (packed.state, packed.token_ids))
+        awaited = pack_awaited(iteration, rows)
+        if awaited:
+            token_ids = self._await(group, token_ids, awaited)
         cache = _DecodeCache(
             rows=rows,
             state=state,
@@ -348,13 +352,12 @@ class LocalRuntime:
     def _extend(self, iteration: ExtendIteration) -> Readback:
         group = iteration.group
         packed = pack_extend(iteration, self._buckets)
+        batch = self._put(group, packed.batch)
+        if packed.awaited:
+            batch = batch._replace(token_ids=self._await(group, batch.token_ids, packed.awaited))
         weights = self._weights.view(group)
         pool, picked, statuses = extend_step(
-            self._spec,
-            weights,
-            self._kv_pool.view(group),
-            self._put(group, packed.batch),
-            self._exchange.peers(group),
+            self._spec, weights, self._kv_pool.view(group), batch, self._exchange.peers(group)
         )
         self._kv_pool.replace(group, pool)
         tokens = None
@@ -365,6 +368,7 @@ class LocalRuntime:
             rows = [[SamplerInput(item.request, item.output_token_ids) for item in inputs]]
             sampled = self._sampler(group, rows, num_rows).sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
+            self._sampled[group] = _Sampled(_by_row(rows), sampled.token_ids)
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -373,6 +377,15 @@ class LocalRuntime:
             return tokens.read() if tokens else ()
 
         return readback
+
+    def _await(self, group: Group, token_ids: jax.Array, awaited: Mapping[tuple[int, int], str]) -> jax.Array:
+        """Input tokens, with those of the awaited requests, by rank and row, as the last iteration has sampled them."""
+        sampled = self._sampled[group]
+        places = sampled.places
+        sources = np.full(token_ids.shape, -1, np.int32)
+        for row, request_id in awaited.items():
+            sources[row] = places[request_id]
+        return await_step(token_ids, self._put(group, sources), sampled.token_ids)
 
     def _migrate(self, iteration: MigrateIteration) -> Readback:
         group = iteration.group

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
 
@@ -136,16 +135,15 @@ class DecodeRows:
         )
 
 
-def pack_sources(iteration: DecodeIteration, rows: DecodeRows, places: Mapping[str, int]) -> np.ndarray | None:
-    """int32 [n, B]: where the tokens are that a decode awaits, as `places` says by request id; -1 elsewhere. None if it
-    awaits none."""
-    sources = np.full((iteration.group.dop, rows.num_rows), -1, np.int32)
+def pack_awaited(iteration: DecodeIteration, rows: DecodeRows) -> dict[tuple[int, int], str]:
+    """Request ids by rank and row: whose input tokens the devices hold and the host does not know."""
+    awaited: dict[tuple[int, int], str] = {}
     for batch in iteration.sub_batches:
         rank = iteration.group.rank_of(batch.master)
         for row, item in zip(rows.by_rank[rank], batch.inputs, strict=True):
             if item.is_awaited:
-                sources[rank, row] = places[item.request.request_id]
-    return sources if sources.max() >= 0 else None
+                awaited[rank, row] = item.request.request_id
+    return awaited
 
 
 def pack_decode_slots(iteration: DecodeIteration, rows: DecodeRows) -> np.ndarray:
@@ -221,6 +219,8 @@ class PackedExtend:
     """The requests whose next token is sampled, as indices into the iteration's inputs."""
     positions: np.ndarray
     """int32 [1, B]: of the tokens to be sampled."""
+    awaited: dict[tuple[int, int], str]
+    """Request ids by rank and packed row: whose input tokens the devices hold and the host does not know."""
 
 
 def pack_extend(iteration: ExtendIteration, buckets: Buckets) -> PackedExtend:
@@ -248,7 +248,12 @@ def pack_extend(iteration: ExtendIteration, buckets: Buckets) -> PackedExtend:
     for place, row in enumerate(sampled):
         batch.sample_rows[0, place] = ends[row] - 1
         positions[0, place] = inputs[row].position + len(inputs[row].token_ids)
-    return PackedExtend(batch, sampled, positions)
+    awaited = {
+        (0, end - 1): item.request.request_id
+        for item, end in zip(inputs, ends.tolist(), strict=True)
+        if item.is_awaited
+    }
+    return PackedExtend(batch, sampled, positions, awaited)
 
 
 def empty_extend(num_tokens: int, num_rows: int, buckets: Buckets) -> ExtendBatch:

@@ -197,6 +197,7 @@ class ProgramCalls:
         for num_tokens in sizes[: sizes.index(largest) + 1]:
             for num_rows in self._buckets.num_rows:
                 yield self._extend(group, num_tokens, num_rows)
+                yield self._await(group, num_tokens, num_rows)
 
     def _extend(self, group: Group, num_tokens: int, num_rows: int) -> Call:
         batch = self._put(group, empty_extend(num_tokens, num_rows, self._buckets))

@@ -233,14 +233,14 @@ def decode_step(
 
 @jax.jit
 def await_step(
-    token_ids: Int32[Array, "n B"], sources: Int32[Array, "n B"], sampled: Int32[Array, "n R"]
-) -> Int32[Array, "n B"]:
-    """A decode's input tokens where the prefill right before it samples some of them, for any rank.
+    token_ids: Int32[Array, "n rows"], sources: Int32[Array, "n rows"], sampled: Int32[Array, "n R"]
+) -> Int32[Array, "n rows"]:
+    """Input tokens of which the iteration right before samples some, on whatever rank.
 
     Args:
         token_ids: those that the host knows.
-        sources: for all others, rank * R + row of the prefill's; -1 for those that the host knows.
-        sampled: the prefill's.
+        sources: for all others, rank * R + row of the sampled one; -1 for those that the host knows.
+        sampled: by the iteration before.
     """
 
     def body(token_ids: jax.Array, sources: jax.Array, sampled: jax.Array) -> jax.Array:

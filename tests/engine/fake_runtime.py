@@ -116,8 +116,8 @@ class FakeRuntime:
         """The last decode of each group, and each request's tokens after it, the sampled one included."""
         self._last: dict[InstanceId, Iteration] = {}
         """The last iteration of each instance."""
-        self._prefilled: dict[int, dict[str, tuple[int, ...]]] = {}
-        """By prefill, each request's tokens after it, the sampled one included."""
+        self._after: dict[int, dict[str, tuple[int, ...]]] = {}
+        """By iteration, the tokens of each request for which it sampled one, that one included."""
         self._results: list[_Result] = []
         self._condition = threading.Condition()
         self._is_woken = False
@@ -201,7 +201,7 @@ class FakeRuntime:
                 num_tokens = sum(len(item.token_ids) for item in iteration.inputs)
                 assert num_tokens <= self._limits.max_num_batched_tokens * iteration.group.dop
                 sampled = tuple(self._prefill(item, iteration.group) for item in iteration.inputs)
-                self._prefilled[iteration.iteration_id] = {
+                self._after[iteration.iteration_id] = {
                     item.request.request_id: (*item.token_ids.tolist(), token.token_id)
                     for item, token in zip(iteration.inputs, sampled, strict=True)
                 }
@@ -263,7 +263,7 @@ class FakeRuntime:
                     tokens = on_device[request.request_id]
                 if item.is_awaited:
                     assert not iteration.continues
-                    tokens = self._awaited(iteration, item)
+                    tokens = self._awaited(iteration.group, item)
                 assert item.position == len(tokens) - 1
                 self._write(sub_batch.master, item.slot, request.request_id, item.position)
                 self._check_tables(item, iteration.group, sub_batch.master)
@@ -273,14 +273,15 @@ class FakeRuntime:
         for group in [group for group in self._decodes if not group.isdisjoint(iteration.group)]:
             del self._decodes[group]
         self._decodes[iteration.group] = iteration, after
+        self._after[iteration.iteration_id] = after
         return tuple(results)
 
-    def _awaited(self, iteration: DecodeIteration, item: DecodeInput) -> tuple[int, ...]:
+    def _awaited(self, group: Group, item: DecodeInput | ExtendInput) -> tuple[int, ...]:
         """The tokens of a request whose last one only the devices have."""
-        (before,) = {id(last): last for last in map(self._last.get, iteration.group.instances)}.values()
-        assert isinstance(before, PrefillIteration)
-        assert before.group == iteration.group
-        tokens = self._prefilled[before.iteration_id][item.request.request_id]
+        (before,) = {id(last): last for last in map(self._last.get, group.instances)}.values()
+        assert before is not None
+        assert before.group == group
+        tokens = self._after[before.iteration_id][item.request.request_id]
         assert tokens[:-1] == (*item.request.prompt_token_ids, *item.output_token_ids)
         return tokens
 
@@ -288,23 +289,33 @@ class FakeRuntime:
         assert len({item.request.request_id for item in iteration.inputs}) == len(iteration.inputs)
         assert 0 < len(iteration.inputs) <= self._limits.max_num_seqs
         assert sum(len(item.token_ids) for item in iteration.inputs) <= self._limits.max_num_batched_tokens
-        results = [self._extend_one(item, iteration.group) for item in iteration.inputs]
+        after = self._after[iteration.iteration_id] = {}
+        results = [self._extend_one(item, iteration.group, after) for item in iteration.inputs]
         return tuple(token for token in results if token is not None)
 
-    def _extend_one(self, item: ExtendInput, group: Group) -> SampledToken | None:
+    def _extend_one(self, item: ExtendInput, group: Group, after: dict[str, tuple[int, ...]]) -> SampledToken | None:
         (instance,) = group.instances
         request = item.request
         tokens = (*request.prompt_token_ids, *item.output_token_ids)
-        end = item.position + len(item.token_ids)
+        chunk = tuple(item.token_ids.tolist())
+        if item.is_awaited:
+            tokens = self._awaited(group, item)
+            assert chunk[-1] == 0, "nobody on the host knows it"
+            chunk = (*chunk[:-1], tokens[-1])
+        end = item.position + len(chunk)
         assert item.token_ids.dtype == item.slots.dtype == np.int32
-        assert tuple(item.token_ids.tolist()) == tokens[item.position : end] != ()
+        assert chunk == tokens[item.position : end] != ()
         assert request.sampling.prompt_logprobs is None or item.output_token_ids
         for position, slot in zip(range(item.position, end), item.slots.tolist(), strict=True):
             self._write(instance, slot, request.request_id, position)
         assert item.table.instance == instance
         assert self._positions_in(item.table, request.request_id) == list(range(end))
         assert item.is_sampled == (end == len(tokens))
-        return self._sample(request, tokens) if item.is_sampled else None
+        if not item.is_sampled:
+            return None
+        sampled = self._sample(request, tokens)
+        after[request.request_id] = (*tokens, sampled.token_id)
+        return sampled
 
     def _migrate(self, iteration: MigrateIteration) -> tuple[SampledToken, ...]:
         source = self._memory[iteration.source]

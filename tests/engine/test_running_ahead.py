@@ -7,10 +7,17 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from loongjax.core.iteration import DecodeIteration, Iteration, PrefillIteration, RecoverIteration
+from loongjax.core.iteration import (
+    DecodeIteration,
+    ExtendIteration,
+    Iteration,
+    PrefillIteration,
+    RecoverIteration,
+)
 from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason, Request
 from loongjax.engine.core import EngineCore
+from loongjax.scheduler.baselines.chunked import ChunkedPolicy
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.view import ClusterView
@@ -40,24 +47,29 @@ class Noting:
 
 def members(iteration: Iteration) -> list[str]:
     match iteration:
-        case PrefillIteration():
-            inputs = list(iteration.inputs)
+        case PrefillIteration() | ExtendIteration():
+            requests = [item.request for item in iteration.inputs]
         case DecodeIteration():
-            inputs = [item for batch in iteration.sub_batches for item in batch.inputs]
+            requests = [item.request for batch in iteration.sub_batches for item in batch.inputs]
         case _:
-            return []
-    return [item.request.request_id.removesuffix("/0") for item in inputs]
+            requests = []
+    return [request.request_id.removesuffix("/0") for request in requests]
 
 
 def awaited(iteration: Iteration) -> list[str]:
-    assert isinstance(iteration, DecodeIteration)
-    inputs = [item for batch in iteration.sub_batches for item in batch.inputs]
-    return [item.request.request_id.removesuffix("/0") for item in inputs if item.is_awaited]
+    match iteration:
+        case ExtendIteration():
+            requests = [item.request for item in iteration.inputs if item.is_awaited]
+        case DecodeIteration():
+            requests = [item.request for batch in iteration.sub_batches for item in batch.inputs if item.is_awaited]
+        case _:
+            requests = []
+    return [request.request_id.removesuffix("/0") for request in requests]
 
 
 def kinds(runtime: FakeRuntime) -> str:
-    """A letter for each iteration: p, d where it begins, c where it continues, r."""
-    letters = {PrefillIteration: "p", RecoverIteration: "r"}
+    """A letter for each iteration: p, e, r, d for a decode that begins, c for one that continues."""
+    letters = {PrefillIteration: "p", ExtendIteration: "e", RecoverIteration: "r"}
     return "".join(
         "dc"[iteration.continues] if isinstance(iteration, DecodeIteration) else letters[type(iteration)]
         for iteration in runtime.submitted
@@ -107,7 +119,7 @@ def test_without_running_ahead_nothing_is_awaited() -> None:
     core.add(*requests)
     finish(core, Journal(), *requests)
     assert runtime.max_in_flight == 1
-    assert not any(awaited(iteration) for iteration in runtime.submitted if isinstance(iteration, DecodeIteration))
+    assert not any(awaited(iteration) for iteration in runtime.submitted)
 
 
 def test_who_ends_by_the_prefill_is_not_in_the_decode_behind_it() -> None:
@@ -250,3 +262,58 @@ def test_what_follows_a_prefill_is_asked_once_while_another_group_steps() -> Non
     assert len(about_its_end) == 1
     run(core, journal)
     assert_nothing_leaks(core)
+
+
+def chunked(cluster: Cluster, runtime: FakeRuntime, chunk_tokens: int) -> EngineCore:
+    return cluster.core(runtime, ChunkedPolicy(cluster.shape, chunk_tokens))
+
+
+def test_chunks_follow_each_other_and_decodes_without_a_pause() -> None:
+    runtime = CLUSTER.runtime()
+    core, journal = chunked(CLUSTER, runtime, 5), Journal()
+    first, second = CLUSTER.request("first", 3, 20), CLUSTER.request("second", 13, 6)
+    core.add(first)
+    step_until(core, journal, lambda: kinds(runtime) == "edcc")
+    core.add(second)
+    finish(core, journal, first, second)
+    # Beside the token of the first, four of the prompt at a time; its thirteenth is a decode's.
+    assert kinds(runtime) == "edcc" + "eee" + "dcccccdcccccc"
+    extends = [iteration for iteration in runtime.submitted[4:] if isinstance(iteration, ExtendIteration)]
+    assert [[len(item.token_ids) for item in iteration.inputs] for iteration in extends] == [[1, 4]] * 3
+    assert [awaited(iteration) for iteration in runtime.submitted[:8]] == [[], ["first"], [], [], *[["first"]] * 4]
+    assert members(runtime.submitted[7]) == ["first", "second"]
+    assert runtime.now_s() == len(runtime.submitted)
+
+
+@pytest.mark.parametrize("penalised", ["first", "second"])
+def test_chunks_wait_for_tokens_that_the_host_has_to_count(penalised: str) -> None:
+    runtime = CLUSTER.runtime()
+    core, journal = chunked(CLUSTER, runtime, 5), Journal()
+    requests = [
+        CLUSTER.request(name, length, 8, frequency_penalty=0.5 if name == penalised else 0.0)
+        for name, length in (("first", 3), ("second", 13))
+    ]
+    core.add(*requests)
+    finish(core, journal, *requests)
+    assert not any(penalised in awaited(iteration) for iteration in runtime.submitted)
+    assert runtime.max_in_flight == 2
+
+
+def test_a_chunk_waits_for_pages_that_somebody_is_about_to_leave() -> None:
+    cluster = dataclasses.replace(CLUSTER, num_pages=8, max_model_len=32)
+    runtime = cluster.runtime()
+    core, journal = chunked(cluster, runtime, 6), Journal()
+    requests = [cluster.request("ends", 12, 4), cluster.request("comes", 20, 8)]
+    core.add(*requests)
+    finish(core, journal, *requests)
+
+
+@pytest.mark.parametrize("failing", range(9))
+def test_a_chunk_that_fails_takes_what_is_behind_it_along(failing: int) -> None:
+    runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == failing)
+    core, journal = chunked(CLUSTER, runtime, 5), Journal()
+    requests = [CLUSTER.request("first", 3, 12), CLUSTER.request("second", 13, 6)]
+    core.add(*requests)
+    finish(core, journal, *requests)
+    assert kinds(runtime).count("r") == 1
+    assert {journal.last[request.request_id].finish_reason for request in requests} == {FinishReason.LENGTH}

@@ -116,20 +116,25 @@ class Driver:
                 self.land()
             self._last_decode = group, {master: list(names) for master, names in sub_batches.items()}, lengths
 
-    def extend(self, instance: int, chunks: Mapping[str, int]) -> Completion:
+    def extend(self, instance: int, chunks: Mapping[str, int], *, lands: bool = True) -> None:
         """chunks: by request, how many of its tokens without keys are computed; -1: all of them."""
         inputs = []
         for name, wanted in chunks.items():
             request = self.requests[name]
-            tokens = np.array([*request.prompt_token_ids, *self.tokens[name]], np.int32)
+            is_awaited = self._is_awaited(name)
+            tokens = np.array([*request.prompt_token_ids, *self.tokens[name], *[0] * is_awaited], np.int32)
             position = self.kv.num_tokens(name) if name in self.kv else 0
             end = len(tokens) if wanted < 0 else position + wanted
             slots = self.kv.extend(name, instance, end - position)
             (table,) = self.kv.tables(name)
             output = tuple(self.tokens[name])
             is_sampled = end == len(tokens)
-            inputs.append(ExtendInput(request, tokens[position:end], position, slots, table, output, is_sampled))
-        return self.run(ExtendIteration(next(self._ids), Group((instance,)), tuple(inputs)))
+            inputs.append(
+                ExtendInput(request, tokens[position:end], position, slots, table, output, is_sampled, is_awaited)
+            )
+        self.submit(ExtendIteration(next(self._ids), Group((instance,)), tuple(inputs)))
+        if lands:
+            self.land()
 
     def migrate(self, name: str, source: int, target: int, num_tokens: int) -> None:
         slots = self.kv.migrate(name, source, target, num_tokens)
@@ -195,13 +200,25 @@ class Driver:
     def _decode_input(self, name: str, master: int, continues: bool) -> DecodeInput:
         request = self.requests[name]
         output = tuple(self.tokens[name])
-        is_awaited = any(
-            isinstance(before, PrefillIteration) and request in [item.request for item in before.inputs]
-            for before in self._in_flight
-        )
+        is_awaited = self._is_awaited(name)
         position = len(request.prompt_token_ids) + len(output) - 1 + is_awaited
         slot = self.kv.append(name, master)
         return DecodeInput(request, () if continues else output, position, slot, self.kv.tables(name), is_awaited)
+
+    def _is_awaited(self, name: str) -> bool:
+        """Whether something in flight samples its next token."""
+        return any(name in _sampled_by(iteration) for iteration in self._in_flight)
+
+
+def _sampled_by(iteration: Iteration) -> list[str]:
+    match iteration:
+        case PrefillIteration():
+            return [item.request.request_id for item in iteration.inputs]
+        case DecodeIteration():
+            return [item.request.request_id for batch in iteration.sub_batches for item in batch.inputs]
+        case ExtendIteration():
+            return [item.request.request_id for item in iteration.inputs if item.is_sampled]
+    return []
 
 
 def poison_pool(runtime: LocalRuntime) -> None:

@@ -73,6 +73,31 @@ def test_decodes_beside_chunks_are_like_each_request_alone(driver, golden):
         golden.check(driver, name, i)
 
 
+@pytest.mark.parametrize("chunk_tokens", [7, 40])
+def test_chunks_and_decodes_await_the_tokens_of_what_is_before_them(driver, golden, chunk_tokens):
+    """Two iterations are in flight all the time: extends behind extends, and decodes before and behind them."""
+    driver.add("short", golden.prompt(1), GREEDY)
+    driver.add("one", golden.prompt(0), GREEDY)
+    driver.add("long", golden.prompt(3), GREEDY)
+    driver.extend(2, {"short": -1, "one": -1}, lands=False)
+    driver.decode((2,), {2: ["one", "short"]}, lands=False)
+    driver.land()
+    num_left = len(golden.prompt(3))
+    while num_left:
+        num_tokens = min(chunk_tokens, num_left)
+        num_left -= num_tokens
+        driver.extend(2, {"short": 1, "long": num_tokens, "one": 1}, lands=False)
+        driver.land()
+    driver.extend(2, {"one": 1, "long": 1}, lands=False)
+    driver.land()
+    driver.decode((2,), {2: ["long", "one"]}, lands=False)
+    driver.land()
+    driver.land()
+    driver.decode((2,), {2: ["long", "one"]}, steps=3)
+    for name, i in {"one": 0, "short": 1, "long": 3}.items():
+        golden.check(driver, name, i)
+
+
 def test_chunks_of_several_prompts_share_an_iteration(driver, golden):
     driver.add("a", golden.prompt(2), GREEDY)
     driver.add("b", golden.prompt(3), GREEDY)
@@ -101,8 +126,10 @@ def test_a_request_preempted_amid_its_prompt_or_its_output_starts_again(driver, 
 def test_only_requests_whose_last_token_is_computed_are_sampled(driver, golden):
     driver.add("a", golden.prompt(2), GREEDY)
     driver.add("b", golden.prompt(1), GREEDY)
-    assert driver.extend(2, {"a": 8, "b": 3}).tokens == ()
-    assert [token.request_id for token in driver.extend(2, {"a": 8, "b": -1}).tokens] == ["b"]
+    driver.extend(2, {"a": 8, "b": 3}, lands=False)
+    driver.extend(2, {"a": 8, "b": -1}, lands=False)
+    assert driver.land().tokens == ()
+    assert [token.request_id for token in driver.land().tokens] == ["b"]
 
 
 def test_a_sample_depends_on_seed_and_position_only(driver, golden):

@@ -29,8 +29,11 @@ def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
     assert runtime.num_recompiles == 0
     for name, asked in ASKED.items():
         driver.add(name, range(2, 20), SamplingParams(max_tokens=None, prompt_logprobs=1, **asked))
-        driver.prefill((0, 1), {name: [(0, 0, 16), (1, 16, -1)]})
-        driver.decode((0, 1), {1: [name]}, steps=3)
+        driver.prefill((0, 1), {name: [(0, 0, 16), (1, 16, -1)]}, lands=name == "penalised")
+        driver.decode((0, 1), {1: [name]}, lands=False)
+        for _ in range(1 if name == "penalised" else 2):
+            driver.land()
+        driver.decode((0, 1), {1: [name]}, steps=2)
         driver.migrate(name, 0, 1, 16)
         driver.decode((1,), {1: [name]}, steps=2)
     driver.decode((0, 1), {0: ["greedy"], 1: ["penalised"]}, steps=2)
@@ -53,7 +56,12 @@ def test_no_chunk_of_any_size_builds_or_loads_anything_after_a_warm_up(tmp_path)
     driver.extend(0, {"greedy": 2, "penalised": 98})
     driver.extend(0, {"greedy": -1, "penalised": -1})
     driver.extend(0, {"greedy": 1, "penalised": 1})
-    driver.decode((0,), {0: ["greedy", "penalised"]}, steps=2)
+    driver.decode((0,), {0: ["greedy", "penalised"]}, lands=False)
+    driver.extend(0, {"greedy": 1}, lands=False)
+    driver.land()
+    driver.decode((0,), {0: ["greedy"]}, lands=False)
+    driver.land()
+    driver.land()
     assert runtime.num_recompiles == 0
     runtime.close()
 

@@ -92,14 +92,17 @@ def _programs(dop: int, buckets: Buckets, max_extend_tokens: int | None) -> Iter
             yield ProgramKey("head", dop, num_rows)
         yield ProgramKey("sample", dop, num_rows)
         yield ProgramKey("decode", dop, num_rows)
+    extend_sizes: list[tuple[int, int]] = []
+    if dop == 1 and max_extend_tokens is not None:
+        extend_sizes += _extend_sizes(buckets, max_extend_tokens)
+    for num_rows in sorted({*buckets.num_rows, *[num_tokens for num_tokens, _ in extend_sizes]}):
         for num_sampled in buckets.num_rows:
             if num_sampled <= sample_capacity(dop, buckets):
                 yield ProgramKey("await", dop, num_rows, num_sampled)
     if dop == 2:
         yield ProgramKey("migrate", dop)
-    if dop == 1 and max_extend_tokens is not None:
-        for num_tokens, num_requests in _extend_sizes(buckets, max_extend_tokens):
-            yield ProgramKey("extend", dop, num_tokens, fit(num_requests, buckets.num_rows))
+    for num_tokens, num_requests in extend_sizes:
+        yield ProgramKey("extend", dop, num_tokens, fit(num_requests, buckets.num_rows))
 
 
 def _extend_sizes(buckets: Buckets, max_extend_tokens: int) -> Iterator[tuple[int, int]]:
@@ -138,6 +141,8 @@ class _Scenes:
         if dop == 1 and self.max_extend_tokens is not None:
             for num_tokens, num_requests in _extend_sizes(self.buckets, self.max_extend_tokens):
                 yield _extend(group, num_requests, num_tokens - num_requests + 1)
+                yield _decode(group, num_requests)
+                yield _extend(group, 1, num_tokens, is_awaited=True)
 
 
 def _prefill(group: Group, num_requests: int, num_tokens: int) -> PrefillIteration:
@@ -153,12 +158,12 @@ def _decode(group: Group, num_requests: int, *, continues: bool = False, is_awai
     return DecodeIteration(0, group, (DecodeSubBatch(master, (item,) * num_requests),), continues)
 
 
-def _extend(group: Group, num_requests: int, first_len: int) -> ExtendIteration:
+def _extend(group: Group, num_requests: int, first_len: int, *, is_awaited: bool = False) -> ExtendIteration:
     """Of one chunk of so many tokens, and tokens by themselves."""
     (instance,) = group.instances
     table = InstanceTable(instance, np.zeros(1, np.int32), 1)
     inputs = [
-        ExtendInput(REQUEST, np.zeros(length, np.int32), 0, np.zeros(length, np.int32), table, (), True)
+        ExtendInput(REQUEST, np.zeros(length, np.int32), 0, np.zeros(length, np.int32), table, (), True, is_awaited)
         for length in (first_len, *[1] * (num_requests - 1))
     ]
     return ExtendIteration(0, group, tuple(inputs))

@@ -42,13 +42,21 @@ def program_of(iteration, buckets: Buckets) -> ProgramKey:
     raise AssertionError(iteration)
 
 
-def await_of(before: Iteration, decode: DecodeIteration, buckets: Buckets) -> ProgramKey:
-    """The one that takes a decode's input tokens from those which the prefill before it samples."""
-    assert isinstance(before, PrefillIteration)
-    assert before.group == decode.group
-    [batch] = decode.sub_batches
-    sizes = len(batch.inputs), local_length(len(before.inputs), before.group.dop)
-    return ProgramKey("await", decode.group.dop, *[fit(size, buckets.num_rows) for size in sizes])
+def inputs_of(iteration) -> tuple:
+    return iteration.sub_batches[0].inputs if isinstance(iteration, DecodeIteration) else iteration.inputs
+
+
+def await_of(before: Iteration, iteration: DecodeIteration | ExtendIteration, buckets: Buckets) -> ProgramKey:
+    """The one that takes input tokens from those which the iteration before samples."""
+    assert before.group == iteration.group
+    num_sampled = len(inputs_of(before))
+    if isinstance(before, PrefillIteration):
+        num_sampled = local_length(num_sampled, before.group.dop)
+    if isinstance(iteration, ExtendIteration):
+        size = fit(sum(len(item.token_ids) for item in iteration.inputs), buckets.num_tokens)
+    else:
+        size = fit(len(inputs_of(iteration)), buckets.num_rows)
+    return ProgramKey("await", iteration.group.dop, size, fit(num_sampled, buckets.num_rows))
 
 
 @pytest.mark.parametrize("max_extend_tokens", [None, 100, 512])
@@ -63,7 +71,7 @@ def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tok
     run = {program_of(iteration, buckets) for iteration in runtime.submitted} | {
         await_of(before, iteration, buckets)
         for before, iteration in itertools.pairwise(runtime.submitted)
-        if isinstance(iteration, DecodeIteration) and iteration.sub_batches[0].inputs[0].is_awaited
+        if isinstance(iteration, DecodeIteration | ExtendIteration) and inputs_of(iteration)[0].is_awaited
     }
     assert {key for key in compiled if key.name not in ("head", "sample")} == run
 
