@@ -44,8 +44,8 @@ class HostTimes:
     """From a request's arrival until the step loop has it: it takes requests between two steps."""
     turnaround_s: float = 0.0
     """From there, or from a result, to the submission of what follows from it. A decode that goes on is taken to be
-    submitted ahead, as it is unless it needs pages of those who leave it, and does not wait for that. Whatever else is
-    submitted ahead is so by the engine, if that runs ahead."""
+    submitted ahead, as it is unless it needs pages of those who leave it, and does not wait for that. Nor does whatever
+    an engine that runs ahead submits while something else is in flight."""
     decode_begin_s: float = 0.0
     """How much longer the first step of a decode takes than those that go on with it: the host makes it ready, while
     the devices wait unless something is in flight before it."""

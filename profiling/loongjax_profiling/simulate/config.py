@@ -56,8 +56,8 @@ class SimulateConfig(WorkloadConfig, SchedulingConfig):
     """File comparison.json of a `loongjax replay`: what the host of that engine adds to the times of iterations; None:
     nothing."""
     run_ahead: bool = False
-    """Submit each decode step before the one before it has ended, as a real engine does: who comes then waits for one
-    step more. Slow, for it goes step by step."""
+    """Submit iterations before those before them have ended, as a real engine does: who comes then waits for one step
+    more, and the host makes the next one ready meanwhile. Slow, for it goes step by step."""
     step_by_step: bool = False
     """Ask the policy after every single decode step: the same result, slowly."""
     timeline_s: float = 120.0

@@ -63,8 +63,8 @@ class Pod:
             cost_model: says how long iterations take.
             max_whole_prompt_len: see `ModelInfo`.
             step_by_step: whether the policy is asked after every decode step, instead of letting decodes jump.
-            run_ahead: whether each decode step is submitted before the one before it has ended, as by a real engine,
-                and step by step therefore; else whoever comes waits for the step in flight alone.
+            run_ahead: whether iterations are submitted before those before them have ended, as by a real engine, and
+                step by step therefore; else whoever comes waits for the step in flight alone.
             host: what the host adds to the times of iterations.
             start_s: what its clock shows.
             on_span: is told of each iteration when it is over.

@@ -49,7 +49,7 @@ class SimulatedSystem:
     step_by_step: bool = False
     """Ask the policy after every decode step, instead of letting decodes jump."""
     run_ahead: bool = False
-    """Step by step, and each decode step is submitted before the one before it has ended, as by a real engine."""
+    """Step by step, and iterations are submitted before those before them have ended, as by a real engine."""
     host: HostTimes = NO_HOST
     """What the host adds to the times of iterations."""
     checks: bool = False
