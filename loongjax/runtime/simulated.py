@@ -49,6 +49,8 @@ class HostTimes:
     decode_begin_s: float = 0.0
     """How much longer the first step of a decode takes than those that go on with it: the host makes it ready, while
     the devices wait unless something is in flight before it."""
+    prefill_begin_s: float = 0.0
+    """The same of a prefill or an extend."""
     telling_s: float = 0.0
     """From a result until clients have its tokens: the step loop submits what follows first."""
 
@@ -172,9 +174,7 @@ class SimulatedRuntime:
         submitted_s = self._clock_s + turnaround_s
         begin_s = max([submitted_s, *[self._busy_until_s[instance] for instance in instances]])
         work = work_of(iteration)
-        ready_s = begin_s
-        if is_decode and not iteration.continues:
-            ready_s = max(begin_s, submitted_s + self._host.decode_begin_s)
+        ready_s = max(begin_s, submitted_s + self._begin_s(iteration))
         end_s = ready_s + self._duration_s(iteration, work)
         run = _Run(iteration, work, self._clock_s, begin_s, np.asarray([end_s]), tokens=_tokens(iteration))
         self._runs[iteration.iteration_id] = run
@@ -260,6 +260,14 @@ class SimulatedRuntime:
         for instance in run.iteration.group.instances:
             self._busy_until_s[instance] = run.end_s
         heapq.heappush(self._ends, (run.end_s, run.iteration.iteration_id))
+
+    def _begin_s(self, iteration: Iteration) -> float:
+        match iteration:
+            case DecodeIteration():
+                return 0.0 if iteration.continues else self._host.decode_begin_s
+            case PrefillIteration() | ExtendIteration():
+                return self._host.prefill_begin_s
+        return 0.0
 
     def _duration_s(self, iteration: Iteration, work: PrefillWork | DecodeWork | None) -> float:
         strategy = Strategy(iteration.group.dop, self._shape.tp)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -37,7 +38,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 FIRST_STEPS = 3
 """Decode steps before those that count: what the devices hold of a decode is built, and its pipeline filled."""
 IN_FLIGHT = 2
-"""Decode steps in flight, as the engine has them: one on the devices, its successor submitted behind it."""
+"""Iterations in flight, as the engine has them: one on the devices, the next one submitted behind it."""
 
 
 class IterationFailedError(Exception):
@@ -57,7 +58,7 @@ class MeterConfig:
     num_steps: int = 8
     """Of a decode, after those that do not count."""
     enough_s: float = 3.0
-    """Once its rounds have taken so long in all, a case is not repeated again."""
+    """Once its rounds have taken so long in all, or the first one has, a case is not repeated again."""
     timeout_s: float = 600.0
     """An iteration that takes longer will not come back."""
 
@@ -67,8 +68,9 @@ class Timing:
     """A case's time."""
 
     seconds: float
-    """Median over rounds, from submission to the result on the host; of a decode the time between results, one step
-    being submitted behind the other."""
+    """Median over rounds: the time between results, each iteration being submitted behind the one before it, so that
+    the devices do not wait for the host. Of a migration, which follows nothing, from submission to the result on the
+    host."""
     stddev_s: float | None
     """Over the same rounds, or over visits; None of one."""
     num_rounds: int
@@ -122,7 +124,7 @@ class Meter:
             case "extend":
                 return self._repeat(self._extends(case))
             case "migration":
-                return self._repeat(self._migrations(case))
+                return self._repeat(self._migrations(case), in_flight=1)
             case "decode":
                 return self._decode(case)
 
@@ -131,13 +133,43 @@ class Meter:
         self._kv_cache.check_integrity()
         assert set(self._resident) == set(self._kv_cache.request_ids)
 
-    def _repeat(self, iterations: Iterator[Iteration]) -> Timing:
+    def _repeat(self, iterations: Iterator[Iteration], in_flight: int = IN_FLIGHT) -> Timing:
         """The first round only warms up."""
-        self._run(next(iterations))
+        rounds = itertools.islice(iterations, 1 + self._config.rounds)
+        return Timing.of(self._in_a_row(rounds, in_flight, self._config.enough_s)[1:])
+
+    def _in_a_row(
+        self, iterations: Iterable[Iteration], in_flight: int = IN_FLIGHT, enough_s: float = math.inf
+    ) -> list[float]:
+        """How long each takes, from its submission or from the end of the one before it, if that comes later.
+
+        Args:
+            iterations: on one group.
+            in_flight: of them at a time.
+            enough_s: once the first has taken so long, or all others have, no more is submitted than a second one.
+        """
+        submitted: collections.deque[tuple[Iteration, float]] = collections.deque()
         seconds: list[float] = []
-        while len(seconds) < self._config.rounds and (not seconds or sum(seconds) < self._config.enough_s):
-            seconds.append(self._run(next(iterations)).elapsed_s)
-        return Timing.of(seconds)
+        end_s = -math.inf
+
+        def land() -> None:
+            nonlocal end_s
+            iteration, submitted_s = submitted.popleft()
+            completion = self._wait_for(iteration.iteration_id, iteration.group, len(submitted))
+            before_s, end_s = max(submitted_s, end_s), submitted_s + completion.elapsed_s
+            seconds.append(end_s - before_s)
+
+        for iteration in iterations:
+            submitted.append((iteration, self._runtime.now_s()))
+            self._runtime.submit(iteration)
+            if len(submitted) == in_flight:
+                land()
+            has_enough = seconds and max(seconds[0], sum(seconds[1:])) >= enough_s
+            if has_enough and len(seconds) + len(submitted) > 1:
+                break
+        while submitted:
+            land()
+        return seconds
 
     def _prefills(self, case: Case) -> Iterator[Iteration]:
         group = Group.of(range(case.strategy.sp))
@@ -191,21 +223,17 @@ class Meter:
             self._kv_cache.keep(request.request_id, intervals)
             self._resident.append(request.request_id)
         num_steps = FIRST_STEPS + self._config.num_steps
-        ends: list[float] = []
-        submitted: collections.deque[tuple[int, float]] = collections.deque()
-        seconds: list[float] = []
         keys: tuple[int, ...] = ()
-        for step in range(num_steps):
-            iteration = self._decode_step(case, requests, step)
-            if step == num_steps // 2:
-                keys = self._keys_of(case.strategy.sp)
-            submitted.append((iteration.iteration_id, self._runtime.now_s()))
-            self._runtime.submit(iteration)
-            while len(submitted) == IN_FLIGHT or (step == num_steps - 1 and submitted):
-                expected_id, submitted_s = submitted.popleft()
-                completion = self._wait_for(expected_id, iteration.group, len(submitted))
-                ends.append(submitted_s + completion.elapsed_s)
-                seconds.append(ends[-1] - max([submitted_s, *ends[-2:-1]]))
+
+        def steps() -> Iterator[Iteration]:
+            nonlocal keys
+            for step in range(num_steps):
+                iteration = self._decode_step(case, requests, step)
+                if step == num_steps // 2:
+                    keys = self._keys_of(case.strategy.sp)
+                yield iteration
+
+        seconds = self._in_a_row(steps())
         return Timing.of(seconds[FIRST_STEPS:], keys)
 
     def _decode_step(self, case: Case, requests: Sequence[Request], step: int) -> DecodeIteration:
@@ -236,10 +264,6 @@ class Meter:
             max_tokens=1_000_000,
             seed=0,
         )
-
-    def _run(self, iteration: Iteration) -> Completion:
-        self._runtime.submit(iteration)
-        return self._wait_for(iteration.iteration_id, iteration.group, 0)
 
     def _wait_for(self, iteration_id: int, group: Group, num_behind: int) -> Completion:
         """The completion of the oldest iteration in flight, with so many submitted behind it."""

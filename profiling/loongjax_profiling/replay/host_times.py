@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,21 +21,22 @@ def measure_host_times(
 
     Args:
         playback: some requests, played.
-        iterations: those that it took and that succeeded. What is submitted behind others has no turnaround, and a
-            decode that begins so is made ready meanwhile.
+        iterations: those that it took and that succeeded. What is submitted behind others has no turnaround, and is
+            made ready meanwhile.
         cost_model: says what they take without a host.
         tp: devices of an instance.
     """
     turnarounds_s = [each.turnaround_s for each in iterations if each.turnaround_s is not None and not each.continues]
-    begins_s = []
+    begins_s: dict[str, list[float]] = collections.defaultdict(list)
     for each in iterations:
         predicted_s = each.predicted_s(cost_model, tp)
-        if each.kind == "decode" and not (each.continues or each.is_behind) and predicted_s is not None:
-            begins_s.append(each.elapsed_s - predicted_s)
+        if predicted_s is not None and not (each.continues or each.is_behind):
+            begins_s[each.kind].append(each.elapsed_s - predicted_s)
     return HostTimes(
         intake_s=playback.mean_intake_s,
         turnaround_s=_median(turnarounds_s),
-        decode_begin_s=max(0.0, _median(begins_s)),
+        decode_begin_s=max(0.0, _median(begins_s["decode"])),
+        prefill_begin_s=max(0.0, _median([*begins_s["prefill"], *begins_s["extend"]])),
         telling_s=playback.mean_telling_s,
     )
 

@@ -28,7 +28,9 @@ class ScaledModel(CostModel):
 
     @classmethod
     def of(cls, iterations: Sequence[TracedIteration], base: CostModel, tp: int) -> ScaledModel:
-        """From iterations that succeeded, of decodes those that went on."""
+        """From iterations that succeeded: of decodes those that went on, of prefills those that were submitted behind
+        something, so that they did not wait for the host; where none of a strategy was, all of them.
+        """
         prefills: dict[Strategy, list[TracedIteration]] = collections.defaultdict(list)
         decodes: dict[Strategy, list[TracedIteration]] = collections.defaultdict(list)
         for each in iterations:
@@ -38,6 +40,8 @@ class ScaledModel(CostModel):
                     prefills[strategy].append(each)
                 case DecodeWork() if each.continues:
                     decodes[strategy].append(each)
+        for strategy, some in prefills.items():
+            prefills[strategy] = [each for each in some if each.is_behind] or some
         return cls(
             base=base,
             prefill_factors={strategy: _factor(some, base, tp) for strategy, some in prefills.items()},

@@ -25,6 +25,8 @@ def read_host_times(path: pathlib.Path) -> HostTimes:
         ) from None
     names = [field.name for field in dataclasses.fields(HostTimes)]
     host = content.get("host") if isinstance(content, dict) else None
+    if isinstance(host, dict):
+        host = {"prefill_begin_s": 0.0, **host}  # older files have it in the times of prefills
     if not isinstance(host, dict) or sorted(host) != sorted(names):
         raise ConfigError(f'--host {path} has no "host" with {", ".join(names)}: give the comparison.json of a replay')
     for name, value in host.items():

@@ -49,6 +49,29 @@ def test_a_prefills_time_is_the_median_of_its_rounds_without_the_first():
     assert timing.num_rounds == 4
 
 
+@pytest.mark.parametrize("case", [PREFILL, EXTEND])
+def test_what_is_timed_is_submitted_behind_another_one(case: Case):
+    """The host takes a second before the devices have anything to do."""
+
+    class SlowHost(ScriptedRuntime):
+        num_in_flight = 0
+
+        def submit(self, iteration):
+            self._now_s += 1.0
+            self.num_in_flight += 1
+            super().submit(iteration)
+
+        def completions(self, timeout_s):
+            completions = super().completions(timeout_s)
+            self.num_in_flight -= len(completions)
+            return completions
+
+    runtime = SlowHost(lambda *_: 5.0)
+    assert Meter(runtime, MeterConfig(enough_s=100.0)).measure(case).seconds == pytest.approx(5.0)
+    assert runtime.num_in_flight == 0
+    assert len(runtime.submitted) == 1 + MeterConfig().rounds
+
+
 def test_what_takes_long_is_not_repeated_more_often_than_once():
     runtime = ScriptedRuntime(lambda *_: 10.0)
     timing = Meter(runtime, MeterConfig(rounds=4, enough_s=3.0)).measure(PREFILL)

@@ -18,7 +18,7 @@ from loongjax_profiling.simulate.simulation import SimulatedSystem, simulate
 from tests.profiling.replay.iterations import traced_decode, traced_prefill, traced_recovery
 from tests.profiling.simulate.systems import RoundModel, arriving, cluster, system
 
-HOST = HostTimes(intake_s=0.002, turnaround_s=0.003, decode_begin_s=0.02, telling_s=0.001)
+HOST = HostTimes(intake_s=0.002, turnaround_s=0.003, decode_begin_s=0.02, prefill_begin_s=0.004, telling_s=0.001)
 
 
 def played(**times: float) -> Playback:
@@ -51,6 +51,21 @@ def test_a_decodes_begin_is_what_first_steps_take_beyond_the_prediction():
     assert measure_host_times(played(), iterations, RoundModel(), 1).decode_begin_s == pytest.approx(0.005)
 
 
+def test_a_prefills_begin_is_what_it_takes_beyond_the_prediction_where_nothing_is_before_it():
+    # A millisecond a token is predicted.
+    behind = dataclasses.replace(traced_prefill(100, 0.9), submitted_s=0.9)
+    iterations = [traced_prefill(100, 0.103), traced_prefill(200, 0.207), traced_prefill(10, 0.6), behind, behind]
+    host = measure_host_times(played(), iterations, RoundModel(), 1)
+    assert host.prefill_begin_s == pytest.approx(0.007)
+    assert host.decode_begin_s == 0.0
+
+
+def test_a_host_of_before_prefills_had_a_begin_is_read(tmp_path: pathlib.Path):
+    host = {name: value for name, value in dataclasses.asdict(HOST).items() if name != "prefill_begin_s"}
+    path = write_host(tmp_path / "comparison.json", {"host": host})
+    assert read_host_times(path) == dataclasses.replace(HOST, prefill_begin_s=0.0)
+
+
 def test_first_steps_that_are_quicker_than_predicted_take_nothing_away():
     iterations = [traced_decode(0.004, continues=False)]
     assert measure_host_times(played(), iterations, RoundModel(), 1).decode_begin_s == 0.0
@@ -75,18 +90,18 @@ def one_instance(host: HostTimes, **options: bool) -> SimulatedSystem:
 def test_a_lone_request_waits_for_the_host_where_nothing_is_submitted_ahead(options: dict[str, bool]):
     (record,) = simulate(one_instance(HOST, **options), arriving((1.0, 100, 5)))
     assert record.issue_s == 1.0
-    # Arrival, intake, turnaround, prefill, and until the client is told.
-    assert record.first_token_s == pytest.approx(1.0 + 0.002 + 0.003 + 0.1 + 0.001)
+    # Arrival, intake, turnaround, prefill with its beginning, and until the client is told.
+    assert record.first_token_s == pytest.approx(1.0 + 0.002 + 0.003 + 0.004 + 0.1 + 0.001)
     # The first step begins a turnaround after the prefill and takes longer; the other three follow at once.
-    assert record.complete_s == pytest.approx(1.105 + 0.003 + 0.02 + 4 * 0.01 + 0.001)
+    assert record.complete_s == pytest.approx(1.109 + 0.003 + 0.02 + 4 * 0.01 + 0.001)
 
 
-@pytest.mark.parametrize(("prompt_len", "left_s"), [(100, 0.0), (20, 0.0), (15, 0.005)])
+@pytest.mark.parametrize(("prompt_len", "left_s"), [(100, 0.0), (16, 0.0), (11, 0.005)])
 def test_the_host_makes_a_decode_ready_while_the_prefill_before_it_runs(prompt_len: int, left_s: float):
     """Both are submitted together, a turnaround after the step loop has the request. Of the decode's beginning only
     what the prefill does not cover is waited for."""
     (record,) = simulate(one_instance(HOST, run_ahead=True), arriving((1.0, prompt_len, 5)))
-    first_s = 1.0 + 0.002 + 0.003 + 1e-3 * prompt_len
+    first_s = 1.0 + 0.002 + 0.003 + 0.004 + 1e-3 * prompt_len
     assert record.first_token_s == pytest.approx(first_s + 0.001)
     assert record.complete_s == pytest.approx(first_s + left_s + 4 * 0.01 + 0.001)
 
@@ -118,7 +133,7 @@ def test_spans_show_iterations_without_the_wait_before_them():
     simulate(one_instance(HOST), arriving((1.0, 100, 5)), on_span=spans.append)
     assert [span.kind for span in spans] == ["prefill", "decode"]
     prefill, decode = spans
-    assert prefill.end_s - prefill.begin_s == pytest.approx(0.1)
+    assert prefill.end_s - prefill.begin_s == pytest.approx(0.004 + 0.1)
     assert decode.begin_s - prefill.end_s == pytest.approx(0.003)
 
 
