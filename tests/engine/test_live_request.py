@@ -68,7 +68,7 @@ def test_a_request_is_a_suspect_until_it_gets_a_token() -> None:
     request.num_failures = 1
     assert request.waiting_view().is_suspect
     assert request.running_view(kv).is_suspect
-    assert not request.running_view(kv, num_landed=1).is_suspect
+    assert not request.running_view(kv, num_landed=1, num_given=1).is_suspect
     request.num_failures = 0
     assert not request.running_view(kv).is_suspect
 
@@ -129,5 +129,5 @@ def test_a_view_is_used_again_until_the_keys_or_the_flight_change() -> None:
 def test_a_step_that_counts_as_over_has_given_its_token() -> None:
     request = live()
     request.num_in_flight = 1
-    view = request.running_view(((0, 8),), num_landed=1)
+    view = request.running_view(((0, 8),), num_landed=1, num_given=1)
     assert (view.is_in_flight, view.num_output_tokens) == (False, 1)
