@@ -8,6 +8,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import Running
 
 
 @dataclasses.dataclass
@@ -15,7 +16,7 @@ class Component:
     """Instances tied together by requests with keys on several of them, and those requests, oldest first."""
 
     instances: set[InstanceId]
-    requests: tuple[RunningView, ...]
+    requests: Running
 
 
 def find_components(draft: Draft) -> list[Component]:

@@ -13,6 +13,7 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import NOBODY, Running
 
 
 class DecodePlanner:
@@ -172,7 +173,7 @@ class DecodePlanner:
                 return False
         if len(component.requests) > 1:
             *others, newest = component.requests
-            component.requests = tuple(others)
+            component.requests = Running(others)
             draft.preempt(newest)
             return True
         return self._find_last_page(component, outside)
@@ -219,12 +220,12 @@ class DecodePlanner:
             if other is not component and instance in other.instances:
                 component.instances |= other.instances
                 component.requests = oldest_first(component.requests + other.requests)
-                other.requests = ()
+                other.requests = NOBODY
 
     def _drop(self, request: RunningView) -> None:
         self._draft.preempt(request)
         for component in self._components:
-            component.requests = tuple([other for other in component.requests if other is not request])
+            component.requests = Running([other for other in component.requests if other is not request])
 
     def _consolidate(self, component: Component) -> bool:
         """Moves one request's keys off an instance, if a few such moves take the instance out of the group.

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill, PrefillRequest, SubBatch
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import Running
 from loongjax.scheduler.view import ClusterView
 
 
@@ -95,5 +96,5 @@ class Draft:
         self._iterations.append(Migrate(request_id, source, target, num_tokens))
 
 
-def _without(requests: tuple[RunningView, ...], request: RunningView) -> tuple[RunningView, ...]:
-    return tuple([other for other in requests if other is not request])
+def _without(requests: Iterable[RunningView], request: RunningView) -> Running:
+    return Running([other for other in requests if other is not request])

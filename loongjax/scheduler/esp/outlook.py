@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Prefill
@@ -80,6 +80,7 @@ class Outlook:
     ) -> None:
         view = draft.view
         groups = GroupMemory() if groups is None else groups
+        self._groups = groups
         self.barred = barred
         """Instances that no prefill may have now but that of the oldest request of all."""
         self.components = find_components(draft)
@@ -110,8 +111,13 @@ class Outlook:
             weigh=weigh,
         )
 
+    def weigh(self, sites: Sequence[Site]) -> None:
+        """Finds the pause weights of all of them at once."""
+        self._groups.weigh([site.facts for site in sites if site.facts is not None])
+
     def by_pause_cost(self) -> list[Site]:
         """Decode groups, those first that are cheapest to pause for each instance."""
+        self.weigh(self.decodes)
         return sorted(self.decodes, key=lambda site: (site.pause_weight / len(site.instances), site.instances))
 
     def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:

@@ -14,6 +14,9 @@ QUANTILE = 0.9
 MAX_LOOKED_UP = 4096
 """Tokens up to which what is expected beyond so many is kept for each number of them."""
 
+MANY = 64
+"""Requests from which on arrays are faster than lists."""
+
 LookUp = memoryview
 """Numbers that are looked up one by one. Lists are faster, but not by what it takes to make one, and whenever an output
 ends there are others."""
@@ -80,9 +83,13 @@ class OutputLengths:
         """
         sample = self._sample
         longest = sample.longest
-        if max(num_output_tokens, default=0) < min(longest, MAX_LOOKED_UP) and min(max_tokens, default=0) > longest:
-            return list(map(sample.mean_reciprocals_beyond.__getitem__, num_output_tokens))  # mostly no limit matters
-        if longest <= MAX_LOOKED_UP:
+        if longest <= MAX_LOOKED_UP and min(max_tokens, default=0) > longest:  # mostly no limit matters
+            means = sample.mean_reciprocals_beyond
+            return [
+                means[generated] if generated < longest else 1.0 / min(2 * generated or 1, max(most, generated + 1))
+                for generated, most in zip(num_output_tokens, max_tokens, strict=True)
+            ]
+        if longest <= MAX_LOOKED_UP and len(num_output_tokens) < MANY:
             numbers, sums = sample.numbers_beyond, sample.reciprocals_beyond
             result: list[float] = []
             for generated, most in zip(num_output_tokens, max_tokens, strict=True):

@@ -6,7 +6,6 @@ Scale-down of prefills is `loongjax.scheduler.placement`; which master takes whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.request_view import RunningView, outputs_of
+from loongjax.scheduler.running import Running
 
 
 class CostModelRules:
@@ -98,9 +97,9 @@ class CostModelRules:
         self._tell("scale-down", (source,), gain, cost, num_steps, now_s, then_s)
         return gain > cost
 
-    def _steps_left(self, requests: Sequence[RunningView]) -> float:
+    def _steps_left(self, requests: Running) -> float:
         """Steps until half of the requests' expected tokens are generated, at least one: the mean over requests."""
-        return max(1.0, float(np.mean(self._lengths.expected_left(*outputs_of(requests)))))
+        return max(1.0, float(np.mean(self._lengths.expected_left(*requests.outputs))))
 
     def _tell(
         self,
@@ -131,7 +130,7 @@ class CostModelRules:
             )
 
 
-def _busiest_keys(requests: Sequence[RunningView]) -> int:
+def _busiest_keys(requests: Running) -> int:
     """Keys on the instance that holds most of them."""
     num_keys: dict[InstanceId, int] = {}
     for request in requests:
