@@ -205,6 +205,16 @@ class DecodeTotals[Real: (float, np.ndarray)]:
         return DecodeTotals(num_rows=rows, num_masters=1.0, busiest_rows=rows, busiest_keys=float(busiest_keys))
 
     @classmethod
+    def of_step(cls, work: DecodeWork) -> DecodeTotals[float]:
+        """Totals of a single step, as numbers."""
+        return DecodeTotals(
+            num_rows=float(sum(work.rows)),
+            num_masters=float(work.num_masters),
+            busiest_rows=float(max(work.rows)),
+            busiest_keys=float(max(work.keys)),
+        )
+
+    @classmethod
     def of(cls, works: Sequence[DecodeWork]) -> DecodeTotals[np.ndarray]:
         """Totals of these batches: arrays [number of batches]."""
         return DecodeTotals(

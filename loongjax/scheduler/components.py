@@ -63,9 +63,8 @@ def _tied_together(draft: Draft) -> list[Component]:
             continue
         instances, requests = tied.setdefault(_find(root, instance), (set(), []))
         instances.add(instance)
-        requests += [
-            request for request in residents if request.kv[-1][0] == instance and request.request_id not in stalled
-        ]
+        newest = draft.newest[instance]
+        requests += [request for request in newest if request.request_id not in stalled] if stalled else newest
     components += [Component(instances, oldest_first(requests)) for instances, requests in tied.values() if requests]
     return components
 

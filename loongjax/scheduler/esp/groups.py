@@ -42,15 +42,10 @@ class GroupFacts:
         # Views are made anew only if something changed, and tuples look at identity first.
         return self.lengths.knows_the_same(lengths) and self.requests == requests
 
-    @property
+    @functools.cached_property
     def has_paces(self) -> bool:
         """Whether what a pause costs depends on the time."""
         return self.requests.have_paces
-
-    @property
-    def awaits_plain_weight(self) -> bool:
-        """Whether what a pause costs is not known, and follows from the outputs alone."""
-        return self.timeless_weight is None and self.requests.are_plain
 
     def pause_weight(self, now_s: float, step_s: float) -> float:
         """What it costs a second that all of them stand still, if each further token takes at least `step_s`."""
@@ -113,7 +108,7 @@ class GroupMemory:
         """Works out what pauses cost, of all groups in which nobody has wishes or priorities at once: where limits of
         outputs matter, of many it takes hardly longer than of one.
         """
-        unknown = [group for group in groups if group.awaits_plain_weight]
+        unknown = [group for group in groups if group.timeless_weight is None and group.requests.are_plain]
         if len(unknown) < 2:
             return
         num_outputs: list[int] = []

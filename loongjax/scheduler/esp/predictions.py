@@ -46,7 +46,9 @@ class Predictions:
         prefills = [work for work in works if isinstance(work, PrefillWork)]
         decodes = [work for work in works if isinstance(work, DecodeWork)]
         assert not (prefills and decodes), "either prefills or decodes"
-        if prefills:
+        if len(decodes) == 1:
+            seconds = [float(self._model.decode_s(strategy, DecodeTotals.of_step(decodes[0])))]
+        elif prefills:
             seconds = self._model.prefill_s(strategy, PrefillTotals.of(prefills)).tolist()
         else:
             seconds = self._model.decode_s(strategy, DecodeTotals.of(decodes)).tolist()

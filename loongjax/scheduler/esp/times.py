@@ -55,16 +55,16 @@ class Times:
         """
         self._model = model
         self.tp = tp
-        self._corrector = corrector
         self._predictions = Predictions(model) if predictions is None else predictions
-        self._strategies: dict[tuple[Kind, int], tuple[Strategy, float]] = {}
+        self._prefills = _Strategies("prefill", tp, corrector)
+        self._decodes = _Strategies("decode", tp, corrector)
         self._on_first: dict[int, PrefillsOnFirst] = {}
 
     def on_first(self, num_instances: int) -> PrefillsOnFirst:
         """Those of prefills on 1, 2, ... so many instances."""
         known = self._on_first.get(num_instances)
         if known is None:
-            factors = [self._known("prefill", dop)[1] for dop in range(1, num_instances + 1)]
+            factors = [self._prefills[dop][1] for dop in range(1, num_instances + 1)]
             known = self._on_first[num_instances] = PrefillsOnFirst(self._model, self.tp, tuple(factors))
         return known
 
@@ -87,7 +87,7 @@ class Times:
 
     def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
         """As `step_s`, for one master."""
-        strategy, factor = self._known("decode", dop)
+        strategy, factor = self._decodes[dop]
         return factor * self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
 
     def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
@@ -106,7 +106,7 @@ class Times:
             busiest_rows=np.ceil(num_rows / masters),
             busiest_keys=np.full(len(masters), float(busiest_keys)),
         )
-        strategy, factor = self._known("decode", dop)
+        strategy, factor = self._decodes[dop]
         return factor * self._model.decode_s(strategy, totals)
 
     def migration_s(self, num_tokens: int | float) -> float:
@@ -136,14 +136,14 @@ class Times:
         """Of one prefill, by the sums over its requests; 0 of nothing."""
         if not num_tokens:
             return 0.0
-        strategy, factor = self._known("prefill", dop)
+        strategy, factor = self._prefills[dop]
         return factor * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
 
     def batches_of_s(
         self, dop: int, num_tokens: Float[np.ndarray, " batches"], squared_lens: Float[np.ndarray, " batches"]
     ) -> Float[np.ndarray, " batches"]:
         """Of each of these prefills, likewise."""
-        strategy, factor = self._known("prefill", dop)
+        strategy, factor = self._prefills[dop]
         return factor * self._predictions.prefills_s(strategy, num_tokens, squared_lens)
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
@@ -151,30 +151,36 @@ class Times:
         unknown: dict[tuple[Kind, int], list[int]] = {}
         for index, flight in enumerate(flights):
             work = flight.work
-            if isinstance(flight.plan, Migrate):
-                durations[index] = self.migration_s(flight.plan.num_tokens)
-            elif work is not None:
-                kind, dop = kind_of(work), flight.group.dop
-                strategy, factor = self._known(kind, dop)
+            if work is not None:
+                kind, dop = kind_of(work), len(flight.group.instances)
+                strategy, factor = (self._prefills if kind == "prefill" else self._decodes)[dop]
                 base_s = self._predictions.known_s(strategy, work)
                 if base_s is None:
                     unknown.setdefault((kind, dop), []).append(index)
                 else:
                     durations[index] = factor * base_s
+            elif isinstance(flight.plan, Migrate):
+                durations[index] = self.migration_s(flight.plan.num_tokens)
         for (kind, dop), indices in unknown.items():
-            strategy, factor = self._known(kind, dop)
+            strategy, factor = (self._prefills if kind == "prefill" else self._decodes)[dop]
             works = [work for index in indices if (work := flights[index].work) is not None]
             for index, base_s in zip(indices, self._predictions.of_works(strategy, works), strict=True):
                 durations[index] = factor * base_s
         return durations
 
-    def _known(self, kind: Kind, dop: int) -> tuple[Strategy, float]:
-        """The strategy of so many instances, and what to multiply its times by."""
-        known = self._strategies.get((kind, dop))
-        if known is None:
-            strategy = _strategy(dop, self.tp)
-            factor = 1.0 if self._corrector is None else self._corrector.factor(kind, strategy)
-            known = self._strategies[kind, dop] = strategy, factor
+
+class _Strategies(dict[int, tuple[Strategy, float]]):
+    """By the number of instances the strategy of a kind of iteration, and what to multiply its times by."""
+
+    def __init__(self, kind: Kind, tp: int, corrector: Corrector | None) -> None:
+        self._kind: Kind = kind
+        self._tp = tp
+        self._corrector = corrector
+
+    def __missing__(self, dop: int) -> tuple[Strategy, float]:
+        strategy = _strategy(dop, self._tp)
+        factor = 1.0 if self._corrector is None else self._corrector.factor(self._kind, strategy)
+        known = self[dop] = strategy, factor
         return known
 
 
