@@ -104,8 +104,9 @@ class Residents:
 
     def is_anybody_older(self, order: int) -> bool:
         """Whether any of them came before the request of that order."""
-        first = [local.requests[0] for local in self.local if local.requests]
-        return any(request.order < order for request in itertools.chain(first, self.keyless[:1]))
+        orders = [local.requests[0].order for local in self.local if local.requests]
+        orders += [request.order for request in self.keyless[:1]]
+        return min(orders, default=order) < order
 
     def after(self, news: Mapping[str, RunningView | None], left: Iterable[InstanceId]) -> Residents:
         """These when something has changed.

@@ -42,12 +42,12 @@ class Running(tuple[RunningView, ...]):
     @functools.cached_property
     def have_paces(self) -> bool:
         """Whether any of them wishes for a time per token."""
-        return [request.slo.tpot_s for request in self].count(None) < len(self)
+        return not self.are_plain and [request.slo.tpot_s for request in self].count(None) < len(self)
 
     @functools.cached_property
     def are_plain(self) -> bool:
         """Whether none of them has a priority or wishes for a time per token."""
-        return not self.have_paces and [request.priority for request in self].count(0) == len(self)
+        return [request.priority or request.slo.tpot_s for request in self].count(None) == len(self)
 
 
 NOBODY = Running()

@@ -41,9 +41,9 @@ class Site:
 def step_s(site: Site, times: Times) -> float:
     """The time of a step of the site's decodes, if one of its instances were the master of all."""
     if site.facts is not None:
-        return times.step_of_one_master_s(*site.facts.size_of_step)
+        return times.step_s(*site.facts.size_of_step)
     num_keys, dop = sum([request.num_tokens for request in site.requests]), len(site.instances)
-    return times.step_of_one_master_s(dop, len(site.requests), -(-num_keys // dop))
+    return times.step_s(dop, len(site.requests), -(-num_keys // dop))
 
 
 def loss_weight(site: Site, times: Times) -> float:
@@ -100,7 +100,7 @@ class Outlook:
 
     def _site(self, group: GroupFacts, now_s: float, times: Times) -> Site:
         def weigh() -> float:
-            step_s = times.step_of_one_master_s(*group.size_of_step) if group.has_paces else 0.0
+            step_s = times.step_s(*group.size_of_step) if group.has_paces else 0.0
             return group.pause_weight(now_s, step_s)
 
         return Site(

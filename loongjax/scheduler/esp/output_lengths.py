@@ -85,6 +85,8 @@ class OutputLengths:
         longest = sample.longest
         if longest <= MAX_LOOKED_UP and min(max_tokens, default=0) > longest:  # mostly no limit matters
             means = sample.mean_reciprocals_beyond
+            if max(num_output_tokens) < longest:
+                return list(map(means.__getitem__, num_output_tokens))
             return [
                 means[generated] if generated < longest else 1.0 / min(2 * generated or 1, max(most, generated + 1))
                 for generated, most in zip(num_output_tokens, max_tokens, strict=True)

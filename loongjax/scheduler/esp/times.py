@@ -14,7 +14,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Migrate
 from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
-from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
+from loongjax.costmodel.work import DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.scheduler.esp.predictions import Predictions
 from loongjax.scheduler.request_view import WaitingView
 from loongjax.scheduler.view import ClusterView, FlightView
@@ -83,15 +83,10 @@ class Times:
 
     def least_step_s(self, dop: int) -> float:
         """Of a decode step that has next to nothing to do."""
-        return self.step_of_one_master_s(dop, 1, 1)
+        return self.step_s(dop, 1, 1)
 
-    def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
-        """As `step_s`, for one master."""
-        strategy, factor = self._decodes[dop]
-        return factor * self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
-
-    def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
-        """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
+    def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: int = 1) -> float:
+        """Of a decode step whose rows are as even as they can be.
 
         Args:
             dop: instances of the group.
@@ -99,15 +94,8 @@ class Times:
             busiest_keys: keys on the instance that holds most of them.
             num_masters: how many instances share the requests.
         """
-        masters = np.asarray(num_masters, np.float64)
-        totals = DecodeTotals(
-            num_rows=np.full(len(masters), float(num_rows)),
-            num_masters=masters,
-            busiest_rows=np.ceil(num_rows / masters),
-            busiest_keys=np.full(len(masters), float(busiest_keys)),
-        )
         strategy, factor = self._decodes[dop]
-        return factor * self._model.decode_s(strategy, totals)
+        return factor * self._predictions.step_s(strategy, num_rows, busiest_keys, num_masters)
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
