@@ -235,13 +235,13 @@ class DecodePlanner:
         if len(component.instances) < 2:
             return False
         draft = self._draft
+        held_by = [(request, dict(request.kv)) for request in draft.straddling]
         for source in sorted(component.instances):
-            straddling = [request for request in draft.straddling if source in dict(request.kv)]
-            num_tokens = sum(dict(request.kv)[source] for request in straddling)
-            is_stalled = any(not component.instances.issuperset(dict(request.kv)) for request in straddling)
-            if not straddling or is_stalled:
+            straddling = [(request, held) for request, held in held_by if source in held]
+            if not straddling or not all(component.instances.issuperset(held) for _, held in straddling):
                 continue
-            request = straddling[0]
+            num_tokens = sum([held[source] for _, held in straddling])
+            request = straddling[0][0]
             held = dict(request.kv)
             num_moved = held.pop(source)
             target = max(held, key=lambda instance: (held[instance], instance))

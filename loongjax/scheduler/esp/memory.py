@@ -26,7 +26,8 @@ def peak_tokens(held: Int[np.ndarray, " requests"], left: Int[np.ndarray, " requ
         left: tokens that each will still add.
     """
     order = left.argsort()[::-1]
-    return int((left.take(order) * np.arange(1, len(order) + 1) + held.take(order).cumsum()).max(initial=0))
+    peaks = left.take(order) * np.arange(1, len(order) + 1) + held.take(order).cumsum()
+    return int(np.maximum.reduce(peaks, initial=0))
 
 
 class MemoryAdmission:

@@ -103,9 +103,10 @@ class Outlook:
             step_s = times.step_s(*group.size_of_step) if group.has_paces else 0.0
             return group.pause_weight(now_s, step_s)
 
+        instances, until_free_s = group.instances, self.until_free_s
         return Site(
-            instances=group.instances,
-            ready_s=max(map(self.until_free_s.__getitem__, group.instances)),
+            instances=instances,
+            ready_s=until_free_s[instances[0]] if len(instances) == 1 else max([until_free_s[i] for i in instances]),
             requests=group.requests,
             facts=group,
             weigh=weigh,

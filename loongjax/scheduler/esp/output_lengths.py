@@ -55,8 +55,7 @@ class OutputLengths:
     ) -> Int[np.ndarray, " requests"]:
         """The 0.9-quantile of each request's final output length, given what it has generated; at most its limit."""
         sample = self._sample
-        first = sample.ascending.searchsorted(num_output_tokens, side="right")
-        return np.minimum(sample.quantiles_from.take(first), max_tokens)
+        return np.minimum(sample.quantiles_from.take(sample.first_beyond(num_output_tokens)), max_tokens)
 
     def expected_left(self, num_output_tokens: Sequence[int], max_tokens: Sequence[int]) -> list[float]:
         """Tokens that each request is still expected to generate: the mean of the longer outputs, less its own.
@@ -109,12 +108,13 @@ class OutputLengths:
     def _expected_reciprocals(
         self, generated: Int[np.ndarray, " requests"], most: Int[np.ndarray, " requests"]
     ) -> Float[np.ndarray, " requests"]:
-        ascending, sums_from = self._sample.ascending, self._sample.reciprocals_from
-        first = ascending.searchsorted(generated, side="right")
-        num_longer = len(ascending) - first
+        sample, num_known = self._sample, len(self)
+        first = sample.first_beyond(generated)
+        num_longer = num_known - first
         limit = np.maximum(most, generated + 1)
-        at_limit = ascending.searchsorted(limit)
-        longer = sums_from[first] - sums_from[at_limit] + (len(ascending) - at_limit) / limit
+        at_limit = sample.first_beyond(limit - 1)
+        sums_from = sample.reciprocals_from
+        longer = sums_from.take(first) - sums_from.take(at_limit) + (num_known - at_limit) / limit
         half_way = 1.0 / np.minimum(np.maximum(2 * generated, 1), limit)
         return np.where(num_longer, longer / np.maximum(num_longer, 1), half_way)
 
@@ -182,6 +182,12 @@ class _Sample:
     def _numbers_from(self) -> Float[np.ndarray, " lengths_1"]:
         """[i]: how many there are from the i-th on."""
         return np.arange(len(self.ascending), -1.0, -1.0)
+
+    def first_beyond(self, num_tokens: Int[np.ndarray, " requests"]) -> Int[np.ndarray, " requests"]:
+        """The first length longer than so many tokens, at least 0; it may be behind all."""
+        if self.longest <= MAX_LOOKED_UP:
+            return self._first_beyond.take(num_tokens, mode="clip")
+        return self.ascending.searchsorted(num_tokens, side="right")
 
     @functools.cached_property
     def _first_beyond(self) -> Int[np.ndarray, " tokens"]:
