@@ -120,14 +120,16 @@ def make_view(case: Case, random: np.random.Generator) -> ClusterView:
         num_outputs = int(random.integers(1, 500))
         num_tokens = num_prompt_tokens + num_outputs - 1
         used[instance] += shape.num_pages_for(num_tokens)
+        is_in_flight = instance >= case.num_vacant + case.num_idle
         running.append(
             RunningView(
                 request_id=f"r{order}",
                 order=order,
                 num_tokens=num_tokens,
                 max_total_tokens=num_prompt_tokens + 1000,
+                max_output_tokens=1000 + is_in_flight,
                 kv=((instance, num_tokens),),
-                is_in_flight=instance >= case.num_vacant + case.num_idle,
+                is_in_flight=is_in_flight,
                 num_output_tokens=num_outputs,
                 arrival_s=0.0,
                 first_token_s=1.0,

@@ -199,10 +199,24 @@ class DecodeTotals[Real: (float, np.ndarray)]:
         )
 
     @classmethod
-    def of_one_master(cls, num_rows: int, busiest_keys: int) -> DecodeTotals[float]:
-        """Totals of a single step in which one instance has all rows, as numbers."""
-        rows = float(num_rows)
-        return DecodeTotals(num_rows=rows, num_masters=1.0, busiest_rows=rows, busiest_keys=float(busiest_keys))
+    def of_even_rows(cls, num_rows: int, busiest_keys: int, num_masters: int = 1) -> DecodeTotals[float]:
+        """Totals of a single step, as numbers."""
+        return DecodeTotals(
+            num_rows=float(num_rows),
+            num_masters=float(num_masters),
+            busiest_rows=float(-(-num_rows // num_masters)),
+            busiest_keys=float(busiest_keys),
+        )
+
+    @classmethod
+    def of_step(cls, work: DecodeWork) -> DecodeTotals[float]:
+        """Totals of a single step, as numbers."""
+        return DecodeTotals(
+            num_rows=float(sum(work.rows)),
+            num_masters=float(work.num_masters),
+            busiest_rows=float(max(work.rows)),
+            busiest_keys=float(max(work.keys)),
+        )
 
     @classmethod
     def of(cls, works: Sequence[DecodeWork]) -> DecodeTotals[np.ndarray]:

@@ -37,6 +37,9 @@ def _check_roster(state: EngineState) -> None:
         assert request == now, f"{request} is out of date: {now}"
     assert sorted(request.request_id for request in residents.running) == sorted(state.kv_cache.request_ids)
     assert residents == Residents.of(residents.running, state.shape.num_instances), "somebody is elsewhere"
+    for local in residents.local:
+        shared = [request for request in local.requests if len(request.kv) > 1]
+        assert list(local.straddling) == shared, "somebody has keys elsewhere, too, or has no more"
 
 
 def lost_when_idle(state: EngineState) -> str | None:

@@ -144,19 +144,23 @@ class LiveRequest:
             or view.first_token_s != self._first_token_s
         ):
             num_held = kv[0][1] if len(kv) == 1 else sum([num_held for _, num_held in kv])
+            num_uncomputed = max(1, self.num_tokens - num_held)
+            num_keyed_outputs = num_output_tokens if is_in_flight else num_output_tokens - num_uncomputed
+            # By position, which takes half as long.
             view = self._running_view = RunningView(
-                request_id=self.request_id,
-                order=self.order,
-                num_tokens=num_held,
-                max_total_tokens=self.max_total_tokens,
-                kv=kv,
-                is_in_flight=is_in_flight,
-                num_uncomputed_tokens=max(1, self.num_tokens - num_held),
-                is_suspect=is_suspect,
-                num_output_tokens=num_output_tokens,
-                arrival_s=self._accepted_s,
-                first_token_s=self._first_token_s,
-                priority=self.request.priority,
-                slo=self.request.slo,
+                self.request_id,
+                self.order,
+                num_held,
+                self.max_total_tokens,
+                self.max_total_tokens - num_held + num_keyed_outputs,
+                kv,
+                is_in_flight,
+                num_uncomputed,
+                is_suspect,
+                num_output_tokens,
+                self._accepted_s,
+                self._first_token_s,
+                self.request.priority,
+                self.request.slo,
             )
         return view

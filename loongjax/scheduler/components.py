@@ -8,6 +8,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import Running
 
 
 @dataclasses.dataclass
@@ -15,7 +16,7 @@ class Component:
     """Instances tied together by requests with keys on several of them, and those requests, oldest first."""
 
     instances: set[InstanceId]
-    requests: tuple[RunningView, ...]
+    requests: Running
 
 
 def find_components(draft: Draft) -> list[Component]:
@@ -62,9 +63,8 @@ def _tied_together(draft: Draft) -> list[Component]:
             continue
         instances, requests = tied.setdefault(_find(root, instance), (set(), []))
         instances.add(instance)
-        requests += [
-            request for request in residents if request.kv[-1][0] == instance and request.request_id not in stalled
-        ]
+        newest = draft.newest[instance]
+        requests += [request for request in newest if request.request_id not in stalled] if stalled else newest
     components += [Component(instances, oldest_first(requests)) for instances, requests in tied.values() if requests]
     return components
 

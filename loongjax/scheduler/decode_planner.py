@@ -13,6 +13,7 @@ from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.fairness import Fairness
 from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import NOBODY, Running
 
 
 class DecodePlanner:
@@ -172,7 +173,7 @@ class DecodePlanner:
                 return False
         if len(component.requests) > 1:
             *others, newest = component.requests
-            component.requests = tuple(others)
+            component.requests = Running(others)
             draft.preempt(newest)
             return True
         return self._find_last_page(component, outside)
@@ -219,12 +220,12 @@ class DecodePlanner:
             if other is not component and instance in other.instances:
                 component.instances |= other.instances
                 component.requests = oldest_first(component.requests + other.requests)
-                other.requests = ()
+                other.requests = NOBODY
 
     def _drop(self, request: RunningView) -> None:
         self._draft.preempt(request)
         for component in self._components:
-            component.requests = tuple([other for other in component.requests if other is not request])
+            component.requests = Running([other for other in component.requests if other is not request])
 
     def _consolidate(self, component: Component) -> bool:
         """Moves one request's keys off an instance, if a few such moves take the instance out of the group.
@@ -234,13 +235,13 @@ class DecodePlanner:
         if len(component.instances) < 2:
             return False
         draft = self._draft
+        held_by = [(request, dict(request.kv)) for request in draft.straddling]
         for source in sorted(component.instances):
-            straddling = [request for request in draft.straddling if source in dict(request.kv)]
-            num_tokens = sum(dict(request.kv)[source] for request in straddling)
-            is_stalled = any(not component.instances.issuperset(dict(request.kv)) for request in straddling)
-            if not straddling or is_stalled:
+            straddling = [(request, held) for request, held in held_by if source in held]
+            if not straddling or not all(component.instances.issuperset(held) for _, held in straddling):
                 continue
-            request = straddling[0]
+            num_tokens = sum([held[source] for _, held in straddling])
+            request = straddling[0][0]
             held = dict(request.kv)
             num_moved = held.pop(source)
             target = max(held, key=lambda instance: (held[instance], instance))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from loongjax.core.cluster import Group, InstanceId
 from loongjax.core.plan import Decode, Migrate, Plan, Preempt, Prefill, PrefillRequest, SubBatch
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import Running
 from loongjax.scheduler.view import ClusterView
 
 
@@ -34,8 +35,9 @@ class Draft:
         """Requests with keys on an instance, oldest first."""
         self.straddling = view.residents.straddling
         """Requests with keys on more than one instance, oldest first."""
-        self.num_newest = [len(local.newest) for local in view.residents.local]
-        """Requests whose newest token lies on an instance."""
+        self.newest = [local.newest for local in view.residents.local]
+        """Those whose newest token lies on an instance, oldest first."""
+        self.num_newest = list(map(len, self.newest))
         self.has_prefills = False
         """Whether this answer starts a prefill."""
         self._growth_pages = view.shape.num_pages_for(growth_tokens)
@@ -69,7 +71,9 @@ class Draft:
     def preempt(self, request: RunningView) -> None:
         assert not request.is_in_flight, request
         self._preempted.append(request.request_id)
-        self.num_newest[request.kv[-1][0]] -= 1
+        master, _ = request.kv[-1]
+        self.newest[master] = _without(self.newest[master], request)
+        self.num_newest[master] -= 1
         self.straddling = _without(self.straddling, request)
         for instance, num_tokens in request.kv:
             self.free[instance] += self.shape.num_pages_for(num_tokens)
@@ -95,5 +99,5 @@ class Draft:
         self._iterations.append(Migrate(request_id, source, target, num_tokens))
 
 
-def _without(requests: tuple[RunningView, ...], request: RunningView) -> tuple[RunningView, ...]:
-    return tuple([other for other in requests if other is not request])
+def _without(requests: Iterable[RunningView], request: RunningView) -> Running:
+    return Running([other for other in requests if other is not request])

@@ -7,6 +7,7 @@ import operator
 from collections.abc import Iterable, Sequence
 
 from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.running import Running
 
 
 def priority_classes(waiting: Sequence[WaitingView]) -> list[tuple[int, int]]:
@@ -23,8 +24,8 @@ def priority_classes(waiting: Sequence[WaitingView]) -> list[tuple[int, int]]:
     return classes
 
 
-def oldest_first(requests: Iterable[RunningView]) -> tuple[RunningView, ...]:
-    return tuple(sorted(requests, key=order_of))
+def oldest_first(requests: Iterable[RunningView]) -> Running:
+    return Running(sorted(requests, key=order_of))
 
 
 order_of = operator.attrgetter("order")

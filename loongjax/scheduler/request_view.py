@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from loongjax.core.cluster import InstanceId
@@ -50,6 +49,8 @@ class RunningView(NamedTuple):
     """Tokens whose keys are in the pool, those of an iteration in flight included."""
     max_total_tokens: int
     """Prompt and longest possible output."""
+    max_output_tokens: int
+    """Longest possible output; a token less while two steps with it are in flight."""
     kv: tuple[tuple[InstanceId, int], ...]
     """(instance, tokens it holds), of which the last entry holds the newest token. See `KVCache.local_lens`."""
     is_in_flight: bool
@@ -68,29 +69,3 @@ class RunningView(NamedTuple):
     priority: int = 0
     """Lower goes first."""
     slo: ServiceLevel = NO_SLO
-
-
-# Policies ask for these of everybody, and a tuple taken apart is faster than a property of each.
-
-
-def outputs_of(requests: Iterable[RunningView]) -> tuple[list[int], list[int]]:
-    """(tokens generated so far, the longest possible output) of each."""
-    generated: list[int] = []
-    limits: list[int] = []
-    for _, _, num_tokens, most, _, is_in_flight, num_uncomputed, _, num_outputs, _, _, _, _ in requests:
-        generated.append(num_outputs)
-        limits.append(most - num_tokens + num_outputs - (0 if is_in_flight else num_uncomputed))
-    return generated, limits
-
-
-def tokens_of(requests: Iterable[RunningView]) -> tuple[list[int], list[int], list[int]]:
-    """(`num_tokens`, `max_total_tokens`, those of `num_output_tokens` that have keys: at rest, all but the newest) of
-    each."""
-    keyed: list[int] = []
-    totals: list[int] = []
-    outputs: list[int] = []
-    for _, _, num_tokens, most, _, is_in_flight, num_uncomputed, _, num_outputs, _, _, _, _ in requests:
-        keyed.append(num_tokens)
-        totals.append(most)
-        outputs.append(num_outputs if is_in_flight else num_outputs - num_uncomputed)
-    return keyed, totals, outputs

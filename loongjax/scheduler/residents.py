@@ -11,7 +11,8 @@ from jaxtyping import Int
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.queue import order_of
-from loongjax.scheduler.request_view import RunningView, tokens_of
+from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import NOBODY, Running
 
 
 class LocalRequests:
@@ -22,7 +23,7 @@ class LocalRequests:
         requests: those, oldest first.
     """
 
-    def __init__(self, instance: InstanceId, requests: tuple[RunningView, ...] = ()) -> None:
+    def __init__(self, instance: InstanceId, requests: Running = NOBODY) -> None:
         self.instance = instance
         self.requests = requests
 
@@ -35,26 +36,16 @@ class LocalRequests:
         return hash((self.instance, self.requests))
 
     @functools.cached_property
-    def straddling(self) -> tuple[RunningView, ...]:
+    def straddling(self) -> Running:
         """Those that have keys elsewhere, too."""
-        return tuple([request for request in self.requests if len(request.kv) > 1])
+        return Running([request for request in self.requests if len(request.kv) > 1])
 
     @functools.cached_property
-    def newest(self) -> tuple[RunningView, ...]:
+    def newest(self) -> Running:
         """Those whose newest token lies here."""
         if not self.straddling:
             return self.requests
-        return tuple([request for request in self.requests if request.kv[-1][0] == self.instance])
-
-    @functools.cached_property
-    def max_total_tokens(self) -> int:
-        """What the `newest` may become together."""
-        return sum([request.max_total_tokens for request in self.newest])
-
-    @functools.cached_property
-    def columns(self) -> Int[np.ndarray, "3 newest"]:
-        """Of the `newest` the tokens with keys, the most tokens ever, and the generated tokens with keys."""
-        return np.array(tokens_of(self.newest), np.int64)
+        return Running([request for request in self.requests if request.kv[-1][0] == self.instance])
 
 
 class Residents:
@@ -96,25 +87,26 @@ class Residents:
         return (*itertools.chain.from_iterable([local.newest for local in self.local]), *self.keyless)
 
     @functools.cached_property
-    def straddling(self) -> tuple[RunningView, ...]:
+    def straddling(self) -> Running:
         """Those with keys on more than one instance, oldest first."""
         found = {request.order: request for local in self.local for request in local.straddling}
-        return tuple([found[order] for order in sorted(found)])
+        return Running([found[order] for order in sorted(found)])
 
     @property
     def max_total_tokens(self) -> int:
         """What those with keys may become together."""
-        return sum([local.max_total_tokens for local in self.local])
+        return sum([local.newest.max_total_tokens for local in self.local])
 
     @property
-    def columns(self) -> Int[np.ndarray, "3 requests"]:
-        """Those of `LocalRequests`, of all requests with keys."""
-        return np.concatenate([local.columns for local in self.local], axis=1)
+    def table(self) -> Int[np.ndarray, "3 requests"]:
+        """See `Running.table`, of all requests with keys."""
+        return np.concatenate([local.newest.table for local in self.local], axis=1)
 
     def is_anybody_older(self, order: int) -> bool:
         """Whether any of them came before the request of that order."""
-        first = [local.requests[0] for local in self.local if local.requests]
-        return any(request.order < order for request in itertools.chain(first, self.keyless[:1]))
+        orders = [local.requests[0].order for local in self.local if local.requests]
+        orders += [request.order for request in self.keyless[:1]]
+        return min(orders, default=order) < order
 
     def after(self, news: Mapping[str, RunningView | None], left: Iterable[InstanceId]) -> Residents:
         """These when something has changed.
@@ -125,21 +117,26 @@ class Residents:
         """
         come: dict[InstanceId, list[RunningView]] = {instance: [] for instance in left}
         keyless: list[RunningView] = []
+        shared: set[InstanceId] = set()
+        """Instances with keys of who has come and has keys elsewhere, too."""
         for request in news.values():
             if request is not None:
                 for instance, _ in request.kv:
                     come.setdefault(instance, []).append(request)
-                if not request.kv:
+                if len(request.kv) > 1:
+                    shared.update([instance for instance, _ in request.kv])
+                elif not request.kv:
                     keyless.append(request)
         if keyless or self.keyless:
             keyless = _merged(self.keyless, news, keyless)
-        return self.with_local(
-            [
-                LocalRequests(instance, tuple(_merged(self.local[instance].requests, news, requests)))
-                for instance, requests in come.items()
-            ],
-            tuple(keyless),
-        )
+        changed: list[LocalRequests] = []
+        for instance, requests in come.items():
+            before = self.local[instance]
+            local = LocalRequests(instance, Running(_merged(before.requests, news, requests)))
+            if not (before.straddling or instance in shared):
+                local.straddling = NOBODY
+            changed.append(local)
+        return self.with_local(changed, tuple(keyless))
 
     def with_local(self, changed: Iterable[LocalRequests], keyless: tuple[RunningView, ...] | None = None) -> Residents:
         """With others on some instances, and others without keys; None: the same."""

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 import numpy as np
 from jaxtyping import Float
 
+from loongjax.scheduler.queue import order_of, priority_classes
 from loongjax.scheduler.request_view import WaitingView
 
 NUM_COLUMNS = 8
@@ -25,6 +26,11 @@ class Waiting(tuple[WaitingView, ...]):
         waiting = cls(requests)
         waiting.__dict__["table"] = table
         return waiting
+
+    @functools.cached_property
+    def oldest(self) -> WaitingView:
+        """Of a queue in its order, in which only the first of each priority has to be looked at."""
+        return min([self[begin] for begin, _ in priority_classes(self)], key=order_of)
 
     @functools.cached_property
     def table(self) -> Float[np.ndarray, "8 requests"]:

@@ -236,7 +236,7 @@ def test_a_number_takes_exactly_what_an_array_of_it_takes(num_tokens: int, num_r
         assert [single] == form.seconds(PrefillTotals.of_sums(num_tokens, squared)).tolist()
     step = DecodeWork(rows=(num_rows,), keys=(num_tokens + num_rows,))
     for form in (DECODE, KINKED):
-        single = form.seconds(DecodeTotals.of_one_master(num_rows, num_tokens + num_rows))
+        single = form.seconds(DecodeTotals.of_even_rows(num_rows, num_tokens + num_rows))
         assert [single] == form.seconds(DecodeTotals.of([step])).tolist()
 
 

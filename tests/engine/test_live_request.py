@@ -126,6 +126,17 @@ def test_a_view_is_used_again_until_the_keys_or_the_flight_change() -> None:
     assert request.running_view(((1, 8), (0, 3))).num_tokens == 11
 
 
+def test_the_longest_output_is_the_same_at_rest_in_flight_and_before_the_prompt_is_computed() -> None:
+    request = live()
+    assert [request.running_view(((0, num_held),)).max_output_tokens for num_held in (2, 7)] == [20, 20]
+    request.output_token_ids += [1, 2]
+    assert request.running_view(((0, 9),)).max_output_tokens == 20
+    request.num_in_flight = 1
+    assert request.running_view(((0, 10),)).max_output_tokens == 20
+    request.num_in_flight = 2
+    assert request.running_view(((0, 11),)).max_output_tokens == 19
+
+
 def test_a_step_that_counts_as_over_has_given_its_token() -> None:
     request = live()
     request.num_in_flight = 1

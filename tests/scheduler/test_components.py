@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component, find_components
 from loongjax.scheduler.draft import Draft
+from loongjax.scheduler.queue import oldest_first
 from loongjax.scheduler.request_view import RunningView
 from tests.scheduler.views import cluster, running
 
@@ -27,7 +28,7 @@ def defined(runs: list[RunningView], prefilling: set[InstanceId]) -> list[Compon
     for group in groups:
         requests = [request for request in moving if request.kv[-1][0] in group]
         if requests:
-            components.append(Component(group, tuple(sorted(requests, key=lambda request: request.order))))
+            components.append(Component(group, oldest_first(requests)))
     return sorted(components, key=lambda component: component.requests[0].order)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loongjax.scheduler.request_view import RunningView, outputs_of, tokens_of
+from loongjax.scheduler.request_view import RunningView
 from loongjax.scheduler.residents import LocalRequests, Residents
 from tests.scheduler.views import running
 
@@ -33,23 +33,14 @@ def test_a_request_without_keys_is_on_no_instance() -> None:
     assert residents.is_anybody_older(6)
 
 
-def test_columns_count_the_generated_tokens_that_have_keys() -> None:
-    """Of a request at rest the newest has none."""
-    requests = (
-        running("rests", 0, (1, 7), num_output_tokens=3, max_new_tokens=10),
-        running("flies", 1, (1, 8), num_output_tokens=3, max_new_tokens=20, is_in_flight=True),
-    )
-    assert Residents.of(requests, NUM_INSTANCES).columns.tolist() == [[7, 8], [18, 28], [2, 3]]
-    assert Residents.of((), NUM_INSTANCES).columns.shape == (3, 0)
-
-
-def test_the_longest_output_is_the_same_at_rest_in_flight_and_before_the_prompt_is_computed() -> None:
-    """A prompt of 6 tokens and up to 10 more."""
-    partly = running("a", 0, (1, 2), num_uncomputed_tokens=4)._replace(max_total_tokens=16)
-    resting = running("a", 0, (1, 8), num_output_tokens=3)._replace(max_total_tokens=16)
-    flying = running("a", 0, (1, 9), num_output_tokens=3, is_in_flight=True)._replace(max_total_tokens=16)
-    assert outputs_of((partly, resting, flying)) == ([0, 3, 3], [10, 10, 10])
-    assert tokens_of((resting, flying)) == ([8, 9], [16, 16], [2, 3])
+def test_the_table_is_of_all_with_keys() -> None:
+    requests = (running("a", 0, (1, 7), num_output_tokens=3), running("b", 1, (0, 2), (2, 6), num_output_tokens=4))
+    assert Residents.of((*requests, running("keyless", 2)), NUM_INSTANCES).table.tolist() == [
+        [7, 8],
+        [2, 3],
+        [1003, 1004],
+    ]
+    assert Residents.of((), NUM_INSTANCES).table.shape == (3, 0)
 
 
 def test_what_has_not_changed_is_shared() -> None:
@@ -104,6 +95,7 @@ def test_following_is_as_good_as_looking_anew(steps: list[dict[str, RunningView 
         for instance, local in enumerate(residents.local):
             those = tuple([request for request in oldest_first if instance in dict(request.kv)])
             assert (local.instance, local.requests) == (instance, those)
+            assert local.straddling == tuple([request for request in those if len(request.kv) > 1])
             assert local.newest == tuple([request for request in those if request.kv[-1][0] == instance])
         assert residents.straddling == tuple([request for request in oldest_first if len(request.kv) > 1])
         assert sorted(residents.running) == sorted(expected.values())

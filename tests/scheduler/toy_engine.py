@@ -136,6 +136,7 @@ class ToyEngine:
                         order=job.order,
                         num_tokens=self.cache.num_tokens(job.request_id),
                         max_total_tokens=job.num_prompt_tokens + job.max_tokens,
+                        max_output_tokens=job.max_tokens,
                         kv=self.cache.local_lens(job.request_id),
                         is_in_flight=job.request_id in flying,
                         num_uncomputed_tokens=max(1, self._num_uncomputed(job)),

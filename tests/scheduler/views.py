@@ -62,6 +62,7 @@ def running(
         order=order,
         num_tokens=num_tokens,
         max_total_tokens=num_known + max_new_tokens,
+        max_output_tokens=num_output_tokens + max_new_tokens,
         kv=kv,
         is_in_flight=is_in_flight,
         num_uncomputed_tokens=num_uncomputed_tokens,

@@ -110,6 +110,7 @@ class Allocator:
         """Sites that are not taken: decode groups, those with fewest keys first, then prefills, the soonest first."""
         decodes = [site for site in self._outlook.decodes if site not in choice.sites]
         decodes.sort(key=_num_keys)
+        self._outlook.weigh(decodes)
         return [*decodes, *self._outlook.emptied] if self._may_wait else decodes
 
     def _best_offer(
@@ -191,4 +192,4 @@ def _net_gain(offer: _Offer) -> float:
 
 def _num_keys(site: Site) -> tuple[int, tuple[InstanceId, ...]]:
     assert site.facts is not None, site
-    return site.facts.num_tokens, site.instances
+    return site.facts.requests.num_tokens, site.instances

@@ -71,6 +71,8 @@ class Choice:
 
     def loss_weight(self, group: Collection[InstanceId], times: Times) -> float:
         """What a lost second costs on these instances, of which some are decode groups that are paused."""
+        if not self.sites:
+            return 0.0
         members = set(group)
         return sum([loss_weight(site, times) for site in self.sites if not members.isdisjoint(site.instances)], 0.0)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.components import Component
-from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, have_paces, step_weights
+from loongjax.scheduler.esp.objective import TOKEN_S, decode_weights, plain_decode_weights, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.request_view import RunningView, outputs_of
+from loongjax.scheduler.running import Running
 
 MAX_REMEMBERED = 1 << 12
 """Groups that are remembered; then all are forgotten."""
@@ -20,7 +22,7 @@ class GroupFacts:
     def __init__(
         self,
         instances: tuple[InstanceId, ...],
-        requests: tuple[RunningView, ...],
+        requests: Running,
         lengths: OutputLengths,
         implied_tpot_s: float = TOKEN_S,
     ) -> None:
@@ -28,39 +30,36 @@ class GroupFacts:
         self._implied_tpot_s = implied_tpot_s
         self.instances = instances
         self.requests = requests
-        self._lengths = lengths.copy()
-        self.num_tokens = sum([request.num_tokens for request in requests])
-        """That have keys, of all of them."""
+        self.lengths = lengths.copy()
+        self.timeless_weight: float | None = None
+        """What a pause costs, as soon as that is known and if it does not depend on the time."""
         dop = len(instances)
-        self.size_of_step = dop, len(requests), -(-self.num_tokens // dop)
+        self.size_of_step = dop, len(requests), -(-requests.num_tokens // dop)
         """Degree of parallelism, rows, and keys of the fullest instance if they are even."""
 
-    def still_hold(self, requests: tuple[RunningView, ...], lengths: OutputLengths) -> bool:
+    def still_hold(self, requests: Running, lengths: OutputLengths) -> bool:
         """Whether these are the same requests, unchanged, and no more is known of outputs."""
         # Views are made anew only if something changed, and tuples look at identity first.
-        return self._lengths.knows_the_same(lengths) and self.requests == requests
+        return self.lengths.knows_the_same(lengths) and self.requests == requests
 
     @functools.cached_property
     def has_paces(self) -> bool:
         """Whether what a pause costs depends on the time."""
-        return have_paces(self.requests)
+        return self.requests.have_paces
 
     def pause_weight(self, now_s: float, step_s: float) -> float:
         """What it costs a second that all of them stand still, if each further token takes at least `step_s`."""
-        return self._sum_of_weights(now_s, step_s) if self.has_paces else self._timeless_weight
-
-    @functools.cached_property
-    def _timeless_weight(self) -> float:
-        return self._sum_of_weights(0.0, 0.0)
-
-    def _sum_of_weights(self, now_s: float, step_s: float) -> float:
-        return sum(decode_weights(self.requests, now_s, self._lengths, step_s, self._implied_tpot_s))
+        if self.has_paces:
+            return sum(decode_weights(self.requests, now_s, self.lengths, step_s, self._implied_tpot_s))
+        if self.timeless_weight is None:
+            self.timeless_weight = sum(decode_weights(self.requests, 0.0, self.lengths, 0.0, self._implied_tpot_s))
+        return self.timeless_weight
 
     @functools.cached_property
     def num_keys(self) -> dict[InstanceId, int]:
         """On each instance."""
         if len(self.instances) == 1:
-            return {self.instances[0]: self.num_tokens}
+            return {self.instances[0]: self.requests.num_tokens}
         num_keys = dict.fromkeys(self.instances, 0)
         for request in self.requests:
             for instance, num_tokens in request.kv:
@@ -68,14 +67,9 @@ class GroupFacts:
         return num_keys
 
     @functools.cached_property
-    def _expected_left(self) -> list[float]:
-        """Tokens that each is still expected to generate, at least 0."""
-        return [max(num_tokens, 0.0) for num_tokens in self._lengths.expected_left(*outputs_of(self.requests))]
-
-    @property
     def num_steps_left(self) -> float:
         """Steps until the last of them is expected to end."""
-        return max(self._expected_left)
+        return max(0.0, max(self.lengths.expected_left(*self.requests.outputs)))
 
     def weight_of_steps(self, now_s: float, step_s: float) -> float:
         """What it costs that all steps still to come take a second longer each, if one takes at least `step_s`."""
@@ -86,7 +80,7 @@ class GroupFacts:
         return self._sum_of_step_weights(0.0, 0.0)
 
     def _sum_of_step_weights(self, now_s: float, step_s: float) -> float:
-        return sum(step_weights(self.requests, now_s, self._lengths, step_s, self._implied_tpot_s))
+        return sum(step_weights(self.requests, now_s, self.lengths, step_s, self._implied_tpot_s))
 
 
 class GroupMemory:
@@ -109,3 +103,20 @@ class GroupMemory:
                 self._facts.clear()
             facts = self._facts[instances] = GroupFacts(instances, component.requests, lengths, self._implied_tpot_s)
         return facts
+
+    def weigh(self, groups: Sequence[GroupFacts]) -> None:
+        """Works out what pauses cost, of all groups in which nobody has wishes or priorities at once: where limits of
+        outputs matter, of many it takes hardly longer than of one.
+        """
+        unknown = [group for group in groups if group.timeless_weight is None and group.requests.are_plain]
+        if len(unknown) < 2:
+            return
+        num_outputs: list[int] = []
+        max_outputs: list[int] = []
+        for group in unknown:
+            generated, limits = group.requests.outputs
+            num_outputs += generated
+            max_outputs += limits
+        weights = iter(plain_decode_weights(num_outputs, max_outputs, unknown[0].lengths, self._implied_tpot_s))
+        for group in unknown:
+            group.timeless_weight = sum(itertools.islice(weights, len(group.requests)))

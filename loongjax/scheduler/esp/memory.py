@@ -25,8 +25,9 @@ def peak_tokens(held: Int[np.ndarray, " requests"], left: Int[np.ndarray, " requ
         held: slots that each has now.
         left: tokens that each will still add.
     """
-    order = np.argsort(-left, kind="stable")
-    return int(np.max(left[order] * np.arange(1, len(order) + 1) + np.cumsum(held[order]), initial=0))
+    order = left.argsort()[::-1]
+    peaks = left.take(order) * np.arange(1, len(order) + 1) + held.take(order).cumsum()
+    return int(np.maximum.reduce(peaks, initial=0))
 
 
 class MemoryAdmission:
@@ -59,58 +60,55 @@ class MemoryAdmission:
     @functools.cached_property
     def most(self) -> list[int]:
         """Slots that each candidate may take in the end, and if there is room for all of them, no less than that."""
-        closer = self._closer
-        return self._window.sizes.most if closer is None else (closer.candidates_held + closer.candidates_left).tolist()
+        if self._is_ample:
+            return self._window.sizes.most
+        held, left = self._of_candidates
+        return (held + left).tolist()
 
     @functools.cached_property
     def num_free(self) -> int:
         """Slots that are left when those that run take most at once; may be negative. Candidates that may not take more
         than these, together, fit: each adds no more to any moment than what it may take."""
-        closer = self._closer
-        return self._capacity - (self._most_of_running if closer is None else peak_tokens(closer.held, closer.left))
+        return self._capacity - (self._most_of_running if self._is_ample else peak_tokens(*self._of_running))
 
     def fits(self, candidates: Sequence[int]) -> bool:
         """Whether these fit beside what runs."""
-        closer = self._closer
-        if closer is None or sum([self.most[place] for place in candidates]) <= self.num_free:
+        if self._is_ample or sum([self.most[place] for place in candidates]) <= self.num_free:
             return True
-        places = np.array(candidates, np.int64)
-        held = np.concatenate((closer.held, closer.candidates_held[places]))
-        left = np.concatenate((closer.left, closer.candidates_left[places]))
+        those = [demands.take(candidates) for demands in self._of_candidates]
+        held, left = [np.concatenate(both) for both in zip(self._of_running, those, strict=True)]
         return peak_tokens(held, left) <= self._capacity
 
-    @property
+    @functools.cached_property
+    def _is_ample(self) -> bool:
+        """Whether everybody fits, even if nobody ends before its limit: mostly that is all there is to know."""
+        return self._most_of_running + self._window.sizes.sum_of_most <= self._capacity
+
+    @functools.cached_property
     def _most_of_running(self) -> int:
         """Nobody takes more than its full length and the rest of a page."""
         return self._residents.max_total_tokens + self._page_size * self._residents.num_requests
 
     @functools.cached_property
-    def _closer(self) -> _Demands | None:
-        """Mostly the most that anybody takes is all there is to know."""
-        if self._most_of_running + self._window.sizes.sum_of_most <= self._capacity:
-            return None
-        table = self._residents.columns
-        held, left = self._demands(np.concatenate((table, self._window.sizes.tokens), axis=1))
-        count = table.shape[1]
-        return _Demands(held[:count], left[:count], held[count:], left[count:])
+    def _of_running(self) -> _Demands:
+        return self._demands(self._residents.table)
 
-    def _demands(
-        self, table: Int[np.ndarray, "3 requests"]
-    ) -> tuple[Int[np.ndarray, " requests"], Int[np.ndarray, " requests"]]:
-        """Slots held, in whole pages, and tokens still to come; the last token of an output never gets a slot."""
-        num_tokens, max_total_tokens, num_output_tokens = table
-        num_prompt_tokens = num_tokens - num_output_tokens
-        final = max_tokens = max_total_tokens - num_prompt_tokens
-        if self._admission == "quantile":
-            final = self._lengths.bounds(num_output_tokens, max_tokens)
-        left = np.maximum(num_prompt_tokens + final - 1 - num_tokens, 0)
-        return -(-num_tokens // self._page_size) * self._page_size, left
+    @functools.cached_property
+    def _of_candidates(self) -> _Demands:
+        return self._demands(self._window.sizes.tokens)
+
+    def _demands(self, table: Int[np.ndarray, "3 requests"]) -> _Demands:
+        """The last token of an output never gets a slot."""
+        num_tokens, num_outputs, max_outputs = table
+        final = max_outputs if self._admission == "worst-case" else self._lengths.bounds(num_outputs, max_outputs)
+        left = np.maximum(final - (num_outputs + 1), 0)
+        return _Demands(-(-num_tokens // self._page_size) * self._page_size, left)
 
 
 class _Demands(NamedTuple):
-    """Slots held, and tokens still to come."""
+    """Of each request."""
 
-    held: Int[np.ndarray, " running"]
-    left: Int[np.ndarray, " running"]
-    candidates_held: Int[np.ndarray, " candidates"]
-    candidates_left: Int[np.ndarray, " candidates"]
+    held: Int[np.ndarray, " requests"]
+    """Slots, in whole pages."""
+    left: Int[np.ndarray, " requests"]
+    """Tokens still to come."""

@@ -29,7 +29,8 @@ from jaxtyping import Float
 
 from loongjax.costmodel.work import larger
 from loongjax.scheduler.esp.output_lengths import OutputLengths
-from loongjax.scheduler.request_view import RunningView, WaitingView, outputs_of
+from loongjax.scheduler.request_view import RunningView, WaitingView
+from loongjax.scheduler.running import Running
 from loongjax.scheduler.waiting import ARRIVAL_S, NUM_TOKENS, PRIORITY, TTFT_S, Waiting
 
 TOKEN_S = 0.05
@@ -97,7 +98,7 @@ def _weight_without_wish[Real: (float, np.ndarray)](length: Real, implied_ttft_s
 
 
 def decode_weights(
-    requests: Sequence[RunningView],
+    requests: Running,
     now_s: float,
     lengths: OutputLengths,
     step_s: float = 0.0,
@@ -112,13 +113,23 @@ def decode_weights(
         step_s: what each further token takes at least.
         implied_tpot_s: what a request without a wish is taken to wish for.
     """
-    reciprocals = _reciprocals(requests, lengths)
+    if requests.are_plain:
+        return plain_decode_weights(*requests.outputs, lengths, implied_tpot_s)
+    reciprocals = lengths.expected_reciprocals(*requests.outputs)
     urgencies = _urgencies(requests, now_s, reciprocals, step_s, implied_tpot_s)
     return list(map(operator.mul, reciprocals, urgencies))
 
 
+def plain_decode_weights(
+    num_outputs: Sequence[int], max_outputs: Sequence[int], lengths: OutputLengths, implied_tpot_s: float
+) -> list[float]:
+    """As `decode_weights`, of requests without priorities or wishes for their pace, by their `Running.outputs`."""
+    urgency = TOKEN_S / implied_tpot_s
+    return [urgency * reciprocal for reciprocal in lengths.expected_reciprocals(num_outputs, max_outputs)]
+
+
 def step_weights(
-    requests: Sequence[RunningView],
+    requests: Running,
     now_s: float,
     lengths: OutputLengths,
     step_s: float = 0.0,
@@ -129,31 +140,21 @@ def step_weights(
     That is weight x tokens left, of which the mean over the lengths that its output may have is
     E[1 / output length x (output length - tokens so far)]. The arguments are those of `decode_weights`.
     """
-    reciprocals = _reciprocals(requests, lengths)
+    num_outputs, max_outputs = requests.outputs
+    reciprocals = lengths.expected_reciprocals(num_outputs, max_outputs)
     urgencies = _urgencies(requests, now_s, reciprocals, step_s, implied_tpot_s)
     return [
-        urgency * (1.0 - request.num_output_tokens * reciprocal)
-        for request, reciprocal, urgency in zip(requests, reciprocals, urgencies, strict=True)
+        urgency * (1.0 - generated * reciprocal)
+        for generated, reciprocal, urgency in zip(num_outputs, reciprocals, urgencies, strict=True)
     ]
 
 
-def have_paces(requests: Sequence[RunningView]) -> bool:
-    """Whether any of them wishes for a time per token, so that what its wait costs depends on the time."""
-    return [request.slo.tpot_s for request in requests].count(None) < len(requests)
-
-
-def _reciprocals(requests: Sequence[RunningView], lengths: OutputLengths) -> list[float]:
-    """E[1 / output length] of each."""
-    return lengths.expected_reciprocals(*outputs_of(requests))
-
-
 def _urgencies(
-    requests: Sequence[RunningView], now_s: float, reciprocals: Sequence[float], step_s: float, implied_tpot_s: float
+    requests: Running, now_s: float, reciprocals: Sequence[float], step_s: float, implied_tpot_s: float
 ) -> list[float]:
     """Decode weight over 1 / output length of each."""
     implied = TOKEN_S / implied_tpot_s
-    are_plain = [not request.priority and request.slo.tpot_s is None for request in requests]
-    if all(are_plain):
+    if requests.are_plain:
         return [implied] * len(requests)
     urgencies: list[float] = []
     for request, reciprocal in zip(requests, reciprocals, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 
 from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Prefill
@@ -41,9 +41,9 @@ class Site:
 def step_s(site: Site, times: Times) -> float:
     """The time of a step of the site's decodes, if one of its instances were the master of all."""
     if site.facts is not None:
-        return times.step_of_one_master_s(*site.facts.size_of_step)
+        return times.step_s(*site.facts.size_of_step)
     num_keys, dop = sum([request.num_tokens for request in site.requests]), len(site.instances)
-    return times.step_of_one_master_s(dop, len(site.requests), -(-num_keys // dop))
+    return times.step_s(dop, len(site.requests), -(-num_keys // dop))
 
 
 def loss_weight(site: Site, times: Times) -> float:
@@ -80,6 +80,7 @@ class Outlook:
     ) -> None:
         view = draft.view
         groups = GroupMemory() if groups is None else groups
+        self._groups = groups
         self.barred = barred
         """Instances that no prefill may have now but that of the oldest request of all."""
         self.components = find_components(draft)
@@ -99,19 +100,25 @@ class Outlook:
 
     def _site(self, group: GroupFacts, now_s: float, times: Times) -> Site:
         def weigh() -> float:
-            step_s = times.step_of_one_master_s(*group.size_of_step) if group.has_paces else 0.0
+            step_s = times.step_s(*group.size_of_step) if group.has_paces else 0.0
             return group.pause_weight(now_s, step_s)
 
+        instances, until_free_s = group.instances, self.until_free_s
         return Site(
-            instances=group.instances,
-            ready_s=max(map(self.until_free_s.__getitem__, group.instances)),
+            instances=instances,
+            ready_s=until_free_s[instances[0]] if len(instances) == 1 else max([until_free_s[i] for i in instances]),
             requests=group.requests,
             facts=group,
             weigh=weigh,
         )
 
+    def weigh(self, sites: Sequence[Site]) -> None:
+        """Finds the pause weights of all of them at once."""
+        self._groups.weigh([site.facts for site in sites if site.facts is not None])
+
     def by_pause_cost(self) -> list[Site]:
         """Decode groups, those first that are cheapest to pause for each instance."""
+        self.weigh(self.decodes)
         return sorted(self.decodes, key=lambda site: (site.pause_weight / len(site.instances), site.instances))
 
     def _emptied(self, draft: Draft, barred: Collection[InstanceId]) -> list[Site]:

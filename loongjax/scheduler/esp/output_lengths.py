@@ -14,6 +14,9 @@ QUANTILE = 0.9
 MAX_LOOKED_UP = 4096
 """Tokens up to which what is expected beyond so many is kept for each number of them."""
 
+MANY = 64
+"""Requests from which on arrays are faster than lists."""
+
 LookUp = memoryview
 """Numbers that are looked up one by one. Lists are faster, but not by what it takes to make one, and whenever an output
 ends there are others."""
@@ -52,8 +55,7 @@ class OutputLengths:
     ) -> Int[np.ndarray, " requests"]:
         """The 0.9-quantile of each request's final output length, given what it has generated; at most its limit."""
         sample = self._sample
-        first = sample.ascending.searchsorted(num_output_tokens, side="right")
-        return np.minimum(sample.quantiles_from.take(first), max_tokens)
+        return np.minimum(sample.quantiles_from.take(sample.first_beyond(num_output_tokens)), max_tokens)
 
     def expected_left(self, num_output_tokens: Sequence[int], max_tokens: Sequence[int]) -> list[float]:
         """Tokens that each request is still expected to generate: the mean of the longer outputs, less its own.
@@ -80,9 +82,15 @@ class OutputLengths:
         """
         sample = self._sample
         longest = sample.longest
-        if max(num_output_tokens, default=0) < min(longest, MAX_LOOKED_UP) and min(max_tokens, default=0) > longest:
-            return list(map(sample.mean_reciprocals_beyond.__getitem__, num_output_tokens))  # mostly no limit matters
-        if longest <= MAX_LOOKED_UP:
+        if longest <= MAX_LOOKED_UP and min(max_tokens, default=0) > longest:  # mostly no limit matters
+            means = sample.mean_reciprocals_beyond
+            if max(num_output_tokens) < longest:
+                return list(map(means.__getitem__, num_output_tokens))
+            return [
+                means[generated] if generated < longest else 1.0 / min(2 * generated or 1, max(most, generated + 1))
+                for generated, most in zip(num_output_tokens, max_tokens, strict=True)
+            ]
+        if longest <= MAX_LOOKED_UP and len(num_output_tokens) < MANY:
             numbers, sums = sample.numbers_beyond, sample.reciprocals_beyond
             result: list[float] = []
             for generated, most in zip(num_output_tokens, max_tokens, strict=True):
@@ -100,12 +108,13 @@ class OutputLengths:
     def _expected_reciprocals(
         self, generated: Int[np.ndarray, " requests"], most: Int[np.ndarray, " requests"]
     ) -> Float[np.ndarray, " requests"]:
-        ascending, sums_from = self._sample.ascending, self._sample.reciprocals_from
-        first = ascending.searchsorted(generated, side="right")
-        num_longer = len(ascending) - first
+        sample, num_known = self._sample, len(self)
+        first = sample.first_beyond(generated)
+        num_longer = num_known - first
         limit = np.maximum(most, generated + 1)
-        at_limit = ascending.searchsorted(limit)
-        longer = sums_from[first] - sums_from[at_limit] + (len(ascending) - at_limit) / limit
+        at_limit = sample.first_beyond(limit - 1)
+        sums_from = sample.reciprocals_from
+        longer = sums_from.take(first) - sums_from.take(at_limit) + (num_known - at_limit) / limit
         half_way = 1.0 / np.minimum(np.maximum(2 * generated, 1), limit)
         return np.where(num_longer, longer / np.maximum(num_longer, 1), half_way)
 
@@ -173,6 +182,12 @@ class _Sample:
     def _numbers_from(self) -> Float[np.ndarray, " lengths_1"]:
         """[i]: how many there are from the i-th on."""
         return np.arange(len(self.ascending), -1.0, -1.0)
+
+    def first_beyond(self, num_tokens: Int[np.ndarray, " requests"]) -> Int[np.ndarray, " requests"]:
+        """The first length longer than so many tokens, at least 0; it may be behind all."""
+        if self.longest <= MAX_LOOKED_UP:
+            return self._first_beyond.take(num_tokens, mode="clip")
+        return self.ascending.searchsorted(num_tokens, side="right")
 
     @functools.cached_property
     def _first_beyond(self) -> Int[np.ndarray, " tokens"]:

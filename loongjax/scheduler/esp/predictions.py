@@ -30,7 +30,7 @@ class Predictions:
         self._works: dict[tuple[object, ...], float] = {}
         self._prefills: dict[tuple[int, int, int, int], float] = {}
         self._many_prefills: dict[tuple[int, int, bytes, bytes], np.ndarray] = {}
-        self._steps: dict[tuple[int, int, int, int], float] = {}
+        self._steps: dict[tuple[int, int, int, int, int], float] = {}
         self._migrations: dict[tuple[int | float, int], float] = {}
 
     def known_s(self, strategy: Strategy, work: PrefillWork | DecodeWork) -> float | None:
@@ -46,7 +46,9 @@ class Predictions:
         prefills = [work for work in works if isinstance(work, PrefillWork)]
         decodes = [work for work in works if isinstance(work, DecodeWork)]
         assert not (prefills and decodes), "either prefills or decodes"
-        if prefills:
+        if len(decodes) == 1:
+            seconds = [float(self._model.decode_s(strategy, DecodeTotals.of_step(decodes[0])))]
+        elif prefills:
             seconds = self._model.prefill_s(strategy, PrefillTotals.of(prefills)).tolist()
         else:
             seconds = self._model.decode_s(strategy, DecodeTotals.of(decodes)).tolist()
@@ -80,14 +82,14 @@ class Predictions:
             seconds = self._many_prefills[key] = self._model.prefill_s(strategy, totals)
         return seconds
 
-    def step_of_one_master_s(self, strategy: Strategy, num_rows: int, busiest_keys: int) -> float:
-        """Of a decode step in which one instance has all rows, by the keys of the fullest."""
-        key = strategy.sp, strategy.tp, num_rows, busiest_keys
+    def step_s(self, strategy: Strategy, num_rows: int, busiest_keys: int, num_masters: int = 1) -> float:
+        """Of a decode step whose rows are as even over the masters as they can be, by the keys of the fullest."""
+        key = strategy.sp, strategy.tp, num_rows, busiest_keys, num_masters
         seconds = self._steps.get(key)
         if seconds is None:
             if len(self._steps) >= MAX_REMEMBERED:
                 self._steps.clear()
-            totals = DecodeTotals.of_one_master(num_rows, busiest_keys)
+            totals = DecodeTotals.of_even_rows(num_rows, busiest_keys, num_masters)
             seconds = self._steps[key] = float(self._model.decode_s(strategy, totals))
         return seconds
 

@@ -6,7 +6,6 @@ Scale-down of prefills is `loongjax.scheduler.placement`; which master takes whi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ from loongjax.scheduler.esp.config import EspConfig
 from loongjax.scheduler.esp.explain import Decision, Sink
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.esp.times import Times
-from loongjax.scheduler.request_view import RunningView, outputs_of
+from loongjax.scheduler.running import Running
 
 
 class CostModelRules:
@@ -55,9 +54,8 @@ class CostModelRules:
         num_rows, dop = len(component.requests), len(component.instances)
         if dop == 1:
             return num_rows
-        num_masters = np.arange(1, min(dop, num_rows) + 1)
-        steps_s = self._times.step_s(dop, num_rows, _busiest_keys(component.requests), num_masters.tolist())
-        return -(-num_rows // int(num_masters[np.argmin(steps_s)]))
+        steps_s = self._steps_s(dop, num_rows, _busiest_keys(component.requests), min(dop, num_rows))
+        return -(-num_rows // (1 + steps_s.index(min(steps_s))))
 
     def wants_instance(self, component: Component) -> bool:
         """Where computing bounds the step, one more master shortens it. While requests wait, idle instances are theirs.
@@ -68,8 +66,8 @@ class CostModelRules:
             return False
         num_rows, dop = len(component.requests), len(component.instances)
         busiest_keys = _busiest_keys(component.requests)
-        now_s = float(self._times.step_s(dop, num_rows, busiest_keys, range(1, dop + 1)).min())
-        then_s = float(self._times.step_s(dop + 1, num_rows, busiest_keys, [dop + 1])[0])
+        now_s = min(self._steps_s(dop, num_rows, busiest_keys, dop))
+        then_s = self._times.step_s(dop + 1, num_rows, busiest_keys, dop + 1)
         if then_s >= now_s:
             return False
         num_steps = self._steps_left(component.requests)
@@ -88,8 +86,8 @@ class CostModelRules:
             return False
         num_rows, dop = len(component.requests), len(component.instances)
         busiest_keys = _busiest_keys(component.requests)
-        now_s = float(self._times.step_s(dop, num_rows, busiest_keys, range(1, dop + 1)).min())
-        then_s = float(self._times.step_s(dop - 1, num_rows, busiest_keys + num_tokens, range(1, dop)).min())
+        now_s = min(self._steps_s(dop, num_rows, busiest_keys, dop))
+        then_s = min(self._steps_s(dop - 1, num_rows, busiest_keys + num_tokens, dop - 1))
         if then_s >= now_s:
             return False
         num_steps = self._steps_left(component.requests)
@@ -98,9 +96,13 @@ class CostModelRules:
         self._tell("scale-down", (source,), gain, cost, num_steps, now_s, then_s)
         return gain > cost
 
-    def _steps_left(self, requests: Sequence[RunningView]) -> float:
+    def _steps_s(self, dop: int, num_rows: int, busiest_keys: int, most: int) -> list[float]:
+        """Of 1, 2, ... up to so many masters."""
+        return [self._times.step_s(dop, num_rows, busiest_keys, number) for number in range(1, most + 1)]
+
+    def _steps_left(self, requests: Running) -> float:
         """Steps until half of the requests' expected tokens are generated, at least one: the mean over requests."""
-        return max(1.0, float(np.mean(self._lengths.expected_left(*outputs_of(requests)))))
+        return max(1.0, float(np.mean(self._lengths.expected_left(*requests.outputs))))
 
     def _tell(
         self,
@@ -131,7 +133,7 @@ class CostModelRules:
             )
 
 
-def _busiest_keys(requests: Sequence[RunningView]) -> int:
+def _busiest_keys(requests: Running) -> int:
     """Keys on the instance that holds most of them."""
     num_keys: dict[InstanceId, int] = {}
     for request in requests:

@@ -8,22 +8,16 @@ from loongjax.core.cluster import InstanceId
 from loongjax.scheduler.draft import Draft
 from loongjax.scheduler.esp.launch import start
 from loongjax.scheduler.esp.outlook import Outlook
-from loongjax.scheduler.queue import order_of, priority_classes
 from loongjax.scheduler.request_view import RunningView, WaitingView
 from loongjax.scheduler.view import ClusterView
 
 
 def senior_of(view: ClusterView) -> WaitingView | None:
-    """The oldest request of all, if it waits.
-
-    The queue is in order of arrival within each priority, so only the first of each has to be looked at.
-    """
-    waiting = view.waiting
-    if not waiting:
+    """The oldest request of all, if it waits."""
+    if not view.waiting:
         return None
-    oldest = min([waiting[begin] for begin, _ in priority_classes(waiting)], key=order_of)
-    order = oldest.order
-    return None if view.residents.is_anybody_older(order) else oldest
+    oldest = view.waiting.oldest
+    return None if view.residents.is_anybody_older(oldest.order) else oldest
 
 
 class SeniorPlanner:

@@ -22,7 +22,7 @@ class Sizes:
     def __init__(self, requests: Waiting, shape: ClusterShape, implied_ttft_s: float) -> None:
         self.requests = requests
         whole = requests.table[: KEEPS_KV + 1].astype(np.int64)
-        lens, max_total_tokens, _, keeps_kv = whole
+        lens, max_total_tokens, num_outputs, keeps_kv = whole
         squared_lens, page_size = lens * lens, shape.page_size
         self.lens: list[int] = lens.tolist()
         self.arrivals_s: list[float] = requests.table[ARRIVAL_S].tolist()
@@ -40,9 +40,9 @@ class Sizes:
         """Places, those of the longest first, and those of equal lengths in the order of the queue."""
         self.suspects = frozenset(requests.table[IS_SUSPECT].nonzero()[0].tolist())
         """Places."""
-        self.tokens = whole[:KEEPS_KV] * keeps_kv
-        """Tokens that have keys, that there may be at most, and that were generated, as if all prefills were over; of
-        who keeps no keys, nothing: int64 [3, requests]. Shared: not to be written to."""
+        self.tokens = np.stack((lens, num_outputs, max_total_tokens - lens + num_outputs)) * keeps_kv
+        """As `Running.table`, as if all prefills were over; of who keeps no keys, nothing. Shared: not to be written
+        to."""
         self.weights = PrefillWeights(requests, implied_ttft_s)
         self._loads = np.stack((lens, squared_lens, np.zeros_like(lens), page_size * pages)).astype(np.float64)
 

@@ -14,7 +14,7 @@ from loongjax.core.cluster import InstanceId
 from loongjax.core.plan import Migrate
 from loongjax.costmodel.corrector import Corrector, Kind
 from loongjax.costmodel.model import CostModel
-from loongjax.costmodel.work import DecodeTotals, DecodeWork, PrefillTotals, PrefillWork, Strategy
+from loongjax.costmodel.work import DecodeWork, PrefillTotals, PrefillWork, Strategy
 from loongjax.scheduler.esp.predictions import Predictions
 from loongjax.scheduler.request_view import WaitingView
 from loongjax.scheduler.view import ClusterView, FlightView
@@ -55,16 +55,16 @@ class Times:
         """
         self._model = model
         self.tp = tp
-        self._corrector = corrector
         self._predictions = Predictions(model) if predictions is None else predictions
-        self._strategies: dict[tuple[Kind, int], tuple[Strategy, float]] = {}
+        self._prefills = _Strategies("prefill", tp, corrector)
+        self._decodes = _Strategies("decode", tp, corrector)
         self._on_first: dict[int, PrefillsOnFirst] = {}
 
     def on_first(self, num_instances: int) -> PrefillsOnFirst:
         """Those of prefills on 1, 2, ... so many instances."""
         known = self._on_first.get(num_instances)
         if known is None:
-            factors = [self._known("prefill", dop)[1] for dop in range(1, num_instances + 1)]
+            factors = [self._prefills[dop][1] for dop in range(1, num_instances + 1)]
             known = self._on_first[num_instances] = PrefillsOnFirst(self._model, self.tp, tuple(factors))
         return known
 
@@ -83,15 +83,10 @@ class Times:
 
     def least_step_s(self, dop: int) -> float:
         """Of a decode step that has next to nothing to do."""
-        return self.step_of_one_master_s(dop, 1, 1)
+        return self.step_s(dop, 1, 1)
 
-    def step_of_one_master_s(self, dop: int, num_rows: int, busiest_keys: int) -> float:
-        """As `step_s`, for one master."""
-        strategy, factor = self._known("decode", dop)
-        return factor * self._predictions.step_of_one_master_s(strategy, num_rows, busiest_keys)
-
-    def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: Sequence[int]) -> np.ndarray:
-        """Of a decode step whose rows are as even as they can be, for each number of masters: float64 [masters].
+    def step_s(self, dop: int, num_rows: int, busiest_keys: int, num_masters: int = 1) -> float:
+        """Of a decode step whose rows are as even as they can be.
 
         Args:
             dop: instances of the group.
@@ -99,15 +94,8 @@ class Times:
             busiest_keys: keys on the instance that holds most of them.
             num_masters: how many instances share the requests.
         """
-        masters = np.asarray(num_masters, np.float64)
-        totals = DecodeTotals(
-            num_rows=np.full(len(masters), float(num_rows)),
-            num_masters=masters,
-            busiest_rows=np.ceil(num_rows / masters),
-            busiest_keys=np.full(len(masters), float(busiest_keys)),
-        )
-        strategy, factor = self._known("decode", dop)
-        return factor * self._model.decode_s(strategy, totals)
+        strategy, factor = self._decodes[dop]
+        return factor * self._predictions.step_s(strategy, num_rows, busiest_keys, num_masters)
 
     def migration_s(self, num_tokens: int | float) -> float:
         """Of moving so many tokens' keys from one instance to another."""
@@ -136,14 +124,14 @@ class Times:
         """Of one prefill, by the sums over its requests; 0 of nothing."""
         if not num_tokens:
             return 0.0
-        strategy, factor = self._known("prefill", dop)
+        strategy, factor = self._prefills[dop]
         return factor * self._predictions.prefill_s(strategy, num_tokens, squared_lens)
 
     def batches_of_s(
         self, dop: int, num_tokens: Float[np.ndarray, " batches"], squared_lens: Float[np.ndarray, " batches"]
     ) -> Float[np.ndarray, " batches"]:
         """Of each of these prefills, likewise."""
-        strategy, factor = self._known("prefill", dop)
+        strategy, factor = self._prefills[dop]
         return factor * self._predictions.prefills_s(strategy, num_tokens, squared_lens)
 
     def _durations(self, flights: Sequence[FlightView]) -> list[float]:
@@ -151,30 +139,36 @@ class Times:
         unknown: dict[tuple[Kind, int], list[int]] = {}
         for index, flight in enumerate(flights):
             work = flight.work
-            if isinstance(flight.plan, Migrate):
-                durations[index] = self.migration_s(flight.plan.num_tokens)
-            elif work is not None:
-                kind, dop = kind_of(work), flight.group.dop
-                strategy, factor = self._known(kind, dop)
+            if work is not None:
+                kind, dop = kind_of(work), len(flight.group.instances)
+                strategy, factor = (self._prefills if kind == "prefill" else self._decodes)[dop]
                 base_s = self._predictions.known_s(strategy, work)
                 if base_s is None:
                     unknown.setdefault((kind, dop), []).append(index)
                 else:
                     durations[index] = factor * base_s
+            elif isinstance(flight.plan, Migrate):
+                durations[index] = self.migration_s(flight.plan.num_tokens)
         for (kind, dop), indices in unknown.items():
-            strategy, factor = self._known(kind, dop)
+            strategy, factor = (self._prefills if kind == "prefill" else self._decodes)[dop]
             works = [work for index in indices if (work := flights[index].work) is not None]
             for index, base_s in zip(indices, self._predictions.of_works(strategy, works), strict=True):
                 durations[index] = factor * base_s
         return durations
 
-    def _known(self, kind: Kind, dop: int) -> tuple[Strategy, float]:
-        """The strategy of so many instances, and what to multiply its times by."""
-        known = self._strategies.get((kind, dop))
-        if known is None:
-            strategy = _strategy(dop, self.tp)
-            factor = 1.0 if self._corrector is None else self._corrector.factor(kind, strategy)
-            known = self._strategies[kind, dop] = strategy, factor
+
+class _Strategies(dict[int, tuple[Strategy, float]]):
+    """By the number of instances the strategy of a kind of iteration, and what to multiply its times by."""
+
+    def __init__(self, kind: Kind, tp: int, corrector: Corrector | None) -> None:
+        self._kind: Kind = kind
+        self._tp = tp
+        self._corrector = corrector
+
+    def __missing__(self, dop: int) -> tuple[Strategy, float]:
+        strategy = _strategy(dop, self._tp)
+        factor = 1.0 if self._corrector is None else self._corrector.factor(self._kind, strategy)
+        known = self[dop] = strategy, factor
         return known
 
 

@@ -71,23 +71,20 @@ def put_in_order(
     whatever order they are.
     """
     ordered: list[OrderedBatch] = []
-    alike: dict[int, list[int]] = {}
+    lines: dict[int, list[tuple[int, Line]]] = {}
+    """By the number of instances, those of the batches with these places in the list."""
+    rank, lens, weights = window.rank, window.lens, window.weights
     for index, (places, group) in enumerate(batches):
-        is_starting = starting.issuperset(group)
-        if is_starting:
-            alike.setdefault(len(group), []).append(index)
-        ordered.append(OrderedBatch(sorted(places, key=window.rank.__getitem__) if is_starting else places, group))
-    for dop, indices in alike.items():
-        lines = [
-            Line(
-                list(map(window.lens.__getitem__, places)),
-                list(map(window.weights.__getitem__, places)),
-                choice.loss_weight(group, times),
-            )
-            for places, group in [ordered[index][:2] for index in indices]
-        ]
-        for index, point in zip(indices, tipping_points(times, dop, lines), strict=True):
-            ordered[index] = OrderedBatch(*ordered[index][:2], *point)
+        if starting.issuperset(group):
+            places = sorted(places, key=rank.__getitem__)
+            line = Line([lens[i] for i in places], [weights[i] for i in places], choice.loss_weight(group, times))
+            lines.setdefault(len(group), []).append((index, line))
+        ordered.append(OrderedBatch(places, group))
+    for dop, alike in lines.items():
+        points = tipping_points(times, dop, [line for _, line in alike])
+        for (index, _), point in zip(alike, points, strict=True):
+            places, group, *_ = ordered[index]
+            ordered[index] = OrderedBatch(places, group, *point)
     return ordered
 
 

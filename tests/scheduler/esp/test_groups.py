@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,6 +14,7 @@ from loongjax.scheduler.esp.groups import GroupFacts, GroupMemory
 from loongjax.scheduler.esp.objective import decode_weights, step_weights
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import Running
 from tests.scheduler.views import running
 
 
@@ -29,15 +32,14 @@ def pair() -> list[RunningView]:
     ]
 
 
-def facts(requests: list[RunningView], lengths: OutputLengths) -> GroupFacts:
-    return GroupMemory().facts_of(Component({2, 0}, tuple(requests)), lengths)
+def facts(requests: Sequence[RunningView], lengths: OutputLengths) -> GroupFacts:
+    return GroupMemory().facts_of(Component({2, 0}, Running(requests)), lengths)
 
 
 def test_a_group_by_hand() -> None:
     group = facts(pair(), learned(10, 20))
     assert group.instances == (0, 2)
     assert group.num_keys == {0: 30, 2: 11 + 8}
-    assert group.num_tokens == 49
     assert group.size_of_step == (2, 2, 25)
     # a is expected to get 15 tokens, 11 more than it has; b has no more than 3 left.
     assert group.num_steps_left == 11.0
@@ -47,14 +49,14 @@ def test_a_group_by_hand() -> None:
 
 def test_what_has_not_changed_is_not_worked_out_again() -> None:
     memory, lengths, requests = GroupMemory(), learned(10), pair()
-    first = memory.facts_of(Component({0, 2}, tuple(requests)), lengths)
-    assert memory.facts_of(Component({0, 2}, tuple(requests)), lengths.copy()) is first
+    first = memory.facts_of(Component({0, 2}, Running(requests)), lengths)
+    assert memory.facts_of(Component({0, 2}, Running(requests)), lengths.copy()) is first
 
 
 @pytest.mark.parametrize("change", ["a token more", "one fewer", "one more", "another instance", "an output ended"])
 def test_whatever_changes_is_seen(change: str) -> None:
     memory, lengths, requests, instances = GroupMemory(), learned(10), pair(), {0, 2}
-    first = memory.facts_of(Component(set(instances), tuple(requests)), lengths)
+    first = memory.facts_of(Component(set(instances), Running(requests)), lengths)
     match change:
         case "a token more":
             requests[1] = requests[1]._replace(kv=((2, 9),), num_tokens=9, num_output_tokens=3)
@@ -66,9 +68,9 @@ def test_whatever_changes_is_seen(change: str) -> None:
             instances.add(1)
         case "an output ended":
             lengths.add(500)
-    again = memory.facts_of(Component(instances, tuple(requests)), lengths)
+    again = memory.facts_of(Component(instances, Running(requests)), lengths)
     fresh = (
-        facts(requests, lengths) if change != "another instance" else GroupFacts((0, 1, 2), tuple(requests), lengths)
+        facts(requests, lengths) if change != "another instance" else GroupFacts((0, 1, 2), Running(requests), lengths)
     )
     assert again is not first
     assert again.num_steps_left == fresh.num_steps_left
@@ -77,7 +79,7 @@ def test_whatever_changes_is_seen(change: str) -> None:
 
 
 def test_a_weight_with_a_pace_in_it_follows_the_clock_and_others_do_not() -> None:
-    hurried = [pair()[1]._replace(slo=ServiceLevel(tpot_s=0.5), first_token_s=0.0)]
+    hurried = Running([pair()[1]._replace(slo=ServiceLevel(tpot_s=0.5), first_token_s=0.0)])
     group = facts(hurried, learned(5))
     for now_s in (0.0, 1.0, 2.0):
         assert group.pause_weight(now_s, 0.1) == sum(decode_weights(hurried, now_s, learned(5), 0.1))
@@ -92,10 +94,13 @@ def test_a_weight_with_a_pace_in_it_follows_the_clock_and_others_do_not() -> Non
 CHANGES = st.lists(st.tuples(st.integers(0, 3), st.sampled_from(["grow", "end", "come", "learn"])), max_size=20)
 
 
-@given(changes=CHANGES)
-def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int, str]]) -> None:
+@given(changes=CHANGES, weighs_together=st.booleans())
+def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int, str]], weighs_together: bool) -> None:
     memory, lengths = GroupMemory(), OutputLengths()
-    groups = {instance: [running(f"{instance}", instance, (instance, 5), num_output_tokens=1)] for instance in range(4)}
+    groups = {
+        instance: [running(f"{instance}", instance, (instance, 5), num_output_tokens=1, priority=instance // 3)]
+        for instance in range(4)
+    }
     for number, (instance, change) in enumerate(changes):
         requests = groups[instance]
         match change:
@@ -112,10 +117,17 @@ def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int,
                 requests.append(running(f"n{number}", 10 + number, (instance, 3), num_output_tokens=1))
             case "learn":
                 lengths.add(number + 1)
+        known_of = {
+            place: memory.facts_of(Component({place}, Running(company)), lengths)
+            for place, company in groups.items()
+            if company
+        }
+        if weighs_together:
+            memory.weigh(list(known_of.values()))
         for place, company in groups.items():
             if company:
-                known = memory.facts_of(Component({place}, tuple(company)), lengths)
-                fresh = GroupFacts((place,), tuple(company), lengths)
+                known = known_of[place]
+                fresh = GroupFacts((place,), Running(company), lengths)
                 assert known.requests == fresh.requests
                 assert known.num_keys == fresh.num_keys
                 assert known.weight_of_steps(0.0, 0.0) == fresh.weight_of_steps(0.0, 0.0)
@@ -123,7 +135,7 @@ def test_a_memory_of_many_groups_answers_as_one_of_none(changes: list[tuple[int,
 
 
 def test_what_a_pause_or_a_longer_step_costs_is_weighed_by_the_time_a_token_that_is_implied() -> None:
-    lengths, requests = learned(10), tuple(pair())
+    lengths, requests = learned(10), Running(pair())
     usual, patient = (
         GroupMemory(implied_tpot_s).facts_of(Component({0, 2}, requests), lengths) for implied_tpot_s in (0.05, 0.2)
     )

@@ -12,12 +12,12 @@ from loongjax.scheduler.esp.objective import (
     TOKEN_S,
     PrefillWeights,
     decode_weights,
-    have_paces,
     prefill_weight,
     step_weights,
 )
 from loongjax.scheduler.esp.output_lengths import OutputLengths
 from loongjax.scheduler.request_view import RunningView
+from loongjax.scheduler.running import Running
 from loongjax.scheduler.waiting import Waiting
 from tests.scheduler.views import running, waiting
 
@@ -30,7 +30,7 @@ def lengths_of(*outputs: int) -> OutputLengths:
 
 
 def decode_weight(request: RunningView, now_s: float, lengths: OutputLengths | None = None) -> float:
-    (weight,) = decode_weights([request], now_s, lengths or OutputLengths())
+    (weight,) = decode_weights(Running([request]), now_s, lengths or OutputLengths())
     return weight
 
 
@@ -59,7 +59,7 @@ def test_a_decode_without_a_wish_is_taken_to_wish_for_a_time_a_token() -> None:
         running("b", 1, (0, 50), num_output_tokens=8, priority=1),
         running("c", 2, (0, 50), num_output_tokens=8, first_token_s=3.0, slo=wishing),
     ]
-    weights = decode_weights(requests, 3.0, OutputLengths(), implied_tpot_s=0.2)
+    weights = decode_weights(Running(requests), 3.0, OutputLengths(), implied_tpot_s=0.2)
     # Who says so weighs the same, as long as there is time.
     assert weights == pytest.approx([0.25 / 16, 0.25 / 32, 0.25 / 16])
 
@@ -124,7 +124,7 @@ def test_a_pace_presses_the_more_the_less_time_is_left_beside_what_the_output_ne
 ) -> None:
     """8 tokens of 16, which may take 32 s; the other 8 need 8 s. Once that is too long, nothing mends it."""
     request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
-    (weight,) = decode_weights([request], 100.0 + elapsed_s, OutputLengths(), step_s=1.0)
+    (weight,) = decode_weights(Running([request]), 100.0 + elapsed_s, OutputLengths(), step_s=1.0)
     assert weight == pytest.approx(pressure * TOKEN_S / 2.0 / 16)
 
 
@@ -136,30 +136,23 @@ def test_a_pace_presses_by_what_the_rest_of_the_output_needs_but_no_more_than_it
 ) -> None:
     """8 tokens of 40 came in 10 s of the 80 that all may take; the other 32 need a step each, of 2 s at most."""
     request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
-    (weight,) = decode_weights([request], 110.0, lengths_of(40), step_s)
+    (weight,) = decode_weights(Running([request]), 110.0, lengths_of(40), step_s)
     assert weight == pytest.approx(pressure * TOKEN_S / 2.0 / 40)
 
 
 def test_unless_more_is_said_the_rest_of_an_output_needs_no_time() -> None:
     """8 tokens of 40, which may take 80 s, in 20 s."""
     request = running("r", 0, (0, 50), num_output_tokens=8, first_token_s=100.0, slo=ServiceLevel(tpot_s=2.0))
-    (weight,) = decode_weights([request], 120.0, lengths_of(40))
+    (weight,) = decode_weights(Running([request]), 120.0, lengths_of(40))
     assert weight == pytest.approx(TOKEN_S / (2.0 * 40) / (1 - 20 / 80))
-    (weight,) = step_weights([request], 120.0, lengths_of(40))
+    (weight,) = step_weights(Running([request]), 120.0, lengths_of(40))
     assert weight == pytest.approx(TOKEN_S / (2.0 * 40) / (1 - 20 / 80) * 32)
 
 
 def test_a_pace_does_not_press_before_the_first_token() -> None:
     request = running("r", 0, (0, 50), slo=ServiceLevel(tpot_s=0.2))
-    (weight,) = decode_weights([request], 1e6, lengths_of(40))
+    (weight,) = decode_weights(Running([request]), 1e6, lengths_of(40))
     assert weight == pytest.approx(TOKEN_S / 0.2 / 40)
-
-
-def test_whether_the_time_matters_depends_on_whether_anybody_wishes_for_a_pace() -> None:
-    plain, urgent = running("a", 0, (0, 50)), running("b", 1, (0, 50), priority=1)
-    wishing = running("c", 2, (0, 50), slo=ServiceLevel(tpot_s=1.0))
-    for requests, expected in (([], False), ([plain, urgent], False), ([plain, wishing], True), ([wishing], True)):
-        assert have_paces(requests) == expected
 
 
 def test_requests_weigh_what_each_weighs_alone() -> None:
@@ -170,7 +163,7 @@ def test_requests_weigh_what_each_weighs_alone() -> None:
         running("d", 3, (0, 50)),
     ]
     lengths = lengths_of(3, 30, 300)
-    assert decode_weights(requests, 1.0, lengths) == pytest.approx(
+    assert decode_weights(Running(requests), 1.0, lengths) == pytest.approx(
         [decode_weight(request, 1.0, lengths) for request in requests]
     )
 
@@ -184,7 +177,7 @@ def test_longer_steps_cost_a_request_its_weight_for_each_token_that_is_left() ->
         running("c", 2, (0, 50), num_output_tokens=8, first_token_s=3.0, slo=ServiceLevel(tpot_s=0.1)),
         running("d", 3, (0, 50)),
     ]
-    weights = step_weights(requests, 3.0, lengths_of(2, 8, 10, 40, 160), step_s=0.0, implied_tpot_s=0.2)
+    weights = step_weights(Running(requests), 3.0, lengths_of(2, 8, 10, 40, 160), step_s=0.0, implied_tpot_s=0.2)
     assert weights == pytest.approx([left / 4, left / 8, left / 2, 1 / 4])
 
 

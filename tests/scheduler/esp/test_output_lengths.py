@@ -52,12 +52,13 @@ def test_what_is_looked_up_is_what_is_found_otherwise(outputs: list[int], reques
     generated = [count for count, _ in requests]
     limits = [count + room for count, room in requests]
     answers = []
-    for most in (1, 20, output_lengths.MAX_LOOKED_UP):
+    for most, many in ((1, 64), (20, 64), (output_lengths.MAX_LOOKED_UP, 64), (output_lengths.MAX_LOOKED_UP, 1)):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(output_lengths, "MAX_LOOKED_UP", most)
+            patch.setattr(output_lengths, "MANY", many)
             lengths = learned(outputs)
             answers.append((lengths.expected_left(generated, limits), lengths.expected_reciprocals(generated, limits)))
-    assert answers[0] == answers[1] == answers[2]
+    assert all(answer == answers[0] for answer in answers)
 
 
 def test_without_enough_outputs_a_request_is_taken_to_reach_its_limit():

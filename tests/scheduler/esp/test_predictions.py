@@ -75,11 +75,11 @@ def test_the_steps_of_a_long_jump_are_not_kept() -> None:
     assert predictions.known_s(ONE, decode(1)) is None
 
 
-def test_a_step_of_one_master_is_asked_about_once() -> None:
+def test_a_step_of_even_rows_is_asked_about_once() -> None:
     counting = model()
     predictions = Predictions(counting)
     for _ in range(2):
-        assert predictions.step_of_one_master_s(TWO, 4, 50) == 2.0 + 0.25 * 4 + 0.01 * 50 + 0.125
+        assert predictions.step_s(TWO, 4, 50) == 2.0 + 0.25 * 4 + 0.01 * 50 + 0.125
     assert counting.asked == [1]
 
 
@@ -99,7 +99,7 @@ def test_an_equal_list_of_prefills_is_asked_about_once_for_each_strategy() -> No
     [
         lambda predictions, size: predictions.prefills_s(ONE, np.arange(1.0, size + 1.0), np.ones(size)).tolist(),
         lambda predictions, size: predictions.prefill_s(ONE, size, size * size),
-        lambda predictions, size: [predictions.step_of_one_master_s(ONE, rows, size) for rows in (1, 2)],
+        lambda predictions, size: [predictions.step_s(ONE, rows, size) for rows in (1, 2)],
         lambda predictions, size: predictions.migration_s(size, 1),
         lambda predictions, size: predictions.of_works(ONE, [decode(size), decode(size + 1)]),
     ],
