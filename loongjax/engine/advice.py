@@ -8,7 +8,7 @@ from typing import cast
 
 from loongjax.core.plan import Decode, Extend, Migrate, Plan, Preempt, Prefill
 from loongjax.costmodel.corrector import Kind
-from loongjax.costmodel.work import Strategy
+from loongjax.costmodel.work import PrefillWork, Strategy
 from loongjax.engine.binding import Flight
 from loongjax.engine.jumps import foresee
 from loongjax.engine.snapshot import take_snapshot
@@ -19,6 +19,11 @@ from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import ExplainedPolicy, Policy, PredictingPolicy
 from loongjax.scheduler.validate import check_plan
 from loongjax.scheduler.view import ClusterView
+
+LONGEST_AHEAD = 4096
+"""Tokens up to which a prefill is submitted behind a decode, and a decode behind it. Beside a longer one it does not
+matter how long the host takes to make the next iteration ready, while who comes meanwhile does, and what becomes free.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,8 +84,11 @@ class Advice:
         """What is to be submitted behind a flight: what would follow it, if that is one thing on its group, and needs
         nothing that the host will know only then.
 
-        Where something else would follow, that is remembered; where nobody is left, nobody is asked.
+        Where something else would follow a decode, that is remembered; what follows others depends on when. Where
+        nobody is left, nobody is asked.
         """
+        if not _may_be_followed(flight):
+            return None
         view = self._snapshot(as_if_over=flight)
         if not (len(view.residents) or view.waiting):
             return None
@@ -88,7 +96,9 @@ class Advice:
         known = self._rehearsals.get(iteration_id)
         if known is None or not known.is_about(view):
             rehearsing = self._policy.copy()
-            known = self._rehearsals[iteration_id] = _Rehearsal(view, rehearsing, self._ask(rehearsing, view))
+            known = _Rehearsal(view, rehearsing, self._ask(rehearsing, view))
+            if isinstance(flight.plan, Decode):
+                self._rehearsals[iteration_id] = known
         # Pages that it waited for may be free by now, though all will come as foreseen: who would end has been aborted.
         if len(known.plans) != 1 or not self._can_be_behind(flight, known.plans[0]):
             return None
@@ -106,16 +116,26 @@ class Advice:
             case Decode(), Decode():
                 goes_on = self._state.flights.continues(plan)
                 return goes_on and (plan == flight.plan or _has_slots(plan, kv_cache))
-            case Prefill() | Extend(), Decode():
-                return not _have_penalties(flight) and _has_slots(plan, kv_cache)
+            case Prefill(), Decode():
+                return self._is_all_that_is_due(0) and _has_slots(plan, kv_cache)
+            case Extend(), Decode():
+                return _has_slots(plan, kv_cache)
             case Decode() | Extend(), Extend():
                 (instance,) = plan.group.instances
-                num_tokens = {chunk.request_id: chunk.num_tokens for chunk in plan.chunks}
-                return not _have_penalties(flight) and kv_cache.can_extend(num_tokens, instance)
+                chunks = {chunk.request_id: chunk.num_tokens for chunk in plan.chunks}
+                return not _have_penalties(flight) and kv_cache.can_extend(chunks, instance)
             case Decode(), Prefill():
-                return kv_cache.can_keep(*[request.kept for request in plan.requests])
+                num_tokens = sum([self._state.live[request.request_id].num_tokens for request in plan.requests])
+                is_due = num_tokens <= LONGEST_AHEAD and self._is_all_that_is_due(len(plan.requests))
+                return is_due and kv_cache.can_keep(*[request.kept for request in plan.requests])
             case _:
                 return False
+
+    def _is_all_that_is_due(self, num_prefilled: int) -> bool:
+        """Whether nobody waits beside those who are prefilled. Who does may get more instances if it is decided only
+        when these are idle, for others may be by then.
+        """
+        return len(self._state.waiting) == num_prefilled or self._state.shape.num_instances == 1
 
     def would_repeat(self, flight: Flight, decode: Decode, num_steps: int) -> bool:
         """Whether the same decode and nothing else would follow so many steps of it, the one in flight included."""
@@ -150,6 +170,19 @@ class Advice:
         if self._checks:
             check_plan(view, plans)
         return plans
+
+
+def _may_be_followed(flight: Flight) -> bool:
+    """Whether anything can be submitted behind it, whatever the policy says."""
+    match flight.plan, flight.work:
+        case Decode(), _:
+            return True
+        case Prefill(), PrefillWork() as work:
+            return sum(work.new_lens) <= LONGEST_AHEAD and not _have_penalties(flight)
+        case Extend(), _:
+            return not _have_penalties(flight)
+        case _:
+            return False
 
 
 def _have_penalties(flight: Flight) -> bool:

@@ -54,11 +54,12 @@ class Flight:
         """What it has to do, in the cost model's terms."""
         return work_of(self.iteration)
 
-    def gives_token_to(self, live: LiveRequest) -> bool:
-        """Whether one of its requests gets a token by it, if it asks for any."""
+    @functools.cached_property
+    def partial_ids(self) -> frozenset[str]:
+        """Those of its requests that get no token by it, since more of their prompts is to be computed."""
         if not isinstance(self.iteration, ExtendIteration):
-            return True
-        return any(item.request is live.request and item.is_sampled for item in self.iteration.inputs)
+            return frozenset()
+        return frozenset([item.request.request_id for item in self.iteration.inputs if not item.is_sampled])
 
     def works(self, num_steps: int) -> list[DecodeWork]:
         """What a decode of several steps has to do in the one that it is in, and in those after it."""

@@ -72,8 +72,14 @@ class Flights:
         return [flight for flight in self._flights.values() if len(by_instance[flight.group.instances[0]]) == 1]
 
     def overdue(self, now_s: float, timeout_s: float) -> list[Flight]:
-        """Those submitted longer ago than that, in order of submission."""
-        return [flight for flight in self._flights.values() if now_s - flight.submitted_s > timeout_s]
+        """Those whose turn came longer ago than that, in order of submission."""
+        overdue: list[Flight] = []
+        taken: set[InstanceId] = set()
+        for flight in self._flights.values():
+            if now_s - flight.started_s > timeout_s and taken.isdisjoint(flight.group.instances):
+                overdue.append(flight)
+            taken.update(flight.group.instances)
+        return overdue
 
     def continues(self, plan: Decode) -> bool:
         """Whether the last iteration of every instance of the group was this decode, one token earlier, with those who
@@ -93,14 +99,20 @@ class Flights:
     def _padded_rows(self, decode: Decode) -> int:
         return fit(max([len(batch.request_ids) for batch in decode.sub_batches]), self._row_buckets)
 
-    def void(self, group: Group) -> None:
+    def void(self, group: Group) -> set[LiveRequest]:
         """The keys on these instances are lost: what is in flight there counts no longer.
 
         Nothing will continue it either: its requests are prefilled before they are decoded again.
+
+        Returns:
+            Those requests.
         """
+        requests: set[LiveRequest] = set()
         for flight in self._flights.values():
             if not flight.group.isdisjoint(group):
                 flight.is_void = True
+                requests.update(flight.requests)
+        return requests
 
     def leave_out(self, live: LiveRequest) -> None:
         """A request starts again: what is in flight has no result for it any more.

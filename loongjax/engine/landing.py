@@ -100,19 +100,20 @@ class Landing:
             self._counters.num_generation_tokens += num_tokens
 
     def _fail(self, flight: Flight, error: str) -> None:
-        """The keys on the group's instances are gone: everything that had some there starts again.
+        """The keys on the group's instances are gone: everything that had some there starts again, and whatever was in
+        flight there.
 
         A request that has failed too often ends alone, and devices that do not recover end the engine.
         """
         group, kv_cache = flight.group, self._state.kv_cache
         logger.warning("iteration %d on instances %s failed: %s", flight.iteration.iteration_id, group.instances, error)
-        self._state.flights.void(group)
+        aloft = self._state.flights.void(group)
         participants = [live for live in flight.requests if not live.has_ended]
         for live in blame(participants):
             reason = f"{MAX_FAILURES} iterations in a row with it failed: {error}"
             self._outcomes.end(live, FinishReason.ERROR, reason)
         for request_id in kv_cache.request_ids:
             live = self._state.live[request_id]
-            if live in participants or any(i in group for i in kv_cache.holders(request_id)):
+            if live in participants or live in aloft or any(i in group for i in kv_cache.holders(request_id)):
                 self._state.requeue(live)
         self._departure.recover(group)

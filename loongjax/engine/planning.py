@@ -9,9 +9,11 @@ that the devices pass from one to the other without a pause:
     behind an extend   an extend; a decode
 
 The devices hold the input tokens. A request that turns out to have ended ignores its token of that iteration, and
-whoever comes meanwhile waits for one iteration more. Behind a prefill no other is submitted: it may take seconds, and
-those who come meanwhile belong into the next batch. Any other answer is kept, and followed when the iteration is over
-if all has come as foreseen, so that no instance stands still while the policy thinks.
+whoever comes meanwhile waits for one iteration more. Behind a prefill no other is submitted, a long one is neither
+behind anything nor followed (`LONGEST_AHEAD`), and among several instances none is while somebody else waits: those who
+come meanwhile belong into the next batch, and what becomes free meanwhile may serve it. Any other answer
+about a decode is kept, and followed when that is over if all has come as foreseen, so that no instance stands still
+while the policy thinks.
 
 Jumps, in simulations, are the same question for many steps: see `loongjax.engine.jumps`.
 """
@@ -81,16 +83,17 @@ class Planning:
 
     def _run_ahead_of(self, flights: list[Flight]) -> None:
         """Submits what follows each of these; asks last about those that nothing could follow, for what is submitted
-        meanwhile changes the answer. What follows a prefill is asked once: it may be in flight for long."""
+        meanwhile changes the answer. What follows a prefill or an extend is asked once: it may be in flight for long.
+        """
         unlike, self._unlike = self._unlike, set()
         for flight in sorted(flights, key=lambda flight: flight.iteration.iteration_id in unlike):
-            is_asked = isinstance(flight.plan, Prefill) and flight.iteration.iteration_id in unlike
+            is_asked = isinstance(flight.plan, Prefill | Extend) and flight.iteration.iteration_id in unlike
             if is_asked or not self._submit_behind(flight):
                 self._unlike.add(flight.iteration.iteration_id)
 
     def _submit_behind(self, flight: Flight) -> bool:
         """Submits what the policy would decide once the flight is over, if it can be behind it."""
-        if not isinstance(flight.plan, Decode | Prefill | Extend) or flight.is_void:
+        if flight.is_void:
             return False
         plan = self._advice.follows(flight)
         if plan is None:

@@ -67,7 +67,7 @@ class Roster:
                 if live.has_ended:
                     continue
                 view = self._views[live.request_id]
-                gets_token = flight.gives_token_to(live)
+                gets_token = live.request_id not in flight.partial_ids
                 if live.num_tokens_left > 0 or not gets_token:
                     news[live.request_id] = live.running_view(view.kv, num_landed=1, num_given=int(gets_token))
                 else:
@@ -78,7 +78,7 @@ class Roster:
             self._landed[flight] = landed
         keyless = None
         if residents.keyless:
-            names = {view.request_id for view in landed.ended}
+            names = {live.request_id for live in flight.requests}
             keyless = tuple([view for view in residents.keyless if view.request_id not in names])
         return Foreseen(residents.with_local(landed.after, keyless), landed.ended)
 

@@ -38,7 +38,7 @@ class Watch:
         iteration = flight.iteration
         if iteration.iteration_id in self._told:
             self._told.remove(iteration.iteration_id)
-            elapsed_s = now_s - flight.submitted_s
+            elapsed_s = now_s - flight.started_s
             logger.warning(
                 "iteration %d on instances %s ended after all, after %.0f s",
                 iteration.iteration_id,
@@ -49,7 +49,7 @@ class Watch:
     def _complaint(self, flight: Flight, now_s: float) -> str:
         kind = type(flight.iteration).__name__.removesuffix("Iteration").lower()
         return (
-            f"instances {flight.group.instances} have not answered for {now_s - flight.submitted_s:.0f} s: "
+            f"instances {flight.group.instances} have not answered for {now_s - flight.started_s:.0f} s: "
             f"iteration {flight.iteration.iteration_id} ({kind}) is in flight for longer than "
             f"iteration_timeout_s = {self._timeout_s:g}"
         )

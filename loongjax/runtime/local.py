@@ -269,7 +269,7 @@ class LocalRuntime:
             sampler = self._sampler(group, rows, num_rows)
             sampled = sampler.sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
-            self._sampled[group] = _Sampled(_by_row(rows), sampled.token_ids)
+            self._keep(group, _Sampled(_by_row(rows), sampled.token_ids))
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -304,7 +304,7 @@ class LocalRuntime:
         sampled = cache.sampler.sample(logits, state.positions)
         cache.state, cache.token_ids = state, sampled.token_ids
         cache.num_steps -= 1
-        self._sampled[group] = _Sampled(cache.rows.by_rank, sampled.token_ids)
+        self._keep(group, _Sampled(cache.rows.by_rank, sampled.token_ids))
         tokens = PendingTokens(cache.rows.by_rank, sampled)
         check_exchanges = self._exchange.watch(sampled.exchange_status)
 
@@ -368,7 +368,7 @@ class LocalRuntime:
             rows = [[SamplerInput(item.request, item.output_token_ids) for item in inputs]]
             sampled = self._sampler(group, rows, num_rows).sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
-            self._sampled[group] = _Sampled(_by_row(rows), sampled.token_ids)
+            self._keep(group, _Sampled(_by_row(rows), sampled.token_ids))
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -377,6 +377,14 @@ class LocalRuntime:
             return tokens.read() if tokens else ()
 
         return readback
+
+    def _keep(self, group: Group, sampled: _Sampled) -> None:
+        """Instead of what iterations before it on its instances have sampled."""
+        if group not in self._sampled:
+            for other in list(self._sampled):
+                if not other.isdisjoint(group):
+                    self._sampled.pop(other, None)
+        self._sampled[group] = sampled
 
     def _await(self, group: Group, token_ids: jax.Array, awaited: Mapping[tuple[int, int], str]) -> jax.Array:
         """Input tokens, with those of the awaited requests, by rank and row, as the last iteration has sampled them."""

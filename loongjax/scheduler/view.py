@@ -24,7 +24,8 @@ class InstanceView:
     is_busy: bool
     """Whether an iteration occupies it. A policy plans only for instances that are not busy."""
     is_prefilling: bool
-    """Whether that iteration is a prefill, which can last a thousand times longer than a decode step."""
+    """Whether that iteration, or one before or behind it, is a prefill, which can last a thousand times longer than a
+    decode step."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -165,13 +165,13 @@ class FakeRuntime:
             assert failed_ids, "nothing is to be recovered from"
         elif failed_ids:
             assert failed_ids.isdisjoint(self._reported), "the devices have not recovered"
-            return Completion(iteration.iteration_id, error="its input was lost")
+            return Completion(iteration.iteration_id, elapsed_s=elapsed_s, error="its input was lost")
         if self.fails(iteration):
             for instance in instances:
                 self._memory[instance].clear()
                 self._failures[instance] = iteration.iteration_id
             self._decodes.pop(iteration.group, None)
-            return Completion(iteration.iteration_id, error="injected failure")
+            return Completion(iteration.iteration_id, elapsed_s=elapsed_s, error="injected failure")
         tokens = self._execute(iteration)
         self._last.update(dict.fromkeys(instances, iteration))
         return Completion(iteration.iteration_id, tokens, elapsed_s)

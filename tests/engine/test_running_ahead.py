@@ -16,6 +16,7 @@ from loongjax.core.iteration import (
 )
 from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason, Request
+from loongjax.engine import advice
 from loongjax.engine.core import EngineCore
 from loongjax.scheduler.baselines.chunked import ChunkedPolicy
 from loongjax.scheduler.observation import Observation
@@ -80,6 +81,7 @@ def step_until(core: EngineCore, journal: Journal, is_so: Callable[[], bool]) ->
     for _ in range(1000):
         if is_so():
             return
+        assert not core.is_idle
         journal.write(core.step(1.0))
     raise AssertionError("it is never so")
 
@@ -202,6 +204,80 @@ def test_whatever_fails_takes_what_is_behind_it_along_and_nobody_loses_a_token(f
         assert journal.last[request.request_id].finish_reason is FinishReason.LENGTH
 
 
+def test_who_has_no_keys_and_was_behind_what_failed_starts_again() -> None:
+    runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == 4)
+    core, journal = CLUSTER.core(runtime), Journal()
+    first, echo = CLUSTER.request("first", 8, 20), CLUSTER.request("echo", 8, 0, prompt_logprobs=0)
+    core.add(first)
+    step_until(core, journal, lambda: kinds(runtime) == "pdccc")
+    core.add(echo)
+    finish(core, journal, first, echo)
+    assert kinds(runtime).startswith("pdcccpr")
+
+
+def slow_behind_a_failure(iteration: Iteration) -> float:
+    return 150.0 if iteration.iteration_id == 5 else 1.0
+
+
+def test_a_recovery_behind_something_long_is_given_its_time() -> None:
+    runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == 4, duration_s=slow_behind_a_failure)
+    core, journal = CLUSTER.core(runtime), Journal()
+    first, second = CLUSTER.request("first", 8, 20), CLUSTER.request("second", 8, 20)
+    core.add(first)
+    step_until(core, journal, lambda: kinds(runtime) == "pdccc")
+    core.add(second)
+    finish(core, journal, first, second)
+    assert kinds(runtime).startswith("pdcccpr")
+    assert runtime.now_s() > 150.0
+
+
+def test_what_waits_behind_another_iteration_is_not_overdue() -> None:
+    cluster = dataclasses.replace(CLUSTER, iteration_timeout_s=10.0)
+    runtime = cluster.runtime(duration_s=lambda iteration: 8.0)
+    core, journal = cluster.core(runtime), Journal()
+    first, second = cluster.request("first", 8, 6), cluster.request("second", 8, 6)
+    core.add(first)
+    core.add(second)
+    while not core.is_idle:
+        journal.write(core.step(1.0))
+        core.check_health()
+    assert runtime.max_in_flight == 2
+    journal.check(first)
+    journal.check(second)
+
+
+def test_a_long_prefill_is_neither_behind_a_decode_nor_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(advice, "LONGEST_AHEAD", 10)
+    runtime = CLUSTER.runtime()
+    core, journal = CLUSTER.core(runtime), Journal()
+    first, short, long = [CLUSTER.request(*each) for each in (("first", 8, 30), ("short", 10, 20), ("long", 11, 10))]
+    core.add(first)
+    step_until(core, journal, lambda: kinds(runtime) == "pdccc")
+    core.add(short)
+    step_until(core, journal, lambda: kinds(runtime).endswith("pd"))
+    assert awaited(runtime.submitted[-1]) == ["short"]
+    step_until(core, journal, lambda: kinds(runtime).endswith("ccc"))
+    core.add(long)
+    step_until(core, journal, lambda: members(runtime.submitted[-1]) == ["long"])
+    assert len(core._state.flights) == 1
+    finish(core, journal, first, short, long)
+    assert not any("long" in awaited(iteration) for iteration in runtime.submitted)
+
+
+@pytest.mark.parametrize("num_instances", [1, 2])
+def test_while_somebody_else_waits_what_follows_is_decided_when_it_is_due(num_instances: int) -> None:
+    """Prompts of which a prefill holds two. Among several instances others may be idle by then, too."""
+    cluster = dataclasses.replace(CLUSTER, num_instances=num_instances, num_pages=12, max_model_len=40)
+    runtime = cluster.runtime()
+    core, journal = cluster.core(runtime), Journal()
+    requests = [cluster.request(f"r{i}", 30, 8) for i in range(6)]
+    core.add(*requests)
+    journal.write(core.step(0.0))
+    assert len(core._state.waiting) > 0
+    assert ("d" in kinds(runtime)) == (num_instances == 1)
+    finish(core, journal, *requests)
+
+
 def test_a_prefill_is_not_to_blame_for_the_decode_before_it() -> None:
     runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == 4)
     core, journal = CLUSTER.core(runtime), Journal()
@@ -283,6 +359,23 @@ def test_chunks_follow_each_other_and_decodes_without_a_pause() -> None:
     assert [awaited(iteration) for iteration in runtime.submitted[:8]] == [[], ["first"], [], [], *[["first"]] * 4]
     assert members(runtime.submitted[7]) == ["first", "second"]
     assert runtime.now_s() == len(runtime.submitted)
+
+
+def test_nobody_is_asked_about_what_nothing_can_follow() -> None:
+    """Extends with penalties, while others come: once for each iteration, as without running ahead."""
+    runtime = CLUSTER.runtime()
+    views: list[ClusterView] = []
+    core = CLUSTER.core(runtime, Noting(ChunkedPolicy(CLUSTER.shape, 5), views))
+    journal = Journal()
+    requests = [CLUSTER.request(f"r{i}", 13, 8, frequency_penalty=0.5) for i in range(6)]
+    for request in requests:
+        core.add(request)
+        journal.write(core.step(0.0))
+    while kinds(runtime).count("e") < 6:
+        journal.write(core.step(1.0))
+    num_arrivals = len(requests) - 1
+    assert len(views) <= len(runtime.submitted) + num_arrivals
+    finish(core, journal, *requests)
 
 
 @pytest.mark.parametrize("penalised", ["first", "second"])
