@@ -69,8 +69,8 @@ class Timing:
 
     seconds: float
     """Median over rounds: the time between results, each iteration being submitted behind the one before it, so that
-    the devices do not wait for the host. Of a migration, which follows nothing, from submission to the result on the
-    host."""
+    the devices do not wait for the host. Of a migration, which follows nothing, and of a prefill of more than half the
+    tokens that one may have, from submission to the result on the host."""
     stddev_s: float | None
     """Over the same rounds, or over visits; None of one."""
     num_rounds: int
@@ -120,9 +120,9 @@ class Meter:
         """
         match case.kind:
             case "prefill":
-                return self._repeat(self._prefills(case))
+                return self._repeat(self._prefills(case), self._num_in_flight(case))
             case "extend":
-                return self._repeat(self._extends(case))
+                return self._repeat(self._extends(case), self._num_in_flight(case))
             case "migration":
                 return self._repeat(self._migrations(case), in_flight=1)
             case "decode":
@@ -133,7 +133,12 @@ class Meter:
         self._kv_cache.check_integrity()
         assert set(self._resident) == set(self._kv_cache.request_ids)
 
-    def _repeat(self, iterations: Iterator[Iteration], in_flight: int = IN_FLIGHT) -> Timing:
+    def _num_in_flight(self, case: Case) -> int:
+        """One where two might need more workspace than there is; it takes so long that the host does not matter."""
+        capacity = case.strategy.sp * self._runtime.limits.max_num_batched_tokens
+        return IN_FLIGHT if IN_FLIGHT * sum(case.prefill_work.new_lens) <= capacity else 1
+
+    def _repeat(self, iterations: Iterator[Iteration], in_flight: int) -> Timing:
         """The first round only warms up."""
         rounds = itertools.islice(iterations, 1 + self._config.rounds)
         return Timing.of(self._in_a_row(rounds, in_flight, self._config.enough_s)[1:])

@@ -72,6 +72,27 @@ def test_what_is_timed_is_submitted_behind_another_one(case: Case):
     assert len(runtime.submitted) == 1 + MeterConfig().rounds
 
 
+def test_prefills_that_need_most_of_the_workspace_are_alone():
+    most = LIMITS.max_num_batched_tokens
+
+    def num_in_flight(tokens: int) -> int:
+        alone = Case(kind="prefill", strategy=Strategy(2), batch_size=2, input_len=tokens)
+        elapsed_s: list[float] = []
+
+        class Noting(ScriptedRuntime):
+            def completions(self, timeout_s):
+                completions = super().completions(timeout_s)
+                elapsed_s.extend(completion.elapsed_s for completion in completions)
+                return completions
+
+        shape = ClusterShape(num_instances=2, num_pages=4 * most, page_size=16)
+        Meter(Noting(lambda *_: 0.5, shape=shape)).measure(alone)
+        return round(max(elapsed_s) / 0.5)
+
+    assert num_in_flight(most // 2) == 2
+    assert num_in_flight(most // 2 + 1) == 1
+
+
 def test_what_takes_long_is_not_repeated_more_often_than_once():
     runtime = ScriptedRuntime(lambda *_: 10.0)
     timing = Meter(runtime, MeterConfig(rounds=4, enough_s=3.0)).measure(PREFILL)
