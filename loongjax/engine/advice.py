@@ -87,7 +87,7 @@ class Advice:
         Where something else would follow a decode, that is remembered; what follows others depends on when. Where
         nobody is left, nobody is asked.
         """
-        if not _may_be_followed(flight):
+        if not self._may_be_followed(flight):
             return None
         view = self._snapshot(as_if_over=flight)
         if not (len(view.residents) or view.waiting):
@@ -105,6 +105,19 @@ class Advice:
         self._follow(known.policy)
         return cast(Decode | Prefill | Extend, known.plans[0])
 
+    def _may_be_followed(self, flight: Flight) -> bool:
+        """Whether anything can be submitted behind it, whatever the policy says."""
+        match flight.plan, flight.work:
+            case Decode(), _:
+                return True
+            case Prefill(), PrefillWork() as work:
+                is_short = sum(work.new_lens) <= LONGEST_AHEAD
+                return is_short and self._is_all_that_is_due(0) and not _have_penalties(flight)
+            case Extend(), _:
+                return not _have_penalties(flight)
+            case _:
+                return False
+
     def _can_be_behind(self, flight: Flight, plan: Plan) -> bool:
         """Whether it keeps the order of `Flights`, needs no pages of those who end by the flight, and of those who get
         a token by it nothing but that token, which the devices have.
@@ -116,9 +129,7 @@ class Advice:
             case Decode(), Decode():
                 goes_on = self._state.flights.continues(plan)
                 return goes_on and (plan == flight.plan or _has_slots(plan, kv_cache))
-            case Prefill(), Decode():
-                return self._is_all_that_is_due(0) and _has_slots(plan, kv_cache)
-            case Extend(), Decode():
+            case Prefill() | Extend(), Decode():
                 return _has_slots(plan, kv_cache)
             case Decode() | Extend(), Extend():
                 (instance,) = plan.group.instances
@@ -170,19 +181,6 @@ class Advice:
         if self._checks:
             check_plan(view, plans)
         return plans
-
-
-def _may_be_followed(flight: Flight) -> bool:
-    """Whether anything can be submitted behind it, whatever the policy says."""
-    match flight.plan, flight.work:
-        case Decode(), _:
-            return True
-        case Prefill(), PrefillWork() as work:
-            return sum(work.new_lens) <= LONGEST_AHEAD and not _have_penalties(flight)
-        case Extend(), _:
-            return not _have_penalties(flight)
-        case _:
-            return False
 
 
 def _have_penalties(flight: Flight) -> bool:
