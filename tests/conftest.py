@@ -1,4 +1,4 @@
-"""Eight virtual CPU devices, strict dtypes and ranks, no network, and one compilation cache, for every test."""
+"""For every test: eight virtual CPU devices, strict dtypes and ranks, no network, no deadlines, a compilation cache."""
 
 import os
 import signal
@@ -29,10 +29,14 @@ else:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
 
+# Timings are never asserted.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
