@@ -1,5 +1,9 @@
 """After a warm-up nothing is built or loaded any more, whatever the requests ask for and whoever runs them."""
 
+import collections
+
+import jax
+
 from loongjax.core.cluster import Group
 from loongjax.core.iteration import RecoverIteration
 from loongjax.core.sampling import SamplingParams
@@ -41,6 +45,24 @@ def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
     assert [completion.error for completion in runtime.completions(60.0)] == [None]
     assert runtime.num_recompiles == 0
     runtime.close()
+
+
+def test_every_program_is_run_twice_since_the_second_time_is_slow_too(tmp_path, monkeypatch):
+    runs: dict[Group, list[tuple]] = collections.defaultdict(list)
+    run = program_calls.ProgramCalls.run
+
+    def noting(calls, call):
+        shapes = [leaf.shape for leaf in jax.tree.leaves(call.arguments) if isinstance(leaf, jax.Array)]
+        runs[call.group].append((call.program, *shapes))
+        return run(calls, call)
+
+    monkeypatch.setattr(program_calls.ProgramCalls, "run", noting)
+    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    limits = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "num_slots": 256}
+    small_runtime(checkpoint, tmp_path / "cache", num_instances=2, warm_up=True, **limits).close()
+    assert set(runs) == {Group((0,)), Group((1,)), Group((0, 1))}
+    for programs in runs.values():
+        assert programs[: len(programs) // 2] == programs[len(programs) // 2 :]
 
 
 def test_no_chunk_of_any_size_builds_or_loads_anything_after_a_warm_up(tmp_path):

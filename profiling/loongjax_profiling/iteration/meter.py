@@ -31,10 +31,13 @@ from loongjax.core.sampling import SamplingParams
 from loongjax.errors import LoongjaxError
 from loongjax.kvcache.kv_cache import KVCache
 from loongjax.runtime.protocol import Runtime
+from loongjax.runtime.warm_up import ROUNDS
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.placement import masters_of, packed, spread
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
+FIRST_ROUNDS = ROUNDS
+"""Of anything but a decode, before those that count."""
 FIRST_STEPS = 3
 """Decode steps before those that count: what the devices hold of a decode is built, and its pipeline filled."""
 IN_FLIGHT = 2
@@ -54,7 +57,7 @@ class MeterConfig:
     """How often a case is run."""
 
     rounds: int = 3
-    """Of a prefill, extend or migration, after one that does not count."""
+    """Of a prefill, extend or migration, after those that do not count."""
     num_steps: int = 8
     """Of a decode, after those that do not count."""
     enough_s: float = 3.0
@@ -139,9 +142,10 @@ class Meter:
         return IN_FLIGHT if IN_FLIGHT * sum(case.prefill_work.new_lens) <= capacity else 1
 
     def _repeat(self, iterations: Iterator[Iteration], in_flight: int) -> Timing:
-        """The first round only warms up."""
-        rounds = itertools.islice(iterations, 1 + self._config.rounds)
-        return Timing.of(self._in_a_row(rounds, in_flight, self._config.enough_s)[1:])
+        """The first rounds only warm up."""
+        rounds = itertools.islice(iterations, FIRST_ROUNDS + self._config.rounds)
+        seconds = self._in_a_row(rounds, in_flight, self._config.enough_s)
+        return Timing.of(seconds[min(FIRST_ROUNDS, len(seconds) - 1) :])
 
     def _in_a_row(
         self, iterations: Iterable[Iteration], in_flight: int = IN_FLIGHT, enough_s: float = math.inf

@@ -1,4 +1,4 @@
-"""Before the clock starts: every program that greedy requests may need is built and run once on every group."""
+"""Before the clock starts: every program that greedy requests may need is built, and run on every group."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from loongjax.errors import EngineError
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.packing import sample_capacity
 from loongjax.runtime.program_calls import ProgramKey
+from loongjax.runtime.warm_up import ROUNDS
 from loongjax_profiling.compiling_runtime import CompilingRuntime
 
 TIMEOUT_S = 600.0
@@ -64,7 +65,7 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     keys = [key for dop in sizes for key in _programs(dop, buckets, max_extend_tokens)]
     scenes = _Scenes(buckets, runtime.limits.max_num_seqs, max_extend_tokens)
     groups = [Group.of(chosen) for dop in sizes for chosen in itertools.combinations(range(num_instances), dop)]
-    number = sum([math.comb(num_instances, dop) * len(list(scenes.of(Group.of(range(dop))))) for dop in sizes])
+    number = sum([math.comb(num_instances, dop) * len(scenes.all_of(Group.of(range(dop)))) for dop in sizes])
     print(
         f"rehearsing {number} iterations of {len(keys)} sizes on {len(groups)} groups: --num-instances and "
         "--max-num-batched-tokens make it fewer, --warm-up False leaves it out",
@@ -73,7 +74,7 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     runtime.compile(keys)
     num_iterations = 0
     for group in tqdm.tqdm(groups, desc="Rehearsing", unit="group", disable=not progress):
-        for iteration in scenes.of(group):
+        for iteration in scenes.all_of(group):
             numbered = dataclasses.replace(iteration, iteration_id=-1 - num_iterations)
             runtime.submit(numbered)
             completions = runtime.completions(TIMEOUT_S)
@@ -121,8 +122,12 @@ class _Scenes:
     max_num_seqs: int
     max_extend_tokens: int | None
 
-    def of(self, group: Group) -> Iterator[Iteration]:
-        """One iteration a bucket of what this group may be given; they read and write the pool's first page."""
+    def all_of(self, group: Group) -> list[Iteration]:
+        """Iterations of every bucket of what this group may be given, as often as it takes to warm them up."""
+        return ROUNDS * list(self._once(group))
+
+    def _once(self, group: Group) -> Iterator[Iteration]:
+        """They read and write the pool's first page."""
         dop = group.dop
         for num_tokens in self.buckets.num_tokens:
             yield _prefill(group, 1, num_tokens * dop)

@@ -40,8 +40,9 @@ def slots_of(iteration: PrefillIteration) -> set[tuple[int, int]]:
     return {(kept.instance, slot) for item in iteration.inputs for kept in item.kept for slot in kept.slots.tolist()}
 
 
-def test_a_prefills_time_is_the_median_of_its_rounds_without_the_first():
-    times = [50.0, 3.0, 1.0, 2.0, 9.0]
+def test_a_prefills_time_is_the_median_of_its_rounds_without_the_first_two():
+    """A GPU's graphs are made in the second."""
+    times = [50.0, 20.0, 3.0, 1.0, 2.0, 9.0]
     runtime = ScriptedRuntime(lambda _, index: times[index])
     timing = Meter(runtime, MeterConfig(rounds=4, enough_s=100.0)).measure(PREFILL)
     assert timing.seconds == statistics.median([3.0, 1.0, 2.0, 9.0])
@@ -69,7 +70,7 @@ def test_what_is_timed_is_submitted_behind_another_one(case: Case):
     runtime = SlowHost(lambda *_: 5.0)
     assert Meter(runtime, MeterConfig(enough_s=100.0)).measure(case).seconds == pytest.approx(5.0)
     assert runtime.num_in_flight == 0
-    assert len(runtime.submitted) == 1 + MeterConfig().rounds
+    assert len(runtime.submitted) == 2 + MeterConfig().rounds
 
 
 def test_prefills_that_need_most_of_the_workspace_are_alone():
@@ -197,7 +198,7 @@ def test_an_extend_is_its_chunks_and_decodes_behind_keys_that_stay_what_they_wer
     runtime = ScriptedRuntime()
     meter = Meter(runtime, MeterConfig(rounds=3))
     assert meter.measure(EXTEND).seconds == 1.0
-    assert len(runtime.submitted) == 4
+    assert len(runtime.submitted) == 5
     for iteration in runtime.submitted:
         assert isinstance(iteration, ExtendIteration)
         assert iteration.group == Group((0,))

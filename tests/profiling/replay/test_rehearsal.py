@@ -1,5 +1,7 @@
 """What is built before the clock of a replay starts, against what the rehearsal then runs."""
 
+import collections
+import dataclasses
 import itertools
 
 import pytest
@@ -74,6 +76,13 @@ def test_all_programs_are_compiled_side_by_side_before_any_is_run(max_extend_tok
         if isinstance(iteration, DecodeIteration | ExtendIteration) and inputs_of(iteration)[0].is_awaited
     }
     assert {key for key in compiled if key.name not in ("head", "sample")} == run
+
+
+def test_every_iteration_is_run_twice_since_the_second_time_is_slow_too():
+    runtime = ScriptedRuntime(shape=SHAPE, limits=LIMITS)
+    rehearse(runtime, max_extend_tokens=100)
+    runs = collections.Counter(repr(dataclasses.replace(each, iteration_id=0)) for each in runtime.submitted)
+    assert all(number % 2 == 0 for number in runs.values())
 
 
 def test_extends_of_every_size_up_to_the_largest_one():
