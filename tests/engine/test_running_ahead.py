@@ -18,7 +18,9 @@ from loongjax.core.plan import Plan
 from loongjax.core.request import FinishReason, Request
 from loongjax.engine import advice
 from loongjax.engine.core import EngineCore
+from loongjax.scheduler.baselines.batching_config import BatchingConfig
 from loongjax.scheduler.baselines.chunked import ChunkedPolicy
+from loongjax.scheduler.baselines.static import StaticPolicy
 from loongjax.scheduler.observation import Observation
 from loongjax.scheduler.policy import Policy
 from loongjax.scheduler.view import ClusterView
@@ -278,6 +280,39 @@ def test_while_somebody_else_waits_what_follows_is_decided_when_it_is_due(num_in
     finish(core, journal, *requests)
 
 
+@pytest.mark.parametrize("num_prompts", [1, 2])
+def test_a_prompt_that_comes_is_behind_a_decode_of_several_instances_if_no_other_waits(num_prompts: int) -> None:
+    """Of which a prefill on both holds one."""
+    cluster = dataclasses.replace(CLUSTER, num_instances=2, max_model_len=128)
+    runtime = cluster.runtime()
+    eager = BatchingConfig(reserves_max_tokens=False, min_decodes=0)
+    core, journal = cluster.core(runtime, StaticPolicy(cluster.shape, eager)), Journal()
+    first, *others = [cluster.request(name, 80, 20) for name in ("first", "second", "third")[: 1 + num_prompts]]
+    core.add(first)
+    step_until(core, journal, lambda: kinds(runtime) == "pdccc")
+    core.add(*others)
+    step_until(core, journal, lambda: kinds(runtime).endswith("p"))
+    assert members(runtime.submitted[-1]) == ["second"]
+    assert len(core._state.flights) == (2 if num_prompts == 1 else 1)
+    finish(core, journal, first, *others)
+
+
+def test_what_a_policy_says_of_a_prefill_in_flight_is_not_kept() -> None:
+    """Ten steps of decode before the next prefill: which this one does not know of, before it is over."""
+    runtime = CLUSTER.runtime()
+    core, journal = CLUSTER.core(runtime, StaticPolicy(CLUSTER.shape)), Journal()
+    requests = [CLUSTER.request("first", 8, 20), CLUSTER.request("second", 30, 1), CLUSTER.request("third", 44, 20)]
+    core.add(requests[0])
+    for _ in range(3):
+        journal.write(core.step(1.0))
+    for request in requests[1:]:
+        core.add(request)
+        journal.write(core.step(0.0))
+    finish(core, journal, *requests)
+    # The first has ended when the third comes.
+    assert kinds(runtime) == "pd" + 10 * "c" + "pd" + 7 * "c" + "pd" + 18 * "c"
+
+
 def test_a_prefill_is_not_to_blame_for_the_decode_before_it() -> None:
     runtime = CLUSTER.runtime(fails=lambda iteration: iteration.iteration_id == 4)
     core, journal = CLUSTER.core(runtime), Journal()
@@ -376,6 +411,19 @@ def test_nobody_is_asked_about_what_nothing_can_follow() -> None:
     num_arrivals = len(requests) - 1
     assert len(views) <= len(runtime.submitted) + num_arrivals
     finish(core, journal, *requests)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.5])
+def test_a_chunk_waits_for_the_tokens_of_a_decode_that_the_host_has_to_count(penalty: float) -> None:
+    runtime = CLUSTER.runtime()
+    core, journal = chunked(CLUSTER, runtime, 5), Journal()
+    first, second = CLUSTER.request("first", 3, 20, presence_penalty=penalty), CLUSTER.request("second", 13, 6)
+    core.add(first)
+    step_until(core, journal, lambda: kinds(runtime).endswith("ccc"))
+    core.add(second)
+    finish(core, journal, first, second)
+    extends = [iteration for iteration in runtime.submitted if isinstance(iteration, ExtendIteration)]
+    assert any("first" in awaited(iteration) for iteration in extends) == (not penalty)
 
 
 @pytest.mark.parametrize("penalised", ["first", "second"])
