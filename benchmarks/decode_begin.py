@@ -5,7 +5,9 @@
 A decode begins with what the host knows: its page tables and tokens go to the devices, and its program, which is to
 read other memory than the last time, is made ready for that. A step that goes on is submitted behind the one before,
 and finds everything there. Both are measured from the submission, or from the end of the step before, to the tokens on
-the host, and are medians over repetitions, of which every other one has a prefill before it, as in an engine.
+the host, and are medians over repetitions, of which every other one has a prefill before it. Nothing is in flight when
+one begins, as in an engine when the prefill before it was a long one or others wait; most of its decodes begin behind a
+prefill that is in flight, and then nobody waits for the host.
 """
 
 from __future__ import annotations

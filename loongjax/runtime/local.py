@@ -15,7 +15,7 @@ import logging
 import queue
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, assert_never
 
 import jax
@@ -57,7 +57,6 @@ from loongjax.runtime.programs import (
     BY_RANK,
     MIGRATION_BUCKET,
     DecodeState,
-    await_step,
     decode_step,
     extend_step,
     head_step,
@@ -68,6 +67,7 @@ from loongjax.runtime.programs import (
 from loongjax.runtime.protocol import RuntimeLimits
 from loongjax.runtime.readback import PendingPromptLogprobs, PendingTokens
 from loongjax.runtime.recompiles import RecompileCounter
+from loongjax.runtime.sampled_tokens import SampledTokens
 from loongjax.runtime.sampling import SamplerInput
 
 logger = logging.getLogger(__name__)
@@ -87,26 +87,6 @@ class _DecodeCache:
     sampler: GroupSampler
     num_steps: int
     """Steps that the page tables still have room for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Sampled:
-    """What a group's last iteration has sampled."""
-
-    requests: Sequence[Mapping[int, Request]]
-    """By rank, each by its row."""
-    token_ids: jax.Array
-    """int32 [n, R]"""
-
-    @property
-    def places(self) -> dict[str, int]:
-        """By request id: rank * R + row."""
-        num_rows = self.token_ids.shape[1]
-        return {
-            request.request_id: rank * num_rows + row
-            for rank, by_row in enumerate(self.requests)
-            for row, request in by_row.items()
-        }
 
 
 class LocalRuntime:
@@ -133,8 +113,7 @@ class LocalRuntime:
         self._limits = limits
         self._buckets = buckets
         self._decodes: dict[Group, _DecodeCache] = {}
-        self._sampled: dict[Group, _Sampled] = {}
-        """What the next iteration may await."""
+        self._sampled_tokens = SampledTokens(grid)
         self._broken: set[InstanceId] = set()
         """Instances on which a dispatch has failed: until they recover nothing more is tried there."""
         self._recompiles = RecompileCounter()
@@ -210,7 +189,7 @@ class LocalRuntime:
             lane.shutdown(wait=waits, cancel_futures=not waits)
         self._recompiles.close()
         self._decodes.clear()
-        self._sampled.clear()
+        self._sampled_tokens.clear()
 
     def _dispatch_lane(self, group: Group) -> concurrent.futures.Executor:
         """A group's lane is that of its first instance."""
@@ -269,7 +248,7 @@ class LocalRuntime:
             sampler = self._sampler(group, rows, num_rows)
             sampled = sampler.sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
-            self._keep(group, _Sampled(_by_row(rows), sampled.token_ids))
+            self._sampled_tokens.keep(group, _by_row(rows), sampled.token_ids)
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -304,7 +283,7 @@ class LocalRuntime:
         sampled = cache.sampler.sample(logits, state.positions)
         cache.state, cache.token_ids = state, sampled.token_ids
         cache.num_steps -= 1
-        self._keep(group, _Sampled(cache.rows.by_rank, sampled.token_ids))
+        self._sampled_tokens.keep(group, cache.rows.by_rank, sampled.token_ids)
         tokens = PendingTokens(cache.rows.by_rank, sampled)
         check_exchanges = self._exchange.watch(sampled.exchange_status)
 
@@ -338,7 +317,7 @@ class LocalRuntime:
         state, token_ids = self._put(group, (packed.state, packed.token_ids))
         awaited = pack_awaited(iteration, rows)
         if awaited:
-            token_ids = self._await(group, token_ids, awaited)
+            token_ids = self._sampled_tokens.fill_in(group, token_ids, awaited)
         cache = _DecodeCache(
             rows=rows,
             state=state,
@@ -354,7 +333,8 @@ class LocalRuntime:
         packed = pack_extend(iteration, self._buckets)
         batch = self._put(group, packed.batch)
         if packed.awaited:
-            batch = batch._replace(token_ids=self._await(group, batch.token_ids, packed.awaited))
+            token_ids = self._sampled_tokens.fill_in(group, batch.token_ids, packed.awaited)
+            batch = batch._replace(token_ids=token_ids)
         weights = self._weights.view(group)
         pool, picked, statuses = extend_step(
             self._spec, weights, self._kv_pool.view(group), batch, self._exchange.peers(group)
@@ -368,7 +348,7 @@ class LocalRuntime:
             rows = [[SamplerInput(item.request, item.output_token_ids) for item in inputs]]
             sampled = self._sampler(group, rows, num_rows).sample(logits, self._put(group, packed.positions))
             tokens, statuses = PendingTokens(_by_row(rows), sampled), sampled.exchange_status
-            self._keep(group, _Sampled(_by_row(rows), sampled.token_ids))
+            self._sampled_tokens.keep(group, _by_row(rows), sampled.token_ids)
         check_exchanges = self._exchange.watch(statuses)
 
         def readback() -> tuple[SampledToken, ...]:
@@ -377,23 +357,6 @@ class LocalRuntime:
             return tokens.read() if tokens else ()
 
         return readback
-
-    def _keep(self, group: Group, sampled: _Sampled) -> None:
-        """Instead of what iterations before it on its instances have sampled."""
-        if group not in self._sampled:
-            for other in list(self._sampled):
-                if not other.isdisjoint(group):
-                    self._sampled.pop(other, None)
-        self._sampled[group] = sampled
-
-    def _await(self, group: Group, token_ids: jax.Array, awaited: Mapping[tuple[int, int], str]) -> jax.Array:
-        """Input tokens, with those of the awaited requests, by rank and row, as the last iteration has sampled them."""
-        sampled = self._sampled[group]
-        places = sampled.places
-        sources = np.full(token_ids.shape, -1, np.int32)
-        for row, request_id in awaited.items():
-            sources[row] = places[request_id]
-        return await_step(token_ids, self._put(group, sources), sampled.token_ids)
 
     def _migrate(self, iteration: MigrateIteration) -> Readback:
         group = iteration.group
