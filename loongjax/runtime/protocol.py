@@ -8,6 +8,9 @@ from typing import Protocol, runtime_checkable
 from loongjax.core.cluster import ClusterShape
 from loongjax.core.iteration import Completion, Iteration
 
+WARM_UP_ROUNDS = 2
+"""How often a program is run before it is as fast as ever: XLA makes CUDA graphs when it is run for the second time."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RuntimeLimits:

@@ -16,11 +16,9 @@ from tqdm import tqdm
 from loongjax.core.cluster import Group
 from loongjax.runtime.compilation import compile_calls
 from loongjax.runtime.program_calls import ProgramCalls
+from loongjax.runtime.protocol import WARM_UP_ROUNDS
 
 logger = logging.getLogger(__name__)
-
-ROUNDS = 2
-"""How often a program is run before it is as fast as ever: XLA makes CUDA graphs when it is run for the second time."""
 
 
 def warm_up(calls: ProgramCalls, num_instances: int) -> int:
@@ -37,7 +35,7 @@ def warm_up(calls: ProgramCalls, num_instances: int) -> int:
     ]
     num_calls = 0
     for group in tqdm(groups, desc="Warming up", unit="group", disable=None):
-        for _ in range(ROUNDS):
+        for _ in range(WARM_UP_ROUNDS):
             results = [calls.run(call) for call in calls.all_of(group)]
             jax.block_until_ready(results)
             num_calls += len(results)

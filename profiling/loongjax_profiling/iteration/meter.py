@@ -30,14 +30,11 @@ from loongjax.core.request import Request
 from loongjax.core.sampling import SamplingParams
 from loongjax.errors import LoongjaxError
 from loongjax.kvcache.kv_cache import KVCache
-from loongjax.runtime.protocol import Runtime
-from loongjax.runtime.warm_up import ROUNDS
+from loongjax.runtime.protocol import WARM_UP_ROUNDS, Runtime
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.placement import masters_of, packed, spread
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
-FIRST_ROUNDS = ROUNDS
-"""Of anything but a decode, before those that count."""
 FIRST_STEPS = 3
 """Decode steps before those that count: what the devices hold of a decode is built, and its pipeline filled."""
 IN_FLIGHT = 2
@@ -143,9 +140,9 @@ class Meter:
 
     def _repeat(self, iterations: Iterator[Iteration], in_flight: int) -> Timing:
         """The first rounds only warm up."""
-        rounds = itertools.islice(iterations, FIRST_ROUNDS + self._config.rounds)
+        rounds = itertools.islice(iterations, WARM_UP_ROUNDS + self._config.rounds)
         seconds = self._in_a_row(rounds, in_flight, self._config.enough_s)
-        return Timing.of(seconds[min(FIRST_ROUNDS, len(seconds) - 1) :])
+        return Timing.of(seconds[min(WARM_UP_ROUNDS, len(seconds) - 1) :])
 
     def _in_a_row(
         self, iterations: Iterable[Iteration], in_flight: int = IN_FLIGHT, enough_s: float = math.inf

@@ -29,7 +29,7 @@ from loongjax.errors import EngineError
 from loongjax.runtime.buckets import Buckets, fit
 from loongjax.runtime.packing import sample_capacity
 from loongjax.runtime.program_calls import ProgramKey
-from loongjax.runtime.warm_up import ROUNDS
+from loongjax.runtime.protocol import WARM_UP_ROUNDS
 from loongjax_profiling.compiling_runtime import CompilingRuntime
 
 TIMEOUT_S = 600.0
@@ -124,7 +124,7 @@ class _Scenes:
 
     def all_of(self, group: Group) -> list[Iteration]:
         """Iterations of every bucket of what this group may be given, as often as it takes to warm them up."""
-        return ROUNDS * list(self._once(group))
+        return WARM_UP_ROUNDS * list(self._once(group))
 
     def _once(self, group: Group) -> Iterator[Iteration]:
         """They read and write the pool's first page."""
