@@ -36,8 +36,9 @@ def warm_up(calls: ProgramCalls, num_instances: int) -> int:
     num_calls = 0
     for group in tqdm(groups, desc="Warming up", unit="group", disable=None):
         for _ in range(WARM_UP_ROUNDS):
-            results = [calls.run(call) for call in calls.all_of(group)]
-            jax.block_until_ready(results)
-            num_calls += len(results)
+            for call in calls.all_of(group):
+                # One by one: their results together would take gigabytes beside a pool that fills the memory.
+                jax.block_until_ready(calls.run(call))
+                num_calls += 1
     logger.info("warmed up %d groups, %d calls, in %.1f s", len(groups), num_calls, time.monotonic() - started)
     return num_calls

@@ -1,8 +1,11 @@
 """After a warm-up nothing is built or loaded any more, whatever the requests ask for and whoever runs them."""
 
-import collections
+import dataclasses
+import weakref
+from collections.abc import Callable
 
 import jax
+import pytest
 
 from loongjax.core.cluster import Group
 from loongjax.core.iteration import RecoverIteration
@@ -47,22 +50,51 @@ def test_nothing_is_built_or_loaded_after_a_warm_up(tmp_path, monkeypatch):
     runtime.close()
 
 
-def test_every_program_is_run_twice_since_the_second_time_is_slow_too(tmp_path, monkeypatch):
-    runs: dict[Group, list[tuple]] = collections.defaultdict(list)
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Of a program in a warm-up."""
+
+    group: Group
+    program: Callable
+    shapes: list[tuple[int, ...]]
+    num_kept: int
+    """Results of the run before that are still there."""
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> list[Run]:
+    """Of a whole warm-up of two instances."""
+    runs: list[Run] = []
+    results: list[weakref.ref] = []
     run = program_calls.ProgramCalls.run
 
     def noting(calls, call):
         shapes = [leaf.shape for leaf in jax.tree.leaves(call.arguments) if isinstance(leaf, jax.Array)]
-        runs[call.group].append((call.program, *shapes))
-        return run(calls, call)
+        runs.append(Run(call.group, call.program, shapes, sum(result() is not None for result in results)))
+        result = run(calls, call)
+        results[:] = [weakref.ref(leaf) for leaf in jax.tree.leaves(result)]
+        return result
 
-    monkeypatch.setattr(program_calls.ProgramCalls, "run", noting)
-    checkpoint = make_checkpoint(tmp_path / "checkpoint", "gqa", with_tokenizer=False)
+    folder = tmp_path_factory.mktemp("warm-up")
+    checkpoint = make_checkpoint(folder / "checkpoint", "gqa", with_tokenizer=False)
     limits = {"max_num_seqs": 1, "max_num_batched_tokens": 64, "num_slots": 256}
-    small_runtime(checkpoint, tmp_path / "cache", num_instances=2, warm_up=True, **limits).close()
-    assert set(runs) == {Group((0,)), Group((1,)), Group((0, 1))}
-    for programs in runs.values():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(program_calls.ProgramCalls, "run", noting)
+        small_runtime(checkpoint, folder / "cache", num_instances=2, warm_up=True, **limits).close()
+    return runs
+
+
+def test_every_program_is_run_twice_since_the_second_time_is_slow_too(runs):
+    for group in (Group((0,)), Group((1,)), Group((0, 1))):
+        programs = [(run.program, run.shapes) for run in runs if run.group == group]
+        assert programs
         assert programs[: len(programs) // 2] == programs[len(programs) // 2 :]
+    assert {run.group for run in runs} == {Group((0,)), Group((1,)), Group((0, 1))}
+
+
+def test_no_result_is_kept_while_another_program_runs(runs):
+    """Those of the longest prefills take gigabytes on real sizes, and the pool leaves no room for several of them."""
+    assert [run.num_kept for run in runs] == [0] * len(runs)
 
 
 def test_no_chunk_of_any_size_builds_or_loads_anything_after_a_warm_up(tmp_path):
