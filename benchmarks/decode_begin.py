@@ -14,18 +14,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import pathlib
 import statistics
 import sys
 
-import jax
-
+from benchmarks import report
 from loongjax.config import EngineConfig
 from loongjax.costmodel.work import Strategy
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.meter import Meter, MeterConfig
-from loongjax_profiling.provenance import checked_out_commit
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.replay.traced_runtime import TracedRuntime
 from loongjax_profiling.shapes import SHAPES
@@ -87,8 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keys", type=int, default=4000, help="of each request")
     parser.add_argument("--num-slots", type=int, help="tokens of an instance's pool; by default what memory holds")
     parser.add_argument("--repeats", type=int, default=10, help="with and without a prefill before it, each")
-    parser.add_argument("--out", type=pathlib.Path, help="where to write the results, as JSON")
-    parser.add_argument("--commit", default=None, help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     arguments = parser.parse_args(argv)
     config = EngineConfig(
         policy="simple",
@@ -110,17 +105,9 @@ def main(argv: list[str] | None = None) -> int:
             )
             rows.append(dataclasses.asdict(measure(meter, runtime, case, prefill, arguments.repeats)))
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    about = report.origin("decode_begin", argv, arguments.commit)
     runtime.close()
-    report = {
-        "command": "python -m benchmarks.decode_begin " + " ".join(sys.argv[1:] if argv is None else argv),
-        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "commit": arguments.commit or checked_out_commit(),
-        "shape": arguments.shape,
-        "rows": rows,
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    report.write(arguments.out, about | {"shape": arguments.shape}, rows)
     return 0
 
 

@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import math
-import pathlib
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import report
 from loongjax.pallas_kernels.decode_attention.triton_variant import TUNING, triton_decode_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax_profiling.kernels.device_trace import device_times
 from loongjax_profiling.kernels.timing import copy_bytes_per_second, device_seconds
-from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
 POOL_BYTES = 1e9
@@ -141,9 +138,9 @@ def main() -> None:
     parser.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES), metavar="MIX")
     parser.add_argument("--page-sizes", nargs="+", type=int, default=[16, 64, 1])
     parser.add_argument("--tune", action="store_true", help="first compare ways to cut the work")
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     args = parser.parse_args()
+    about = report.origin("decode_kernel", None, args.commit)
     copy_rate = copy_bytes_per_second()
     print(f"copy: {copy_rate / 1e12:.3f} TB/s", flush=True)
     rows = []
@@ -169,17 +166,7 @@ def main() -> None:
     for page_size in args.page_sizes:
         for mix in args.mixes:
             record(mix, page_size, TUNING)
-    result = {
-        "command": "python -m benchmarks.decode_kernel " + " ".join(sys.argv[1:]),
-        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
-        "copy_bytes_per_second": round(copy_rate),
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n  ".join(map(json.dumps, rows))
-        args.out.write_text(json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+    report.write(args.out, about | {"copy_bytes_per_second": round(copy_rate)}, rows)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,12 @@ import argparse
 import concurrent.futures
 import functools
 import json
-import pathlib
-import sys
 import traceback
 from typing import Any
 
 import jax
 
+from benchmarks import report
 from loongjax.pallas_kernels.exchange.api import Peers
 from loongjax.pallas_kernels.exchange.group import group_of
 from loongjax.pallas_kernels.exchange.launch import (
@@ -29,7 +28,6 @@ from loongjax.pallas_kernels.exchange.launch import (
 )
 from loongjax_profiling.kernels.device_trace import device_times
 from loongjax_profiling.kernels.mesh import AXIS, attend_stand_in, exchanges_of, peer_memory, repeat_exchange
-from loongjax_profiling.provenance import checked_out_commit
 
 REPETITIONS = 64
 TUNINGS = ("512/2", "512/4", "1024/4", "2048/2", "2048/4", "2048/8", "4096/8", "8192/16")
@@ -55,18 +53,12 @@ def gather_and_merge(tuning: ExchangeTuning, peers: jax.Array, q: jax.Array, fac
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tunings", nargs="+", default=TUNINGS)
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     args = parser.parse_args()
 
     devices = jax.devices()
-    result: dict[str, Any] = {
-        "command": "python -m benchmarks.exchange_kernel " + " ".join(sys.argv[1:]),
-        "hardware": f"{len(devices)} x {devices[0].device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
-        "rows": [],
-    }
+    about = report.origin("exchange_kernel", None, args.commit)
+    rows: list[dict[str, Any]] = []
     steps = {"all_reduce": reduce, "multi_master": gather_and_merge}
     for exchange in exchanges_of(len(devices)):
         repeats = {
@@ -89,10 +81,8 @@ def main() -> None:
                 traceback.print_exception(error)
                 row["error"] = repr(error)[:500]
             print(json.dumps(row), flush=True)
-            result["rows"].append(row)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
+            rows.append(row)
+    report.write(args.out, about, rows)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import pathlib
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import report
 from loongjax.pallas_kernels.extend_attention.by_length import extend_attention_by_length
 from loongjax.pallas_kernels.extend_attention.mosaic_gpu import mosaic_gpu_extend_attention
 from loongjax.pallas_kernels.extend_attention.triton_variant import TUNING, triton_extend_attention
 from loongjax.pallas_kernels.paged_triton.launch import PagedTuning
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
 from loongjax_profiling.kernels.timing import SlopeTimer, sample_in_turn
-from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
 SAMPLES = 9
@@ -182,22 +180,15 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="every tuning of the Triton variant")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--page-sizes", nargs="+", type=int, default=[1, 16, 64])
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     args = parser.parse_args()
-    result: dict[str, Any] = {
-        "command": "python -m benchmarks.extend_kernel " + " ".join(sys.argv[1:]),
-        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
-        "rows": [],
-    }
+    about = report.origin("extend_kernel", None, args.commit)
+    measured: list[dict[str, Any]] = []
     cases = list(itertools.chain.from_iterable(CASES[name] for name in args.cases))
     for rows in compare(cases, args.page_sizes, TUNINGS if args.tune else TUNINGS[:1]):
-        result["rows"] += rows
+        measured += rows
         print(*map(json.dumps, rows), sep="\n", flush=True)
-        if args.out:
-            args.out.write_text(json.dumps(result, indent=1) + "\n")
+        report.write(args.out, about, measured)
 
 
 if __name__ == "__main__":

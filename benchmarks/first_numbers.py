@@ -10,25 +10,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import pathlib
 import statistics
-import sys
 import time
 
-import jax
 import numpy as np
 
+from benchmarks import report
 from loongjax.config import EngineConfig
-from loongjax.core.request import Request, RequestEvent
-from loongjax.core.sampling import SamplingParams
+from loongjax.core.request import RequestEvent
 from loongjax.engine.build import choose_policy
 from loongjax.engine.client import ModelInfo
 from loongjax.engine.core import EngineCore
-from loongjax_profiling.provenance import checked_out_commit
+from loongjax_profiling.random_requests import random_request
 from loongjax_profiling.random_runtime import build_random_runtime
 from loongjax_profiling.shapes import SHAPES
-
-SAMPLING = SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True)
 
 
 def build(shape: str, args: argparse.Namespace) -> tuple[EngineCore, dict[str, float]]:
@@ -65,13 +60,7 @@ def measure(core: EngineCore, num_requests: int, prompt_len: int, output_len: in
     rng = np.random.default_rng(prompt_len + num_requests)
     vocab_size = core.info.vocab_size
     requests = [
-        Request(
-            request_id=f"{i}",
-            prompt_token_ids=tuple(rng.integers(0, vocab_size, prompt_len).tolist()),
-            sampling=SAMPLING,
-            max_tokens=output_len,
-            seed=i,
-        )
+        random_request(rng, f"{i}", prompt_len=prompt_len, output_len=output_len, vocab_size=vocab_size)
         for i in range(num_requests)
     ]
     started = time.monotonic()
@@ -109,13 +98,12 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=["1x1024", "1x4096", "8x1024"], help="requests x prompt tokens")
     parser.add_argument("--output-len", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     args = parser.parse_args()
 
     core, built = build(args.shape, args)
     print(f"ready after {built['ready_s']:.1f} s; {core.stats().kv_slots} slots", flush=True)
-    cases = []
+    rows = []
     for case in args.cases:
         num_requests, prompt_len = map(int, case.split("x"))
         started = time.monotonic()
@@ -125,23 +113,15 @@ def main() -> None:
         row = {"case": case, "warm_up_s": warm_up_s}
         row |= {name: statistics.median(run[name] for run in runs) for name in runs[0]}
         row["spread"] = {name: [min(run[name] for run in runs), max(run[name] for run in runs)] for name in runs[0]}
-        cases.append(row)
+        rows.append(row)
         print(json.dumps(row), flush=True)
-    device = jax.devices()[0]
-    result = {
-        "command": "python -m benchmarks.first_numbers " + " ".join(sys.argv[1:]),
-        "hardware": f"{len(jax.devices())} x {device.device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
+    about = report.origin("first_numbers", None, args.commit) | {
         "built": built,
-        "cases": cases,
         "prefill_dop": core.stats().prefill_dop,
         "decode_dop": core.stats().decode_dop,
         "recompiles": core.stats().num_recompiles,
     }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    report.write(args.out, about, rows)
     core.close()
 
 

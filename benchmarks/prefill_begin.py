@@ -12,22 +12,20 @@ is before it on the devices, or from its submission, to its result on the host.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
-import json
-import pathlib
 import statistics
 import sys
 
-import jax
 import numpy as np
 
+from benchmarks import report
 from loongjax.core.request import Request
-from loongjax.core.sampling import SamplingParams
 from loongjax.costmodel.work import Strategy
 from loongjax.engine.core import EngineCore
 from loongjax_profiling.iteration.case import Case
 from loongjax_profiling.iteration.meter import Meter
-from loongjax_profiling.provenance import checked_out_commit
+from loongjax_profiling.random_requests import random_request
 from loongjax_profiling.replay.config import ReplayConfig
 from loongjax_profiling.replay.engine import ReplayEngine
 from loongjax_profiling.replay.traced_runtime import TracedIteration, TracedRuntime
@@ -38,7 +36,6 @@ NUM_STEPS = 10
 NUM_FIRST = 2
 """Prefills that do not count."""
 TIMEOUT_S = 60.0
-_GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +51,8 @@ class PrefillBegin:
     beside_decode_p90_ms: float
     lead_ms: float
     """From its submission beside the decode to the end of the step in flight; 0 if that had ended before."""
+    num_late: int
+    """Of those beside the decode, how many were submitted when that step had ended."""
 
 
 def measure(
@@ -79,6 +78,7 @@ def measure(
         core.abort(request.request_id)
     while not core.is_idle:
         core.step(TIMEOUT_S)
+    leads_ms = [1e3 * (each.begin_s - each.submitted_s) for each in beside]
     beside_ms = [1e3 * each.elapsed_s for each in beside]
     return PrefillBegin(
         num_tokens=num_tokens,
@@ -86,21 +86,16 @@ def measure(
         alone_ms=round(1e3 * statistics.median([each.elapsed_s for each in alone]), 3),
         beside_decode_ms=round(statistics.median(beside_ms), 3),
         beside_decode_p90_ms=round(float(np.percentile(beside_ms, 90)), 3),
-        lead_ms=round(1e3 * statistics.median([each.begin_s - each.submitted_s for each in beside]), 3),
+        lead_ms=round(statistics.median(leads_ms), 3),
+        num_late=sum(lead <= 0.0 for lead in leads_ms),
     )
 
 
 def make_requests(name: str, number: int, *, num_tokens: int, max_tokens: int, vocab_size: int) -> list[Request]:
-    """Greedy ones of random prompts."""
+    """Random ones of equal lengths."""
     random = np.random.default_rng(num_tokens)
     return [
-        Request(
-            request_id=f"{name}-{index}",
-            prompt_token_ids=tuple(random.integers(0, vocab_size, num_tokens).tolist()),
-            sampling=_GREEDY,
-            max_tokens=max_tokens,
-            seed=index,
-        )
+        random_request(random, f"{name}-{index}", prompt_len=num_tokens, output_len=max_tokens, vocab_size=vocab_size)
         for index in range(number)
     ]
 
@@ -133,8 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--keys", type=int, default=500, help="of each of these when it begins")
     parser.add_argument("--num-slots", type=int, help="tokens of the instance's pool; by default what memory holds")
     parser.add_argument("--repeats", type=int, default=20, help="prefills of each length and kind")
-    parser.add_argument("--out", type=pathlib.Path, help="where to write the results, as JSON")
-    parser.add_argument("--commit", default=None, help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     arguments = parser.parse_args(argv)
     max_output = 4 * NUM_STEPS * (NUM_FIRST + arguments.repeats + 1)
     max_len = max(*arguments.lengths, arguments.keys + max_output) + 1
@@ -152,21 +146,13 @@ def main(argv: list[str] | None = None) -> int:
         "decode", arguments.decodes, num_tokens=arguments.keys, max_tokens=max_output, vocab_size=engine.info.vocab_size
     )
     rows = []
-    for num_tokens in arguments.lengths:
-        row = measure(engine.new_core(), engine.runtime, num_tokens, decodes, arguments.repeats)
-        rows.append(dataclasses.asdict(row))
-        print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    engine.close()
-    report = {
-        "command": "python -m benchmarks.prefill_begin " + " ".join(sys.argv[1:] if argv is None else argv),
-        "hardware": engine.hardware,
-        "jax": jax.__version__,
-        "commit": arguments.commit or checked_out_commit(),
-        "shape": arguments.shape,
-        "rows": rows,
-    }
-    if arguments.out is not None:
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    with contextlib.closing(engine):
+        for num_tokens in arguments.lengths:
+            row = measure(engine.new_core(), engine.runtime, num_tokens, decodes, arguments.repeats)
+            rows.append(dataclasses.asdict(row))
+            print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
+    about = report.origin("prefill_begin", argv, arguments.commit)
+    report.write(arguments.out, about | {"shape": arguments.shape}, rows)
     return 0
 
 

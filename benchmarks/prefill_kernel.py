@@ -15,10 +15,8 @@ import argparse
 import concurrent.futures
 import dataclasses
 import json
-import pathlib
 import random
 import statistics
-import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -28,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import report
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu import mosaic_gpu_prefill_attention
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_keys import TMA_ROWS
 from loongjax.pallas_kernels.prefill_attention.mosaic_gpu_tuning import PrefillTuning
@@ -35,7 +34,6 @@ from loongjax.pallas_kernels.prefill_attention.reference import reference_prefil
 from loongjax.pallas_kernels.prefill_attention.visits import plan_visits
 from loongjax_profiling.kernels.dense import Ranges, causal, full, num_pairs, ring_step, zipf_lengths
 from loongjax_profiling.kernels.rivals import RIVALS, Rival, installed_rivals
-from loongjax_profiling.provenance import checked_out_commit
 
 HEAD_DIM = 128
 SM_SCALE = HEAD_DIM**-0.5
@@ -332,29 +330,18 @@ def main() -> None:
     parser.add_argument("--tunings", nargs="+", choices=TUNINGS, default=["default"])
     parser.add_argument("--rivals", nargs="*", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--samples", type=int, default=5)
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     args = parser.parse_args()
 
     rivals = {name: attention for name, attention in installed_rivals().items() if name in args.rivals}
     table = Table(rivals, args.tunings, args.samples)
-    result = {
-        "command": "python -m benchmarks.prefill_kernel " + " ".join(sys.argv[1:]),
-        "hardware": f"1 x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
-    }
+    about = report.origin("prefill_kernel", None, args.commit)
     dense = [(mask, length) for length in args.lengths for mask in args.masks if mask in DENSE_MASKS]
     works = [make_work(mask, length, heads) for mask, length in dense for heads in args.heads]
     works += [make_work(mask, 0, heads) for mask in args.masks if mask in MIXES for heads in args.mix_heads]
     for work in with_dense(works):
         table.add(work)
-        if args.out:
-            args.out.parent.mkdir(parents=True, exist_ok=True)
-            lines = ",\n  ".join(map(json.dumps, table.rows))
-            args.out.write_text(
-                json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n'
-            )
+        report.write(args.out, about, table.rows)
 
 
 if __name__ == "__main__":

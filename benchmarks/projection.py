@@ -13,10 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
-import json
 import math
-import pathlib
-import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,6 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks import report
 from loongjax.pallas_kernels.projection.reference import reference_project, reference_project_gated
 from loongjax.pallas_kernels.projection.triton_variant import (
     ProjectionTuning,
@@ -34,7 +32,6 @@ from loongjax.pallas_kernels.projection.triton_variant import (
 )
 from loongjax_profiling.kernels.device_trace import device_times
 from loongjax_profiling.kernels.timing import copy_bytes_per_second
-from loongjax_profiling.provenance import checked_out_commit
 
 LEAST_BYTES = 5e8
 LEAST_REPETITIONS = 8
@@ -189,9 +186,9 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[1, 8, 2, 4, 16, 32])
     parser.add_argument("--tune", action="store_true", help="compare ways to cut the work instead of the default one")
     parser.add_argument("--seconds", type=float, default=90.0, help="no row is begun after so many")
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code, where git cannot be asked")
+    report.add_arguments(parser)
     args = parser.parse_args()
+    about = report.origin("projection", None, args.commit)
     started = time.monotonic()
     copy_rate = copy_bytes_per_second()
     print(f"copy: {copy_rate / 1e12:.3f} TB/s", flush=True)
@@ -216,17 +213,7 @@ def main() -> None:
                         row["error"] = repr(error)[:300]
                     rows.append(row)
                     print(describe(row), flush=True)
-    result = {
-        "command": "python -m benchmarks.projection " + " ".join(sys.argv[1:]),
-        "hardware": f"{len(jax.devices())} x {jax.devices()[0].device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
-        "copy_bytes_per_second": round(copy_rate),
-    }
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n  ".join(map(json.dumps, rows))
-        args.out.write_text(json.dumps(result, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n')
+    report.write(args.out, about | {"copy_bytes_per_second": round(copy_rate)}, rows)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
-import pathlib
 import statistics
 import sys
 import time
@@ -31,10 +30,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks import report
 from benchmarks.collective_schedule import read_schedule
 from loongjax.pallas_kernels import prefill_attention
 from loongjax.parallel import RING_COMPILER_OPTIONS, ring_attention
-from loongjax_profiling.provenance import checked_out_commit
 
 AXIS = "sp"
 COMPILER_OPTIONS = {
@@ -269,20 +268,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--implementation", help="of prefill_attention; mosaic_gpu on a GPU if left out")
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--limit-s", type=float, default=400, help="begin no length after so many seconds")
-    parser.add_argument("--out", type=pathlib.Path)
-    parser.add_argument("--commit", default=checked_out_commit(), help="of this code")
+    report.add_arguments(parser)
     args = parser.parse_args(argv)
 
     device = jax.devices()[0]
     implementation = args.implementation or ("mosaic_gpu" if device.platform == "gpu" else None)
     started = time.perf_counter()
-    result: dict[str, Any] = {
-        "command": "python -m benchmarks.ring_attention " + " ".join(sys.argv[1:] if argv is None else argv),
-        "hardware": f"{len(jax.devices())} x {device.device_kind}",
-        "jax": jax.__version__,
-        "commit": args.commit,
-        "rows": [],
-    }
+    about = report.origin("ring_attention", argv, args.commit)
+    rows: list[dict[str, Any]] = []
     for length in args.lengths:
         for heads in args.heads:
             for ranks in args.ranks or [len(jax.devices())]:
@@ -291,10 +284,8 @@ def main(argv: list[str] | None = None) -> None:
                     continue
                 cases = cases_of(length, heads, ranks, args.head_dim, args.variants)
                 for row in measure_all(cases, implementation, args.samples):
-                    result["rows"].append(row)
-                    if args.out:
-                        args.out.parent.mkdir(parents=True, exist_ok=True)
-                        args.out.write_text(json.dumps(result, indent=2) + "\n")
+                    rows.append(row)
+                    report.write(args.out, about, rows)
 
 
 if __name__ == "__main__":

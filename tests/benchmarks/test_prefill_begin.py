@@ -38,6 +38,7 @@ def test_each_kind_is_measured_by_itself() -> None:
     assert (begin.num_tokens, begin.in_a_row_ms, begin.alone_ms, begin.beside_decode_ms) == (20, 5e3, 6e3, 7e3)
     assert begin.beside_decode_p90_ms == 7e3
     assert begin.lead_ms == pytest.approx(1e3)
+    assert begin.num_late == 0
     assert core.is_idle
     assert seen.count("decode") == 2 + 4, "two do not count"
 

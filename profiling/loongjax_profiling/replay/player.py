@@ -10,19 +10,18 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from loongjax.core.request import Request, RequestEvent, ServiceLevel
-from loongjax.core.sampling import SamplingParams
 from loongjax.engine.client import EngineStats
 from loongjax.engine.core import EngineCore
 from loongjax.engine.interrupts import deferred_interrupt
 from loongjax.engine.thread_switches import frequent_thread_switches
 from loongjax.errors import EngineDeadError, QueueFullError, RequestError
+from loongjax_profiling.random_requests import random_request
 from loongjax_profiling.records import RequestRecord
 from loongjax_profiling.replay.traced_runtime import TracedRuntime
 from loongjax_profiling.simulate.workload.request import WorkloadRequest
 
 LONGEST_WAIT_S = 10.0
 """At most so long a step waits for news, in seconds."""
-_SAMPLING = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
 def make_requests(
@@ -31,12 +30,12 @@ def make_requests(
     """A request of random token ids for each of the workload, named as a simulation names it."""
     random = np.random.default_rng(seed)
     return [
-        Request(
-            request_id=f"request-{index}",
-            prompt_token_ids=tuple(random.integers(0, vocab_size, request.prompt_len).tolist()),
-            sampling=_SAMPLING,
-            max_tokens=request.output_len,
-            seed=index,
+        random_request(
+            random,
+            f"request-{index}",
+            prompt_len=request.prompt_len,
+            output_len=request.output_len,
+            vocab_size=vocab_size,
             arrival_s=request.arrival_s,
             slo=slo,
         )
