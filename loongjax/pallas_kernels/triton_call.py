@@ -19,6 +19,7 @@ from loongjax.pallas_kernels.triton_compile import ALIGNMENT, CompiledKernel, co
 from loongjax.pallas_kernels.triton_gpu import compute_capability
 
 TARGET = "triton_kernel_call_ffi"
+UNRECORDED_TARGET = "triton_kernel_call"
 
 
 def triton_call(
@@ -31,6 +32,7 @@ def triton_call(
     num_stages: int = 2,
     max_registers: int | None = None,
     aliases: Mapping[int, int] | None = None,
+    ends_graph: bool = False,
     **constants: Any,
 ) -> Sequence[jax.Array]:
     """Calls a kernel with pointers to the operands, then to the results.
@@ -45,6 +47,7 @@ def triton_call(
         num_stages: of the kernel's software pipelines.
         max_registers: of one thread; None: as many as the kernel wants.
         aliases: operands whose memory becomes that of a result: place among the operands to place among the results.
+        ends_graph: whether CUDA graphs end here, at an untyped call.
         constants: the kernel's `tl.constexpr` parameters; Triton does not know numpy's numbers, so they are converted.
 
     Raises:
@@ -79,9 +82,20 @@ def triton_call(
         *(library.create_array_parameter(0, ALIGNMENT) for _ in out_shape),
     ]
     call = library.TritonKernelCall(loadable, *grid, *(1,) * (3 - len(grid)), parameters)
-    opaque = zlib.compress(call.to_proto(name, b""), level=9)
-    launch = jax.ffi.ffi_call(TARGET, list(out_shape), input_output_aliases=dict(aliases or {}))
-    forward = jax.custom_jvp(lambda *arrays: launch(*arrays, opaque=opaque))
+    opaque: Any = zlib.compress(call.to_proto(name, b""), level=9)
+    results: list[jax.ShapeDtypeStruct] = list(out_shape)
+    in_place = dict(aliases or {})
+    if ends_graph:
+        launch = jax.ffi.ffi_call(
+            UNRECORDED_TARGET,
+            results,
+            input_output_aliases=in_place,
+            custom_call_api_version=2,
+            legacy_backend_config=opaque,
+        )
+    else:
+        launch = functools.partial(jax.ffi.ffi_call(TARGET, results, input_output_aliases=in_place), opaque=opaque)
+    forward = jax.custom_jvp(lambda *arrays: launch(*arrays))
     forward.defjvp(functools.partial(_refuse_gradient, name))
     return forward(*arrays)
 

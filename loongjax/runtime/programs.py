@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32, UInt32
 
 from loongjax.pallas_kernels import extend_attention, kv_update, merge_attention, prefill_attention
 from loongjax.pallas_kernels.exchange import all_reduce, exchange_status
+from loongjax.pallas_kernels.graph_boundary import end_graph
 from loongjax.parallel import RING_COMPILER_OPTIONS, multi_master_decode, ring_attention
 from loongjax.parallel.mesh import SP_AXIS, TP_AXIS
 from loongjax.parallel.retention import retain
@@ -33,6 +34,10 @@ BY_RANK = PartitionSpec(SP_AXIS)
 BY_DEVICE = PartitionSpec((SP_AXIS, TP_AXIS))
 LOGITS_SPEC = PartitionSpec(SP_AXIS, None, TP_AXIS)
 REPLICATED = PartitionSpec()
+
+LAYERS_PER_GRAPH = 4
+"""Of prefills and extends, so that devices start on the first while the host prepares the others. Decodes are one:
+most are submitted long before the devices come to them, and graphs follow each other later than kernels in one do."""
 
 MIGRATION_BUCKET = 256
 """Tokens that one migration program moves."""
@@ -114,6 +119,8 @@ def prefill_step(
         batch = _drop_rank_dim(batch)
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
+            q = _cut_graph(layer, q)
+
             def visit(source_rank: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> jax.Array:
                 return retain(pool, jnp.int32(layer), batch.kept_slots, source_rank, k, v)
 
@@ -268,6 +275,7 @@ def extend_step(
         k_start, k_end = visible_ranges(batch.row_starts, 0, 0, 1)
 
         def attend(layer: int, q: jax.Array, k: jax.Array, v: jax.Array, pool: jax.Array) -> tuple[jax.Array, Any]:
+            q = _cut_graph(layer, q)
             index = jnp.int32(layer)
             # First, so that whoever reads the pool reads the one that is updated in place.
             pool = kv_update(pool, k, v, index, batch.slots)
@@ -339,3 +347,8 @@ def _append_rows(state: DecodeState, slots: Int32[Array, " B"], page_size: int) 
 
 def _drop_rank_dim(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf[0], tree)
+
+
+def _cut_graph(layer: int, q: jax.Array) -> jax.Array:
+    """Ends a CUDA graph at the queries of every `LAYERS_PER_GRAPH`th layer."""
+    return end_graph(q) if layer % LAYERS_PER_GRAPH == LAYERS_PER_GRAPH - 1 else q

@@ -9,7 +9,8 @@ from loongjax.core.cluster import ClusterShape
 from loongjax.core.iteration import Completion, Iteration
 
 WARM_UP_ROUNDS = 2
-"""How often a program is run before it is as fast as ever: XLA makes CUDA graphs when it is run for the second time."""
+"""How often all programs are run before they are as fast as ever: XLA makes CUDA graphs of a program when it runs, and
+drops them when it loads another one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

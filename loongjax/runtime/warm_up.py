@@ -34,11 +34,11 @@ def warm_up(calls: ProgramCalls, num_instances: int) -> int:
         for chosen in itertools.combinations(range(num_instances), dop)
     ]
     num_calls = 0
-    for group in tqdm(groups, desc="Warming up", unit="group", disable=None):
-        for _ in range(WARM_UP_ROUNDS):
-            for call in calls.all_of(group):
-                # One by one: their results together would take gigabytes beside a pool that fills the memory.
-                jax.block_until_ready(calls.run(call))
-                num_calls += 1
+    # Round by round: whenever XLA loads an executable with graphs, it drops the graphs of all others.
+    for group in tqdm(WARM_UP_ROUNDS * groups, desc="Warming up", unit="group", disable=None):
+        for call in calls.all_of(group):
+            # One by one: their results together would take gigabytes beside a pool that fills the memory.
+            jax.block_until_ready(calls.run(call))
+            num_calls += 1
     logger.info("warmed up %d groups, %d calls, in %.1f s", len(groups), num_calls, time.monotonic() - started)
     return num_calls

@@ -65,7 +65,9 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     keys = [key for dop in sizes for key in _programs(dop, buckets, max_extend_tokens)]
     scenes = _Scenes(buckets, runtime.limits.max_num_seqs, max_extend_tokens)
     groups = [Group.of(chosen) for dop in sizes for chosen in itertools.combinations(range(num_instances), dop)]
-    number = sum([math.comb(num_instances, dop) * len(scenes.all_of(Group.of(range(dop)))) for dop in sizes])
+    number = WARM_UP_ROUNDS * sum(
+        [math.comb(num_instances, dop) * len(scenes.all_of(Group.of(range(dop)))) for dop in sizes]
+    )
     print(
         f"rehearsing {number} iterations of {len(keys)} sizes on {len(groups)} groups: --num-instances and "
         "--max-num-batched-tokens make it fewer, --warm-up False leaves it out",
@@ -73,7 +75,8 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     )
     runtime.compile(keys)
     num_iterations = 0
-    for group in tqdm.tqdm(groups, desc="Rehearsing", unit="group", disable=not progress):
+    # Round by round: whenever XLA loads an executable with graphs, it drops the graphs of all others.
+    for group in tqdm.tqdm(WARM_UP_ROUNDS * groups, desc="Rehearsing", unit="group", disable=not progress):
         for iteration in scenes.all_of(group):
             numbered = dataclasses.replace(iteration, iteration_id=-1 - num_iterations)
             runtime.submit(numbered)
@@ -123,11 +126,10 @@ class _Scenes:
     max_extend_tokens: int | None
 
     def all_of(self, group: Group) -> list[Iteration]:
-        """Iterations of every bucket of what this group may be given, as often as it takes to warm them up."""
-        return WARM_UP_ROUNDS * list(self._once(group))
+        """Iterations of every bucket of what this group may be given. They read and write the pool's first page."""
+        return list(self._iterations(group))
 
-    def _once(self, group: Group) -> Iterator[Iteration]:
-        """They read and write the pool's first page."""
+    def _iterations(self, group: Group) -> Iterator[Iteration]:
         dop = group.dop
         for num_tokens in self.buckets.num_tokens:
             yield _prefill(group, 1, num_tokens * dop)
