@@ -11,9 +11,9 @@ from loongjax.runtime.protocol import RuntimeLimits
 
 LEAST_NUM_TOKENS = 64
 """Fewer prefill tokens than this on a rank cost no less time."""
-LEAST_HALF_STEP = 1024
-"""From here on there is a size between two powers of two: work follows the padded tokens, and long prompts are most of
-it. A size costs two executables a group size, and with extends one more for each number of requests."""
+LEAST_HALF_STEP = 256
+"""From here on there is a size between two powers of two: an 8B's time on an H200 follows the padded tokens from here
+on. A size costs two executables a group size, and with extends one more for each number of requests."""
 LEAST_QUARTER_STEP = 4096
 """From here on there are three: an executable is small beside what a twelfth of such a prefill takes, again and again.
 """

@@ -64,16 +64,16 @@ def test_powers_end_with_the_limit_itself():
 
 
 @pytest.mark.parametrize("most", [48, 64, 1000, 1024, 1025, 4160, 8192, 131_072])
-def test_long_prompts_are_padded_by_at_most_a_half_and_longer_ones_by_a_quarter(most):
+def test_prompts_are_padded_by_at_most_a_half_and_long_ones_by_a_quarter(most):
     sizes = token_sizes(most)
     assert sizes[-1] == most
     assert list(sizes) == sorted(set(sizes))
     for num_tokens in range(1, most + 1, 97):
         padded = fit(num_tokens, sizes)
-        factor = 1.25 if num_tokens > 4096 else 1.5 if num_tokens > 1024 else 2
+        factor = 1.25 if num_tokens > 4096 else 1.5 if num_tokens > 256 else 2
         assert padded <= max(64, factor * num_tokens)
     if most == 8192:
-        assert sizes == (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192)
+        assert sizes == (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 5120, 6144, 7168, 8192)
 
 
 def test_a_runtimes_sizes_are_those_of_its_limits():
