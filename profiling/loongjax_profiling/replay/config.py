@@ -37,7 +37,7 @@ class ReplayConfig(WorkloadConfig, EngineConfig):
     """Requests that may wait; one more is refused."""
     num_requests: int | None = None
     """How many requests come, of a trace the first so many; None: 60, of a trace all."""
-    num_calibration_requests: int = 12
+    num_calibration_requests: int = 40
     """Requests of another seed that are played first, to measure by how much the cost model's times are off here, and
     what the host adds to them; 0: the simulation takes the model as it is, and the host to add nothing."""
     seed: int = 0
