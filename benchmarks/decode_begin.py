@@ -85,6 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=10, help="with and without a prefill before it, each")
     report.add_arguments(parser)
     arguments = parser.parse_args(argv)
+    about = report.origin("decode_begin", argv, arguments.commit)
     config = EngineConfig(
         policy="simple",
         num_instances=max(arguments.dops),
@@ -105,7 +106,6 @@ def main(argv: list[str] | None = None) -> int:
             )
             rows.append(dataclasses.asdict(measure(meter, runtime, case, prefill, arguments.repeats)))
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    about = report.origin("decode_begin", argv, arguments.commit)
     runtime.close()
     report.write(arguments.out, about | {"shape": arguments.shape}, rows)
     return 0

@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     report.add_arguments(parser)
     args = parser.parse_args()
+    about = report.origin("first_numbers", None, args.commit)
 
     core, built = build(args.shape, args)
     print(f"ready after {built['ready_s']:.1f} s; {core.stats().kv_slots} slots", flush=True)
@@ -115,7 +116,7 @@ def main() -> None:
         row["spread"] = {name: [min(run[name] for run in runs), max(run[name] for run in runs)] for name in runs[0]}
         rows.append(row)
         print(json.dumps(row), flush=True)
-    about = report.origin("first_numbers", None, args.commit) | {
+    about |= {
         "built": built,
         "prefill_dop": core.stats().prefill_dop,
         "decode_dop": core.stats().decode_dop,

@@ -130,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=20, help="prefills of each length and kind")
     report.add_arguments(parser)
     arguments = parser.parse_args(argv)
+    about = report.origin("prefill_begin", argv, arguments.commit)
     max_output = 4 * NUM_STEPS * (NUM_FIRST + arguments.repeats + 1)
     max_len = max(*arguments.lengths, arguments.keys + max_output) + 1
     engine = ReplayEngine(
@@ -151,8 +152,7 @@ def main(argv: list[str] | None = None) -> int:
             row = measure(engine.new_core(), engine.runtime, num_tokens, decodes, arguments.repeats)
             rows.append(dataclasses.asdict(row))
             print(", ".join(f"{name} {value}" for name, value in rows[-1].items()), flush=True)
-    about = report.origin("prefill_begin", argv, arguments.commit)
-    report.write(arguments.out, about | {"shape": arguments.shape}, rows)
+    report.write(arguments.out, about | {"shape": arguments.shape}, rows, num_devices=1)
     return 0
 
 

@@ -341,7 +341,7 @@ def main() -> None:
     works += [make_work(mask, 0, heads) for mask in args.masks if mask in MIXES for heads in args.mix_heads]
     for work in with_dense(works):
         table.add(work)
-        report.write(args.out, about, table.rows)
+        report.write(args.out, about, table.rows, num_devices=1)
 
 
 if __name__ == "__main__":

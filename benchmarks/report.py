@@ -21,26 +21,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def origin(benchmark: str, argv: Sequence[str] | None, commit: str | None) -> dict[str, Any]:
-    """Command, hardware and versions.
+    """The command, and the commit as it is before anything is measured. Does not ask for devices.
 
     Args:
         benchmark: its name in this folder.
         argv: as its `main` was given it; None: the process' own.
         commit: of the code; None: git is asked.
     """
-    devices = jax.devices()
     return {
         "command": " ".join(["python -m benchmarks." + benchmark, *(sys.argv[1:] if argv is None else argv)]),
-        "hardware": f"{len(devices)} x {devices[0].device_kind}",
-        "jax": jax.__version__,
         "commit": commit or checked_out_commit(),
     }
 
 
-def write(path: pathlib.Path | None, about: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
-    """Writes what was measured, one row a line; nothing where there is no path."""
+def write(
+    path: pathlib.Path | None, about: dict[str, Any], rows: Sequence[dict[str, Any]], *, num_devices: int | None = None
+) -> None:
+    """Writes what was measured, one row a line; nothing where there is no path.
+
+    Args:
+        path: of the JSON file.
+        about: the `origin`, and what else holds for all rows.
+        rows: one for each measurement.
+        num_devices: how many were used; None: all.
+    """
     if path is None:
         return
+    devices = jax.devices()[:num_devices]
+    about = about | {"hardware": f"{len(devices)} x {devices[0].device_kind}", "jax": jax.__version__}
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n  ".join(map(json.dumps, rows))
     path.write_text(json.dumps(about, indent=1).removesuffix("\n}") + f',\n "rows": [\n  {lines}\n ]\n}}\n')

@@ -350,5 +350,10 @@ def _drop_rank_dim(tree: Any) -> Any:
 
 
 def _cut_graph(layer: int, q: jax.Array) -> jax.Array:
-    """Ends a CUDA graph at the queries of every `LAYERS_PER_GRAPH`th layer."""
-    return end_graph(q) if layer % LAYERS_PER_GRAPH == LAYERS_PER_GRAPH - 1 else q
+    """Ends a CUDA graph at the queries of every `LAYERS_PER_GRAPH`th layer, on a single device.
+
+    Among several a ring ends graphs already, and the cut's kernel, which is loaded when it is launched for the first
+    time, could meet kernels that wait for another device.
+    """
+    is_alone = jax.lax.axis_size(SP_AXIS) * jax.lax.axis_size(TP_AXIS) == 1
+    return end_graph(q) if is_alone and layer % LAYERS_PER_GRAPH == LAYERS_PER_GRAPH - 1 else q

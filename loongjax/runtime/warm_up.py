@@ -35,10 +35,12 @@ def warm_up(calls: ProgramCalls, num_instances: int) -> int:
     ]
     num_calls = 0
     # Round by round: whenever XLA loads an executable with graphs, it drops the graphs of all others.
-    for group in tqdm(WARM_UP_ROUNDS * groups, desc="Warming up", unit="group", disable=None):
-        for call in calls.all_of(group):
-            # One by one: their results together would take gigabytes beside a pool that fills the memory.
-            jax.block_until_ready(calls.run(call))
-            num_calls += 1
+    for index in range(WARM_UP_ROUNDS):
+        title = f"Warming up, round {index + 1} of {WARM_UP_ROUNDS}"
+        for group in tqdm(groups, desc=title, unit="group", disable=None):
+            for call in calls.all_of(group):
+                # One by one: their results together would take gigabytes beside a pool that fills the memory.
+                jax.block_until_ready(calls.run(call))
+                num_calls += 1
     logger.info("warmed up %d groups, %d calls, in %.1f s", len(groups), num_calls, time.monotonic() - started)
     return num_calls

@@ -7,6 +7,7 @@ import json
 import pathlib
 
 import jax
+import pytest
 
 from benchmarks import report
 
@@ -28,6 +29,12 @@ def test_rows_are_kept_with_their_origin(tmp_path: pathlib.Path) -> None:
         "rows": rows,
     }
     assert '  {"us": 1.5, "work": "a, b"},' in path.read_text().splitlines(), "a row a line"
+
+
+@pytest.mark.parametrize(("num_devices", "named"), [(None, jax.device_count()), (1, 1)])
+def test_hardware_is_what_was_used(tmp_path: pathlib.Path, num_devices: int | None, named: int) -> None:
+    report.write(tmp_path / "rows.json", {}, [], num_devices=num_devices)
+    assert json.loads((tmp_path / "rows.json").read_text())["hardware"] == f"{named} x cpu"
 
 
 def test_without_a_path_nothing_is_kept() -> None:

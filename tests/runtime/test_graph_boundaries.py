@@ -29,6 +29,15 @@ def test_prefills_and_extends_are_a_graph_for_every_four_layers(lowering):
 
 
 @pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(("tp", "num_instances"), [(2, 1), (1, 2)])
+def test_programs_of_several_devices_are_not_cut(tp, num_instances):
+    lowering = Lowering(tp, num_instances=num_instances, num_layers=5)
+    assert num_boundaries(lowering.prefill(64)) == 0
+    if num_instances == 1:
+        assert num_boundaries(lowering.extend(64)) == 0
+
+
+@pytest.mark.usefixtures("gpu")
 def test_decodes_are_one_graph(lowering):
     assert num_boundaries(lowering.decode()) == 0
 

@@ -66,7 +66,7 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     scenes = _Scenes(buckets, runtime.limits.max_num_seqs, max_extend_tokens)
     groups = [Group.of(chosen) for dop in sizes for chosen in itertools.combinations(range(num_instances), dop)]
     number = WARM_UP_ROUNDS * sum(
-        [math.comb(num_instances, dop) * len(scenes.all_of(Group.of(range(dop)))) for dop in sizes]
+        [math.comb(num_instances, dop) * sum(1 for _ in scenes.all_of(Group.of(range(dop)))) for dop in sizes]
     )
     print(
         f"rehearsing {number} iterations of {len(keys)} sizes on {len(groups)} groups: --num-instances and "
@@ -76,16 +76,21 @@ def rehearse(runtime: CompilingRuntime, *, max_extend_tokens: int | None, progre
     runtime.compile(keys)
     num_iterations = 0
     # Round by round: whenever XLA loads an executable with graphs, it drops the graphs of all others.
-    for group in tqdm.tqdm(WARM_UP_ROUNDS * groups, desc="Rehearsing", unit="group", disable=not progress):
-        for iteration in scenes.all_of(group):
-            numbered = dataclasses.replace(iteration, iteration_id=-1 - num_iterations)
-            runtime.submit(numbered)
-            completions = runtime.completions(TIMEOUT_S)
-            if not completions or completions[0].error is not None:
-                reason = completions[0].error if completions else f"it did not end within {TIMEOUT_S:.0f} s"
-                raise EngineError(f"the rehearsal failed, at a {type(iteration).__name__} on {group}: {reason}")
-            num_iterations += 1
+    for index in range(WARM_UP_ROUNDS):
+        title = f"Rehearsing, round {index + 1} of {WARM_UP_ROUNDS}"
+        for group in tqdm.tqdm(groups, desc=title, unit="group", disable=not progress):
+            for iteration in scenes.all_of(group):
+                _run(runtime, dataclasses.replace(iteration, iteration_id=-1 - num_iterations))
+                num_iterations += 1
     return num_iterations
+
+
+def _run(runtime: CompilingRuntime, iteration: Iteration) -> None:
+    runtime.submit(iteration)
+    completions = runtime.completions(TIMEOUT_S)
+    if not completions or completions[0].error is not None:
+        reason = completions[0].error if completions else f"it did not end within {TIMEOUT_S:.0f} s"
+        raise EngineError(f"the rehearsal failed, at a {type(iteration).__name__} on {iteration.group}: {reason}")
 
 
 def _programs(dop: int, buckets: Buckets, max_extend_tokens: int | None) -> Iterator[ProgramKey]:
@@ -125,11 +130,8 @@ class _Scenes:
     max_num_seqs: int
     max_extend_tokens: int | None
 
-    def all_of(self, group: Group) -> list[Iteration]:
+    def all_of(self, group: Group) -> Iterator[Iteration]:
         """Iterations of every bucket of what this group may be given. They read and write the pool's first page."""
-        return list(self._iterations(group))
-
-    def _iterations(self, group: Group) -> Iterator[Iteration]:
         dop = group.dop
         for num_tokens in self.buckets.num_tokens:
             yield _prefill(group, 1, num_tokens * dop)
