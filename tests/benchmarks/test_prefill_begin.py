@@ -43,6 +43,16 @@ def test_each_kind_is_measured_by_itself() -> None:
     assert seen.count("decode") == 2 + 4, "two do not count"
 
 
+def test_prefills_that_find_the_step_in_flight_ended_are_counted() -> None:
+    """Decode steps take no time at all."""
+    fake = CLUSTER.runtime(duration_s=lambda iteration: 5.0 if isinstance(iteration, PrefillIteration) else 0.0)
+    runtime = TracedRuntime(fake)
+    core = CLUSTER.core(runtime)  # pyright: ignore[reportArgumentType]
+    decodes = make_requests("decode", 3, num_tokens=8, max_tokens=500, vocab_size=VOCAB_SIZE)
+    begin = measure(core, runtime, 20, decodes, repeats=4)
+    assert (begin.lead_ms, begin.num_late) == (0.0, 4)
+
+
 def test_decodes_that_end_too_soon_are_told() -> None:
     runtime = TracedRuntime(CLUSTER.runtime())
     decodes = make_requests("decode", 3, num_tokens=8, max_tokens=20, vocab_size=VOCAB_SIZE)
